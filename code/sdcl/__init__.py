@@ -1,0 +1,1 @@
+"""SDCL: two students, one EMA teacher, and losses that act where the students disagree."""

@@ -1,0 +1,110 @@
+"""From a script's header to a checked configuration: command line, device, common refusals."""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import tyro
+
+from sdcl.errors import UserError
+
+Config = TypeVar("Config")
+POSITIVE_FIELDS = ("labelnum", "batch_size", "base_lr", "log_every", "save_every", "labelled_repeat", "num_classes")
+NON_NEGATIVE_FIELDS = ("pre_iterations", "self_iterations", "u_weight", "mse_weight", "kl_weight", "seed", "gpu")
+SIDE_DIVISOR = 16  # every network halves its input four times
+
+
+def run_script(main: Callable[[Any], None], config_class: type) -> None:
+    """Parse the command line into the header's dataclass and call main; a UserError ends in one sentence.
+
+    Args:
+        main: the script's main, called with an instance of config_class.
+        config_class: the header; its docstring describes the script on the command line's help page.
+    """
+    try:
+        main(parse(config_class, sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(config_class: type[Config], arguments: list[str]) -> Config:
+    """Build the header's dataclass from command-line arguments; `--field value` overrides a default.
+
+    Raises:
+        UserError: a flag that the header does not have.
+    """
+    config, unknown = tyro.cli(config_class, args=arguments, return_unknown_args=True, use_underscores=True)
+    if unknown:
+        flags = [f"--{field.name}" for field in dataclasses.fields(config_class)]
+        close = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), flags, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see --help for the flags there are."
+        raise UserError(f"unknown argument {unknown[0]}: {hint}")
+    return config
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Return the header's fields as plain values (paths as text, tuples as lists), ready for JSON and checkpoints."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def describe(config: Any) -> str:
+    """Return the resolved configuration, one field a line."""
+    values = as_dict(config)
+    width = max(map(len, values))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in values.items())
+
+
+def check_common(config: Any) -> None:
+    """Refuse values that no data set can train with.
+
+    Raises:
+        UserError: names the flag and what it must be.
+    """
+    for name in POSITIVE_FIELDS:
+        if hasattr(config, name) and not getattr(config, name) > 0:
+            raise UserError(f"--{name} is {getattr(config, name)}: it must be above 0.")
+    for name in NON_NEGATIVE_FIELDS:
+        if hasattr(config, name) and not getattr(config, name) >= 0:
+            raise UserError(f"--{name} is {getattr(config, name)}: it must not be negative.")
+    if hasattr(config, "ema_decay") and not 0 <= config.ema_decay <= 1:
+        raise UserError(f"--ema_decay is {config.ema_decay}: it must lie in [0, 1].")
+    if hasattr(config, "mask_fraction") and not 0 < config.mask_fraction < 1:
+        raise UserError(f"--mask_fraction is {config.mask_fraction}: it must lie inside (0, 1).")
+    if any(side <= 0 or side % SIDE_DIVISOR for side in config.patch_size):
+        raise UserError(
+            f"--patch_size is {' '.join(map(str, config.patch_size))}: every side must be a multiple of "
+            f"{SIDE_DIVISOR}, since the networks halve it four times."
+        )
+
+
+def select_device(device: str, gpu: int) -> torch.device:
+    """Return the device of `--device auto|cpu|cuda` and `--gpu`.
+
+    Raises:
+        UserError: CUDA was asked for and is not there, or has no such GPU.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for but PyTorch sees no CUDA GPU: use --device cpu, or auto.")
+    if gpu >= torch.cuda.device_count():
+        raise UserError(f"--gpu is {gpu} but there are only {torch.cuda.device_count()} GPUs: count from 0.")
+    return torch.device("cuda", gpu)
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Trade speed for the same bits in each run on a GPU; without it cuDNN picks the fastest kernels."""
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic

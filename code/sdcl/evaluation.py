@@ -1,0 +1,178 @@
+"""Scoring predictors on cases in one pass, and the tables that come of it."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+from sdcl.metrics import CaseMetrics, case_metrics
+
+METRICS = ("dice", "jaccard", "hd95", "asd")
+HEADINGS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "95HD [voxel]", "asd": "ASD [voxel]"}
+MEAN = "mean"  # the row that averages the foreground classes of a case
+Protocol = Literal["default", "paper"]
+Infer = Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One volume to score.
+
+    Attributes:
+        name: as in the list.
+        image: (*S) float32.
+        label: (*S) uint8, the reference.
+    """
+
+    name: str
+    image: np.ndarray
+    label: np.ndarray
+
+
+@dataclass(frozen=True)
+class CaseRow:
+    """The metrics of one class of one case under one predictor; distances in voxels."""
+
+    predictor: str
+    case: str
+    structure: str
+    dice: float
+    jaccard: float
+    hd95: float
+    asd: float
+    empty: bool
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """Mean and standard deviation (of the population of cases) of each metric of one structure and predictor.
+
+    Attributes:
+        counts: cases that each mean is over; cases that are nan are left out.
+        empty: cases whose prediction or reference of this structure is empty.
+    """
+
+    predictor: str
+    structure: str
+    means: dict[str, float]
+    deviations: dict[str, float]
+    counts: dict[str, int]
+    empty: int
+
+
+def evaluate(
+    networks: Sequence[nn.Module],
+    predictors: Mapping[str, Sequence[int]],
+    cases: Iterable[Case],
+    infer: Infer,
+    class_names: Sequence[str],
+    *,
+    distances: bool = True,
+    on_case: Callable[[Case, dict[str, np.ndarray]], None] | None = None,
+) -> list[CaseRow]:
+    """Score every predictor on every case; each network sees each case once.
+
+    Args:
+        networks: all networks that some predictor needs.
+        predictors: name to its members, indices into networks; several members: the mean of their probabilities.
+        cases: what to score.
+        infer: maps networks and a volume (*S) to each network's probabilities (C, *S).
+        class_names: of the foreground classes 1 to C - 1.
+        distances: also compute 95HD and ASD.
+        on_case: called with each case and its label maps by predictor, for figures and files.
+
+    Returns:
+        A row for each predictor, case and class.
+    """
+    rows = []
+    for case in cases:
+        probabilities = infer(networks, case.image)
+        label_maps = {
+            name: sum(probabilities[i] for i in members).argmax(0).astype(np.uint8)
+            for name, members in predictors.items()
+        }
+        for name, label_map in label_maps.items():
+            for c, structure in enumerate(class_names, start=1):
+                metrics = case_metrics(label_map == c, case.label == c, distances=distances)
+                rows.append(CaseRow(name, case.name, structure, **asdict(metrics)))
+        if on_case is not None:
+            on_case(case, label_maps)
+    return rows
+
+
+def apply_protocol(row: CaseRow, protocol: Protocol) -> CaseRow:
+    """Return a row as a protocol counts it: "paper" scores an empty mask 0 in all four, which flatters distances."""
+    if protocol == "default" or not row.empty:
+        return row
+    return CaseRow(row.predictor, row.case, row.structure, **asdict(CaseMetrics(0.0, 0.0, 0.0, 0.0, empty=True)))
+
+
+def summarise(rows: Sequence[CaseRow], protocol: Protocol = "default") -> list[SummaryRow]:
+    """Average rows over the cases: for each predictor each structure, then "mean", the mean over the structures.
+
+    Args:
+        rows: from evaluate().
+        protocol: "default" leaves nan distances out of the means; "paper" see apply_protocol().
+
+    Returns:
+        One row for each predictor and structure, in the order met.
+    """
+    rows = [apply_protocol(row, protocol) for row in rows]
+    summary = []
+    for predictor in dict.fromkeys(row.predictor for row in rows):
+        mine = [row for row in rows if row.predictor == predictor]
+        structures = list(dict.fromkeys(row.structure for row in mine))
+        groups = {s: [[row] for row in mine if row.structure == s] for s in structures}
+        if len(structures) > 1:
+            groups[MEAN] = [[row for row in mine if row.case == case] for case in dict.fromkeys(r.case for r in mine)]
+        summary += [_summary_row(predictor, structure, group) for structure, group in groups.items()]
+    return summary
+
+
+def _summary_row(predictor: str, structure: str, groups: Sequence[Sequence[CaseRow]]) -> SummaryRow:
+    """Summarise groups of rows: each group is first averaged into one value a metric."""
+    means, deviations, counts = {}, {}, {}
+    for metric in METRICS:
+        values = [_mean([getattr(row, metric) for row in group]) for group in groups]
+        finite = [value for value in values if not math.isnan(value)]
+        means[metric] = _mean(values)
+        deviations[metric] = float(np.std(finite)) if finite else math.nan
+        counts[metric] = len(finite)
+    empty = sum(any(row.empty for row in group) for group in groups)
+    return SummaryRow(predictor, structure, means, deviations, counts, empty)
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if not math.isnan(value)]
+    return float(np.mean(finite)) if finite else math.nan
+
+
+def mean_dice(rows: Sequence[CaseRow]) -> dict[str, float]:
+    """Return each predictor's Dice, averaged over structures and cases; nan only if nothing could be scored."""
+    predictors = dict.fromkeys(row.predictor for row in rows)
+    return {name: _mean([row.dice for row in rows if row.predictor == name]) for name in predictors}
+
+
+def format_table(summary: Sequence[SummaryRow], protocol: Protocol = "default") -> str:
+    """Return the summary as text: mean ± standard deviation, n where cases were left out, and empty masks' count."""
+    header = ["predictor", "structure", *HEADINGS.values(), "empty"]
+    lines = [header]
+    n = max((count for row in summary for count in row.counts.values()), default=0)
+    for row in summary:
+        cells = []
+        for metric in METRICS:
+            digits = 4 if metric in ("dice", "jaccard") else 2
+            left_out = f" (n={row.counts[metric]})" if row.counts[metric] < n else ""
+            cells.append(f"{row.means[metric]:.{digits}f} ± {row.deviations[metric]:.{digits}f}{left_out}")
+        lines.append([row.predictor, row.structure, *cells, str(row.empty)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    rule = {
+        "default": "an empty mask scores Dice 0 and its distances are left out",
+        "paper": "the paper's protocol: an empty mask scores 0 in all four, which flatters the distances",
+    }[protocol]
+    return "\n".join([*text, f"mean ± standard deviation over {n} cases; {rule}."])

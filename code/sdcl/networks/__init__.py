@@ -1,0 +1,34 @@
+"""The four networks of the method, by name."""
+
+from torch import nn
+
+from sdcl.networks.resunet import ResUNet
+from sdcl.networks.resvnet import ResVNet
+from sdcl.networks.unet import UNet
+from sdcl.networks.vnet import VNet
+
+NETWORKS: dict[str, type[nn.Module]] = {"vnet": VNet, "resvnet": ResVNet, "unet": UNet, "resunet": ResUNet}
+
+
+def build_network(name: str, num_classes: int, in_channels: int = 1) -> nn.Module:
+    """Build a network with freshly initialised weights.
+
+    Args:
+        name: "vnet" or "resvnet" (3D), "unet" or "resunet" (2D).
+        num_classes: number of classes C, background included; at least 2.
+        in_channels: channels of the input image.
+
+    Returns:
+        A module whose forward takes (N, in_channels, *S) and returns logits (N, C, *S); every side of S is a
+        multiple of 16. Parameter names are those of the published checkpoints.
+
+    Raises:
+        ValueError: the name is unknown or a count is too small.
+
+    Source: method.md, "Networks".
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
+    if num_classes < 2 or in_channels < 1:
+        raise ValueError(f"num_classes {num_classes} must be at least 2 and in_channels {in_channels} at least 1")
+    return NETWORKS[name](in_channels, num_classes)

@@ -1,0 +1,96 @@
+"""Pictures of predictions: the panel that TensorBoard shows and the figure of a test."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sdcl.evaluation import Case
+
+# Okabe and Ito's colour-blind-safe colours, by class; background shows the image.
+CLASS_COLOURS = np.array([(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178)]) / 255
+DISCREPANCY_COLOUR = np.array((213, 94, 0)) / 255
+OVERLAY = 0.55  # opacity of labels over the image
+FIGURE_DPI = 120
+
+
+def fullest_slice(label: np.ndarray) -> int:
+    """Return the index, along the first axis, of the slice (of a volume's label) with most foreground."""
+    return int(np.count_nonzero(label.reshape(len(label), -1), axis=1).argmax())
+
+
+def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray = CLASS_COLOURS) -> np.ndarray:
+    """Paint a label map over a slice.
+
+    Args:
+        image: (H, W), any range.
+        label: (H, W), classes; 0 is left unpainted.
+        colours: (n, 3) in [0, 1], indexed by the class modulo n - 1, from 1.
+
+    Returns:
+        RGB (H, W, 3) in [0, 1].
+    """
+    low, high = np.percentile(image, (1, 99))
+    grey = np.clip((image - low) / max(high - low, 1e-8), 0, 1)[..., None].repeat(3, axis=-1)
+    painted = (label > 0)[..., None]
+    colour = colours[(label.astype(int) - 1) % (len(colours) - 1) + 1]
+    return np.where(painted, (1 - OVERLAY) * grey + OVERLAY * colour, grey)
+
+
+def views(case: Case, label_maps: Mapping[str, np.ndarray], students: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the five pictures of one case's fullest slice, RGB (H, W, 3) in [0, 1], by title.
+
+    Args:
+        case: a volume (D, H, W).
+        label_maps: predictor to label map (D, H, W).
+        students: names of the two predictors to show and compare.
+    """
+    k = fullest_slice(case.label)
+    image, (a, b) = case.image[k], (label_maps[name][k] for name in students)
+    pair = np.stack([np.zeros(3), DISCREPANCY_COLOUR])
+    return {
+        f"{case.name}, slice {k}": overlay(image, np.zeros_like(a)),
+        "reference": overlay(image, case.label[k]),
+        "student a": overlay(image, a),
+        "student b": overlay(image, b),
+        "students disagree": overlay(image, (a != b).astype(int), pair),
+    }
+
+
+def panel(case: Case, label_maps: Mapping[str, np.ndarray], students: Sequence[str]) -> np.ndarray:
+    """Return the views of a case side by side, (3, H, 5 W) in [0, 1]."""
+    return np.concatenate(list(views(case, label_maps, students).values()), axis=1).transpose(2, 0, 1)
+
+
+def save_case_figure(
+    path: Path, cases: Sequence[tuple[str, Case, Mapping[str, np.ndarray]]], students: Sequence[str],
+    class_names: Sequence[str],
+) -> None:  # fmt: skip
+    """Draw a row of views for each case.
+
+    Args:
+        path: PNG to write.
+        cases: title, volume and label maps of each row.
+        students: see views().
+        class_names: of the foreground classes, for the legend.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(13, 2.9 * len(cases) + 0.5), dpi=FIGURE_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(cases), 5, squeeze=False)
+    for row, (title, case, label_maps) in zip(axes, cases, strict=True):
+        for axis, (name, picture) in zip(row, views(case, label_maps, students).items(), strict=True):
+            axis.imshow(picture)
+            axis.set_title(name, fontsize=9)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(title, fontsize=9)
+    handles = [Patch(color=CLASS_COLOURS[c], label=name) for c, name in enumerate(class_names, start=1)]
+    handles.append(Patch(color=DISCREPANCY_COLOUR, label="students disagree"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    temporary = path.with_name("~" + path.name)
+    figure.savefig(temporary)
+    temporary.replace(path)

@@ -1,0 +1,29 @@
+"""The teacher: an exponential moving average (EMA) of the first student."""
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, buffers: bool) -> None:
+    """Move the teacher towards the student, in place: teacher = decay * teacher + (1 - decay) * student.
+
+    Args:
+        teacher: network to change.
+        student: network of the same architecture.
+        decay: in [0, 1]; 0.99 in the published runs.
+        buffers: also average the buffers (BatchNorm's statistics); integer buffers are rounded down.
+
+    Source: method.md, "Stage 2", step 6.
+    """
+    average = get_ema_multi_avg_fn(decay)
+    ours, theirs = list(teacher.parameters()), list(student.parameters())
+    if buffers:
+        pairs = list(zip(teacher.buffers(), student.buffers(), strict=True))
+        for buffer, source in pairs:
+            if not buffer.is_floating_point():
+                buffer.copy_(decay * buffer + (1 - decay) * source)  # copying to an integer rounds down
+        ours += [buffer for buffer, _ in pairs if buffer.is_floating_point()]
+        theirs += [source for _, source in pairs if source.is_floating_point()]
+    average(ours, theirs, None)

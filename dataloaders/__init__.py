@@ -1,0 +1,1 @@
+"""The data sets: HDF5 files in, batches and evaluation cases out."""

@@ -1,0 +1,112 @@
+"""The four streams of the published order: two readers of each list, one forwards and one backwards."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from dataloaders.files import sample_seed
+from sdcl.errors import UserError
+
+PREFETCHED = 2  # batches prepared ahead
+
+
+class TrainingSet(Protocol):
+    """What a stream reads: augmented or cropped samples of one size."""
+
+    def __len__(self) -> int:
+        """Count the cases."""
+        ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return image (*S) float32 and label (*S) uint8 of a case; all randomness comes from rng."""
+        ...
+
+
+class Streams:
+    """Batches of both stages, each a function of its iteration's number alone.
+
+    A list of n cases is repeated; stream `a` reads it forwards and stream `b` backwards. The shortest stream ends the
+    epoch, incomplete batches are dropped, and each epoch begins at the lists' beginning again.
+
+    Args:
+        labelled: the labelled cases.
+        unlabelled: the unlabelled cases; None for pre-training.
+        batch_size: samples in each of the two or four batches of an iteration.
+        labelled_repeat: how often the labelled list is repeated in an epoch.
+        unlabelled_repeat: the same for the unlabelled list.
+        seed: of the crops and augmentations, and of the order with shuffle.
+        shuffle: read each list in a random order, new in each epoch, instead of the published one.
+
+    Raises:
+        UserError: a repeated list is shorter than a batch.
+
+    Source: method.md, "Order of the data".
+    """
+
+    def __init__(
+        self,
+        labelled: TrainingSet,
+        unlabelled: TrainingSet | None,
+        *,
+        batch_size: int,
+        labelled_repeat: int,
+        unlabelled_repeat: int = 1,
+        seed: int,
+        shuffle: bool = False,
+    ):
+        self._sets = {"x": (labelled, labelled_repeat)}
+        if unlabelled is not None:
+            self._sets["u"] = (unlabelled, unlabelled_repeat)
+        self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
+        lengths = [len(cases) * repeat // batch_size for cases, repeat in self._sets.values()]
+        self.iterations_per_epoch = min(lengths)
+        if self.iterations_per_epoch == 0:
+            kind = "labelled" if lengths[0] == 0 else "unlabelled"
+            cases, repeat = self._sets["x" if kind == "labelled" else "u"]
+            raise UserError(
+                f"--batch_size {batch_size} is more than the {len(cases)} {kind} cases repeated {repeat} times: "
+                f"lower it or raise --{kind}_repeat."
+            )
+
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the batches of iterations start to stop - 1 (from 0), prepared ahead by another thread.
+
+        Yields:
+            "x_a", "x_b" (and "u_a", "u_b") float32 (N, 1, *S); "y_a", "y_b" uint8 (N, *S).
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="streams") as pool:
+            ahead: deque = deque()
+            for iteration in range(start, stop):
+                ahead.append(pool.submit(self.batch, iteration))
+                if len(ahead) > PREFETCHED:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def batch(self, iteration: int) -> dict[str, torch.Tensor]:
+        """Prepare one iteration's batch; see batches()."""
+        epoch, position = divmod(iteration, self.iterations_per_epoch)
+        batch = {}
+        for kind, (cases, repeat) in self._sets.items():
+            for direction in "ab":
+                order = self._order(len(cases), repeat, epoch, kind + direction)
+                chosen = order[position * self._batch_size : (position + 1) * self._batch_size]
+                samples = [
+                    cases.sample(int(index), sample_seed(self._seed, kind + direction, iteration, place))
+                    for place, index in enumerate(chosen)
+                ]
+                batch[f"{kind}_{direction}"] = torch.from_numpy(np.stack([image for image, _ in samples])[:, None])
+                if kind == "x":
+                    batch[f"y_{direction}"] = torch.from_numpy(np.stack([label for _, label in samples]))
+        return batch
+
+    def _order(self, count: int, repeat: int, epoch: int, stream: str) -> np.ndarray:
+        """Return the order in which a stream reads its repeated list in an epoch."""
+        if self._shuffle:
+            return sample_seed(self._seed, stream, epoch).permutation(count * repeat) % count
+        order = np.tile(np.arange(count), repeat)
+        return order if stream.endswith("a") else order[::-1]
