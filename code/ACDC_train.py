@@ -6,28 +6,19 @@ from typing import Literal
 
 import torch
 
-from dataloaders.acdc import AcdcSlices, check_root, read_volumes, split_by_patients
+from dataloaders.acdc import CLASS_NAMES, AcdcSlices, check_root, read_volumes, split_by_patients
 from dataloaders.files import read_list
 from dataloaders.streams import Streams
 from sdcl.config import as_dict, check_common, describe, run_script, select_device, set_determinism
 from sdcl.errors import UserError
-from sdcl.evaluation import evaluate, mean_dice
 from sdcl.inference import slice_wise
 from sdcl.networks import build_network
-from sdcl.report import panel
+from sdcl.report import validator
 from sdcl.runs import LOGGER, open_run, run_folder, start_logging
-from sdcl.training import (
-    PREDICTORS,
-    STUDENTS,
-    Validation,
-    make_learners,
-    pretrain,
-    self_train,
-    validation_iterations,
-)
+from sdcl.training import make_learners, pretrain, self_train, validation_iterations
 
 ROOT = Path(__file__).resolve().parents[1]
-CLASS_NAMES = ("RV", "Myo", "LV")  # classes 1, 2, 3
+NUM_CLASSES = len(CLASS_NAMES) + 1  # with background
 
 
 @dataclass
@@ -57,7 +48,6 @@ class Config:
     deterministic: bool = False  # the same bits in each run on a GPU too, slower
 
     # --- data (method.md, "Order of the data") ---
-    num_classes: int = 4  # background, right ventricle, myocardium, left ventricle
     patch_size: tuple[int, int] = (256, 256)  # input, pixels; slices are zoomed to it; multiples of 16
     batch_size: int = 12  # slices in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch (113 iterations)
@@ -70,8 +60,8 @@ class Config:
     self_iterations: int = 45_200  # self-training: 400 epochs
 
     # --- method (method.md, "Stage 1", "Stage 2") ---
-    student_a: str = "unet"  # network of the first student and the teacher
-    student_b: str = "resunet"  # network of the second student
+    student_a: Literal["unet", "resunet"] = "unet"  # network of the first student and the teacher
+    student_b: Literal["unet", "resunet"] = "resunet"  # network of the second student
     mask_fraction: float = 2 / 3  # side of the copy-paste box over the side of the input, rounded down
     dice: Literal["batch", "sample"] = "batch"  # Dice2D: sums over the whole batch
     pre_dice: Literal["regions", "whole"] = "regions"  # pre-training's loss: each region of the mix, or the mix whole
@@ -94,10 +84,8 @@ def check(config: Config) -> None:
     """Refuse a configuration that cannot be trained."""
     check_common(config)
     check_root(config.root_path)
-    if config.pseudo_label_rule == "threshold" and config.num_classes != 2:
-        raise UserError(f"--pseudo_label_rule threshold needs --num_classes 2, not {config.num_classes}: use argmax.")
-    if config.num_classes != len(CLASS_NAMES) + 1:
-        raise UserError(f"--num_classes is {config.num_classes}: ACDC has {len(CLASS_NAMES) + 1}, background included.")
+    if config.pseudo_label_rule == "threshold":
+        raise UserError(f"--pseudo_label_rule threshold is for two classes, not {NUM_CLASSES}: use argmax.")
     if config.connectivity not in (4, 8):
         raise UserError(f"--connectivity is {config.connectivity}: slices know 4 or 8 neighbours.")
 
@@ -117,36 +105,24 @@ def main(config: Config) -> None:
             f"--labelnum {config.labelnum} leaves no unlabelled patients: lower it, or give --self_iterations 0 "
             "for supervised pre-training alone."
         )
-    reading = {"size": config.patch_size, "num_classes": config.num_classes, "cache_gb": config.cache_gb}
+    reading = {"size": config.patch_size, "num_classes": NUM_CLASSES, "cache_gb": config.cache_gb}
     labelled = AcdcSlices(config.root_path, labelled_names, labelled=True, **reading)
     unlabelled = AcdcSlices(config.root_path, unlabelled_names, labelled=False, **reading)
-    cases = read_volumes(config.root_path, "val", config.num_classes)
+    cases = read_volumes(config.root_path, "val", NUM_CLASSES)
     order = {
         "batch_size": config.batch_size, "seed": config.seed, "shuffle": config.shuffle,
         "labelled_repeat": config.labelled_repeat, "unlabelled_repeat": config.unlabelled_repeat,
     }  # fmt: skip
 
     def infer(networks, volume):
-        return slice_wise(networks, volume, config.patch_size, config.num_classes, config.batch_size, config.precision)
-
-    def validate(students):
-        panels = []
-
-        def draw_first(case, label_maps):
-            if not panels:
-                panels.append(panel(case, label_maps, STUDENTS))
-
-        rows = evaluate(students, PREDICTORS, cases, infer, CLASS_NAMES, distances=False, on_case=draw_first)
-        return Validation(mean_dice(rows), panels[0])
+        return slice_wise(networks, volume, config.patch_size, NUM_CLASSES, config.batch_size, config.precision)
 
     torch.manual_seed(config.seed)
-    student_a, student_b = (
-        build_network(n, config.num_classes).to(device) for n in (config.student_a, config.student_b)
-    )
+    student_a, student_b = (build_network(n, NUM_CLASSES).to(device) for n in (config.student_a, config.student_b))
     learners = make_learners(student_a, student_b, config.base_lr)
     folder = run_folder(config.models_path, "acdc", config.exp, config.labelnum)
     open_run(folder, as_dict(config), device)
-    common = {"method": config, "validate": validate, "config": as_dict(config)}
+    common = {"method": config, "validate": validator(cases, infer, CLASS_NAMES), "config": as_dict(config)}
     if config.pretrained is None:
         stage_1 = Streams(labelled, None, **order)
         at = validation_iterations(config.pre_val_from, config.pre_val_every, config.pre_iterations)

@@ -10,6 +10,7 @@ from dataloaders.transforms import apply_index, augmentation_index
 from sdcl.errors import UserError
 from sdcl.evaluation import Case
 
+CLASS_NAMES = ("RV", "Myo", "LV")  # right ventricle, myocardium, left ventricle: classes 1, 2, 3
 LAYOUT = "data/<patient>_<frame>.h5 and data/slices/<patient>_<frame>_slice_<k>.h5"
 SOURCE = "the ACDC challenge's data, see Datasets/README.md"
 

@@ -43,13 +43,11 @@ def read_list(path: Path) -> list[str]:
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
         raise UserError(f"the list {path} is empty: it needs a case name a line.")
-    twice = (
-        next((name for i, name in enumerate(names) if name in names[:i]), None)
-        if len(set(names)) < len(names)
-        else None
-    )
-    if twice is not None:
-        raise UserError(f"the list {path} names {twice} twice: remove one of the lines.")
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise UserError(f"the list {path} names {name} twice: remove one of the lines.")
+        seen.add(name)
     return names
 
 
@@ -102,7 +100,7 @@ def _checked(path: Path, image: np.ndarray, label: np.ndarray | None, ndim: int,
     if outside.any():
         raise UserError(
             f"{path}: `label` holds {label[outside].flat[0]}, outside the classes 0 to {num_classes - 1}: "
-            "correct the label, or --num_classes."
+            "correct the label, or convert the case again."
         )
     return Sample(image, np.ascontiguousarray(label, np.uint8))
 

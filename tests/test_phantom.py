@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from dataloaders import phantom
 from dataloaders.phantom import write_acdc, write_la, write_pancreas
+from sdcl.errors import UserError
 
 LA_FOLDER = "2018LA_Seg_Training Set"
 WRITERS = {
@@ -179,7 +180,7 @@ def test_refuses_a_folder_with_real_files(name, folder, tmp_path):
     real = tmp_path / folder / "nested" / "real.h5"
     real.parent.mkdir(parents=True)
     real.write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="not synthetic"):
+    with pytest.raises(UserError, match="not synthetic"):
         WRITERS[name][0](tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [real]
 

@@ -22,11 +22,13 @@ class LoadReport:
         path: the file.
         loaded: names copied into the network.
         left_out: names in the file that no forward pass reads.
+        iteration: of the training stage, where the file says so.
     """
 
     path: Path
     loaded: tuple[str, ...]
     left_out: tuple[str, ...]
+    iteration: int | None = None
 
     def __str__(self) -> str:
         """Say in one line what was loaded and what was left out."""
@@ -97,13 +99,15 @@ def load_weights(network: nn.Module, path: Path | str, role: str | None = None) 
     Source: method.md, "Networks", last paragraph.
     """
     path = Path(path)
-    state = _find_state(load(path), network, path, role)
+    payload = load(path)
+    state = _find_state(payload, network, path, role)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     wanted = network.state_dict()
     left_out = tuple(n for n in state if n not in wanted and n.startswith(getattr(network, "unused_prefixes", ())))
     _check_names(state, wanted, left_out, path, type(network).__name__)
     network.load_state_dict({name: state[name] for name in wanted})
-    return LoadReport(path, tuple(wanted), left_out)
+    iteration = payload.get("iteration")
+    return LoadReport(path, tuple(wanted), left_out, iteration if isinstance(iteration, int) else None)
 
 
 def _find_state(payload: dict[str, Any], network: nn.Module, path: Path, role: str | None) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 """Scoring predictors on cases in one pass, and the tables that come of it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from torch import nn
 
+from sdcl.checkpoints import load_weights
 from sdcl.metrics import CaseMetrics, case_metrics
 
+STUDENTS = ("student_a", "student_b")
+PREDICTORS = {"student_a": (0,), "student_b": (1,), "mean": (0, 1)}  # members, as indices into STUDENTS
 METRICS = ("dice", "jaccard", "hd95", "asd")
 HEADINGS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "95HD [voxel]", "asd": "ASD [voxel]"}
 MEAN = "mean"  # the row that averages the foreground classes of a case
@@ -63,9 +67,50 @@ class SummaryRow:
     empty: int
 
 
+@dataclass(frozen=True)
+class Predictors:
+    """Networks and what is made of them.
+
+    Attributes:
+        networks: each needed network once.
+        members: name of a predictor to indices into networks; several: the mean of their probabilities.
+    """
+
+    networks: list[nn.Module]
+    members: dict[str, tuple[int, ...]]
+
+
+def load_predictors(folder: Path, make_student: Callable[[str], nn.Module], selected_on: str) -> Predictors:
+    """Load a stage's best and last student a, student b and mean; checkpoints of the same weights only once.
+
+    Args:
+        folder: a run's pre_train/ or self_train/.
+        make_student: builds the network of "student_a" or "student_b", on its device.
+        selected_on: what the best was selected on, for its name.
+
+    Raises:
+        UserError: a checkpoint is missing or does not fit.
+    """
+    known: dict[tuple[str, int | None], int] = {}
+    networks: list[nn.Module] = []
+    members: dict[str, tuple[int, ...]] = {}
+    for kind in (f"best on {selected_on}", "last"):
+        for name, indices in PREDICTORS.items():
+            path = folder / ("last.pth" if kind == "last" else f"best_{name}.pth")
+            chosen = []
+            for role in (STUDENTS[i] for i in indices):
+                network = make_student(role)
+                iteration = load_weights(network, path, role).iteration
+                if (role, iteration) not in known:
+                    known[role, iteration] = len(networks)
+                    networks.append(network)
+                chosen.append(known[role, iteration])
+            members[f"{name}, {kind} ({iteration})"] = tuple(chosen)
+    return Predictors(networks, members)
+
+
 def evaluate(
-    networks: Sequence[nn.Module],
-    predictors: Mapping[str, Sequence[int]],
+    predictors: Predictors,
     cases: Iterable[Case],
     infer: Infer,
     class_names: Sequence[str],
@@ -76,8 +121,7 @@ def evaluate(
     """Score every predictor on every case; each network sees each case once.
 
     Args:
-        networks: all networks that some predictor needs.
-        predictors: name to its members, indices into networks; several members: the mean of their probabilities.
+        predictors: networks, and the predictors made of them.
         cases: what to score.
         infer: maps networks and a volume (*S) to each network's probabilities (C, *S).
         class_names: of the foreground classes 1 to C - 1.
@@ -89,10 +133,10 @@ def evaluate(
     """
     rows = []
     for case in cases:
-        probabilities = infer(networks, case.image)
+        probabilities = infer(predictors.networks, case.image)
         label_maps = {
             name: sum(probabilities[i] for i in members).argmax(0).astype(np.uint8)
-            for name, members in predictors.items()
+            for name, members in predictors.members.items()
         }
         for name, label_map in label_maps.items():
             for c, structure in enumerate(class_names, start=1):
@@ -156,6 +200,32 @@ def mean_dice(rows: Sequence[CaseRow]) -> dict[str, float]:
     return {name: _mean([row.dice for row in rows if row.predictor == name]) for name in predictors}
 
 
+def format_cases(rows: Sequence[CaseRow]) -> str:
+    """Return a line for each case and predictor: each metric of each structure, in the structures' order."""
+    structures = list(dict.fromkeys(row.structure for row in rows))
+    groups: dict[tuple[str, str], list[CaseRow]] = {}
+    for row in rows:
+        groups.setdefault((row.case, row.predictor), []).append(row)
+    names = "/".join(structures)
+    lines = [["case", "predictor", *(f"{heading} {names}" for heading in HEADINGS.values())]]
+    for (case, predictor), members in groups.items():
+        cells = [" ".join(f"{getattr(row, m):.{_digits(m)}f}" for row in members) for m in METRICS]
+        lines.append([case, predictor, *cells])
+    return _aligned(lines)
+
+
+def _digits(metric: str) -> int:
+    return 4 if metric in ("dice", "jaccard") else 2
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Align cells in columns, with a rule under the first line."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text)
+
+
 def format_table(summary: Sequence[SummaryRow], protocol: Protocol = "default") -> str:
     """Return the summary as text: mean ± standard deviation, n where cases were left out, and empty masks' count."""
     header = ["predictor", "structure", *HEADINGS.values(), "empty"]
@@ -164,15 +234,12 @@ def format_table(summary: Sequence[SummaryRow], protocol: Protocol = "default") 
     for row in summary:
         cells = []
         for metric in METRICS:
-            digits = 4 if metric in ("dice", "jaccard") else 2
+            digits = _digits(metric)
             left_out = f" (n={row.counts[metric]})" if row.counts[metric] < n else ""
             cells.append(f"{row.means[metric]:.{digits}f} ± {row.deviations[metric]:.{digits}f}{left_out}")
         lines.append([row.predictor, row.structure, *cells, str(row.empty)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
     rule = {
         "default": "an empty mask scores Dice 0 and its distances are left out",
         "paper": "the paper's protocol: an empty mask scores 0 in all four, which flatters the distances",
     }[protocol]
-    return "\n".join([*text, f"mean ± standard deviation over {n} cases; {rule}."])
+    return f"{_aligned(lines)}\nmean ± standard deviation over {n} cases; {rule}."

@@ -1,11 +1,30 @@
-"""Pictures of predictions: the panel that TensorBoard shows and the figure of a test."""
+"""What a person looks at: the panel that TensorBoard shows, a test's figure and its files."""
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import nn
 
-from sdcl.evaluation import Case
+from sdcl.evaluation import (
+    PREDICTORS,
+    STUDENTS,
+    Case,
+    CaseRow,
+    Infer,
+    Predictors,
+    Protocol,
+    evaluate,
+    format_cases,
+    format_table,
+    mean_dice,
+    summarise,
+)
+from sdcl.runs import LOGGER, write_csv, write_text
 
 # Okabe and Ito's colour-blind-safe colours, by class; background shows the image.
 CLASS_COLOURS = np.array([(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178)]) / 255
@@ -94,3 +113,91 @@ def save_case_figure(
     temporary = path.with_name("~" + path.name)
     figure.savefig(temporary)
     temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation: the mean Dice of each predictor, in [0, 1], and a picture (3, H, W) in [0, 1]."""
+
+    dice: dict[str, float]
+    panel: np.ndarray
+
+
+def validator(
+    cases: Sequence[Case], infer: Infer, class_names: Sequence[str]
+) -> Callable[[list[nn.Module]], Validation]:
+    """Return what the loops call to score both students and their mean; the panel shows the first case.
+
+    Args:
+        cases: volumes to score.
+        infer: see evaluate().
+        class_names: of the foreground classes.
+    """
+
+    def validate(students: list[nn.Module]) -> Validation:
+        panels = []
+
+        def draw_first(case: Case, label_maps: dict[str, np.ndarray]) -> None:
+            if not panels:
+                panels.append(panel(case, label_maps, STUDENTS))
+
+        predictors = Predictors(students, PREDICTORS)
+        rows = evaluate(predictors, cases, infer, class_names, distances=False, on_case=draw_first)
+        return Validation(mean_dice(rows), panels[0])
+
+    return validate
+
+
+def write_test(
+    folder: Path,
+    predictors: Predictors,
+    cases: Sequence[Case],
+    infer: Infer,
+    class_names: Sequence[str],
+    protocol: Protocol,
+    facts: dict[str, Any],
+) -> None:
+    """Score predictors; print the tables; write cases.csv, summary.json and cases.png.
+
+    Args:
+        folder: where to.
+        predictors: student a, student b and their mean first; these are the ones that cases.png shows.
+        cases: volumes to score.
+        infer: see evaluate().
+        class_names: of the foreground classes.
+        protocol: see summarise().
+        facts: what else summary.json says, such as the split.
+    """
+    LOGGER.info("scoring %d predictors on %d volumes", len(predictors.members), len(cases))
+    seen: dict[str, tuple[Case, dict[str, np.ndarray]]] = {}
+    rows = evaluate(
+        predictors, cases, infer, class_names, on_case=lambda case, maps: seen.update({case.name: (case, maps)})
+    )
+    summary = summarise(rows, protocol)
+    LOGGER.info("%s\n\n%s", format_cases(rows), format_table(summary, protocol))
+    write_csv(folder / "cases.csv", [asdict(row) for row in rows])
+    content = facts | {"protocol": protocol, "summary": [asdict(row) for row in summary]}
+    write_text(folder / "summary.json", json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    *students, mean = list(predictors.members)[:3]
+    pictures = [(rank, *seen[name]) for rank, name in best_median_worst(rows, mean).items()]
+    save_case_figure(folder / "cases.png", pictures, students, class_names)
+    LOGGER.info("written to %s: cases.csv, summary.json, cases.png", folder)
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace nan, which JSON does not know, by None."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def best_median_worst(rows: Sequence[CaseRow], predictor: str) -> dict[str, str]:
+    """Return "best", "median" and "worst" to the case of that rank by a predictor's mean Dice over the structures."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        if row.predictor == predictor:
+            scores.setdefault(row.case, []).append(0.0 if math.isnan(row.dice) else row.dice)
+    ranked = sorted(scores, key=lambda case: -float(np.mean(scores[case])))
+    return {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}

@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from sdcl import checkpoints
 from sdcl.errors import UserError
+from sdcl.evaluation import PREDICTORS, STUDENTS
 from sdcl.losses import DiceOver, discrepancy, mixed_losses
 from sdcl.mixing import box_size, copy_paste_mask, mix
 from sdcl.pseudo_labels import Rule, pseudo_label
+from sdcl.report import Validation
 from sdcl.runs import LOGGER, StageRecord
 from sdcl.teacher import update_teacher
 
-STUDENTS = ("student_a", "student_b")
-PREDICTORS = {"student_a": (0,), "student_b": (1,), "mean": (0, 1)}  # members, as indices into the students
 Stage = Literal["pre_train", "self_train"]
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
@@ -57,14 +57,6 @@ class Streams(Protocol):
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of iterations start to stop - 1, on the CPU."""
         ...
-
-
-@dataclass(frozen=True)
-class Validation:
-    """One validation: the mean Dice of each predictor, in [0, 1], and a picture (3, H, W) in [0, 1]."""
-
-    dice: dict[str, float]
-    panel: np.ndarray | None = None
 
 
 Validate = Callable[[list[nn.Module]], Validation]
@@ -267,10 +259,11 @@ def self_train(
     Raises:
         UserError: stage 1 left no checkpoint, or as in pretrain().
     """
-    begin = (pretrained or folder) / "pre_train"
-    names = {"best": [f"best_{role}.pth" for role in STUDENTS], "last": ["last.pth"]}[start_from]
-    for name in names:
-        learners.load(checkpoints.load(begin / name), begin / name)
+    if not (folder / "self_train" / "last.pth").exists():
+        begin = (pretrained or folder) / "pre_train"
+        names = {"best": [f"best_{role}.pth" for role in STUDENTS], "last": ["last.pth"]}[start_from]
+        for name in names:
+            learners.load(checkpoints.load(begin / name), begin / name)
     learners.best, learners.iteration = {}, 0
     add_teacher(learners)
     loop = _Loop("self_train", self_train_step, learners, streams, folder, method, validate, validate_at, config)
@@ -395,9 +388,12 @@ class _Loop:
                 checkpoints.save(self._payload(members), self.folder / f"best_{name}.pth")
         if validation.panel is not None:
             record.add_image("validation", validation.panel, number)
-        best = ", ".join(f"{name} {dice:.4f} (best {self.learners.best[name]['dice']:.4f} at "
-                         f"{self.learners.best[name]['iteration']})" for name, dice in validation.dice.items())  # fmt: skip
-        LOGGER.info("%s %d: validation Dice %s", self.stage, number, best)
+        best = self.learners.best
+        scores = [
+            f"{n} {dice:.4f} (best {best[n]['dice']:.4f} at {best[n]['iteration']})"
+            for n, dice in validation.dice.items()
+        ]
+        LOGGER.info("%s %d: validation Dice %s", self.stage, number, ", ".join(scores))
         return validation.dice
 
     def _show(self, bar: tqdm, row: dict[str, float], scores: dict[str, float]) -> None:

@@ -1,0 +1,21 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the textbook is the oracle
+
+from dataloaders.phantom import write_acdc  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def acdc_phantom(tmp_path_factory):
+    """A tiny ACDC: 4 training patients, 1 for validation, 1 for test; two slices a volume."""
+    root = tmp_path_factory.mktemp("acdc")
+    return write_acdc(root, train_patients=4, val_patients=1, test_patients=1, size=(36, 40), slices=2)

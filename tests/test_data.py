@@ -1,0 +1,250 @@
+"""Lists, files, slices, augmentation, streams."""
+
+import numpy as np
+import pytest
+from helpers import ROOT, write_h5
+from scipy import ndimage
+
+from dataloaders.acdc import AcdcSlices, check_root, read_volumes, split_by_patients
+from dataloaders.files import Cache, read_list, read_sample, sample_seed
+from dataloaders.streams import Streams
+from dataloaders.transforms import apply_index, augmentation_index
+from sdcl.errors import UserError
+
+LISTS = ROOT / "Datasets"
+IMAGE, LABEL = (
+    np.random.default_rng(0).random((6, 8)).astype(np.float32),
+    np.arange(48, dtype=np.uint8).reshape(6, 8) % 4,
+)
+
+
+def test_the_published_lists():
+    counts = {"la": (80, 20), "pancreas": (62, 18)}
+    for name, (train, test) in counts.items():
+        split = {
+            key: read_list(LISTS / name / "data_split" / f"{key}.txt")
+            for key in ("train", "train_lab", "train_unlab", "test")
+        }  # noqa: E501
+        assert (len(split["train"]), len(split["test"])) == (train, test)
+        assert split["train_lab"] + split["train_unlab"] == split["train"]
+        assert not set(split["train"]) & set(split["test"])
+    slices = read_list(LISTS / "acdc" / "data_split" / "train_slices.list")
+    for patients, labelled in zip((1, 3, 7, 14, 21, 28, 35, 70), (32, 68, 136, 256, 396, 512, 664, 1312), strict=True):
+        first, rest = split_by_patients(slices, patients)
+        assert first == slices[:labelled] and rest == slices[labelled:]
+    assert split_by_patients(slices, 7)[0] == read_list(LISTS / "acdc" / "data_split" / "train_lab.list")
+
+
+@pytest.mark.parametrize("labelnum", [0, -1, 71])
+def test_labelnum_that_no_list_has(labelnum):
+    slices = read_list(LISTS / "acdc" / "data_split" / "train_slices.list")
+    with pytest.raises(UserError, match=f"--labelnum is {labelnum}: choose 1 to 70"):
+        split_by_patients(slices, labelnum)
+
+
+def test_lists_from_other_systems(tmp_path):
+    (tmp_path / "a.list").write_bytes("\ufeffone\r\n\r\n  two \nthree".encode())
+    assert read_list(tmp_path / "a.list") == ["one", "two", "three"]
+    (tmp_path / "b.list").write_text("\n \n")
+    with pytest.raises(UserError, match="b.list is empty"):
+        read_list(tmp_path / "b.list")
+    (tmp_path / "c.list").write_text("one\ntwo\none\n")
+    with pytest.raises(UserError, match="c.list names one twice"):
+        read_list(tmp_path / "c.list")
+    (tmp_path / "d.list").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="d.list cannot be read"):
+        read_list(tmp_path / "d.list")
+    with pytest.raises(UserError, match="e.list does not exist"):
+        read_list(tmp_path / "e.list")
+
+
+def test_a_good_file(tmp_path):
+    path = write_h5(tmp_path / "a.h5", image=IMAGE.astype(np.float64), label=LABEL.astype(np.int64))
+    sample = read_sample(path, ndim=2, num_classes=4)
+    assert sample.image.dtype == np.float32 and sample.label.dtype == np.uint8
+    np.testing.assert_array_equal(sample.image, IMAGE)
+    np.testing.assert_array_equal(sample.label, LABEL)
+    unlabelled = write_h5(tmp_path / "b.h5", image=IMAGE)
+    assert read_sample(unlabelled, ndim=2, num_classes=4, needs_label=False).label is None
+
+
+BAD_FILES = {
+    "no image": ({"label": LABEL}, r"has no `image` \(it holds label\)"),
+    "no label": ({"image": IMAGE}, r"has no `label` \(it holds image\)"),
+    "nothing": ({}, r"has no `image` \(it holds nothing\)"),
+    "shapes differ": ({"image": IMAGE, "label": LABEL[:5]}, r"`label` \(5, 8\) and `image` \(6, 8\) differ"),
+    "one dimension more": ({"image": IMAGE[None], "label": LABEL[None]}, r"shape \(1, 6, 8\), it needs 2 dimensions"),
+    "no pixels": ({"image": IMAGE[:0], "label": LABEL[:0]}, "it needs 2 dimensions"),
+    "class beyond": ({"image": IMAGE, "label": LABEL + 1}, "`label` holds 4, outside the classes 0 to 3"),
+    "negative class": ({"image": IMAGE, "label": LABEL.astype(np.int8) - 1}, "`label` holds -1, outside"),
+    "fractional class": ({"image": IMAGE, "label": LABEL / 2}, "`label` holds 0.5, outside"),
+    "nan": ({"image": np.where(IMAGE > 0.5, np.nan, IMAGE), "label": LABEL}, "nan or infinite"),
+    "infinite": ({"image": np.where(IMAGE > 0.5, np.inf, IMAGE), "label": LABEL}, "nan or infinite"),
+    "text image": ({"image": np.full((6, 8), b"x"), "label": LABEL}, "has the type"),
+    "text label": ({"image": IMAGE, "label": np.full((6, 8), b"x")}, "has the type"),
+    "scalar": ({"image": 3.0, "label": LABEL}, "it needs 2 dimensions"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files_are_named(tmp_path, kind):
+    datasets, message = BAD_FILES[kind]
+    path = write_h5(tmp_path / "bad.h5", **datasets)
+    with pytest.raises(UserError, match=message) as error:
+        read_sample(path, ndim=2, num_classes=4)
+    assert str(path) in str(error.value)
+
+
+def test_files_that_are_not_hdf5(tmp_path):
+    (tmp_path / "text.h5").write_text("hello")
+    whole = write_h5(tmp_path / "whole.h5", image=np.random.rand(64, 64), label=np.zeros((64, 64)))
+    (tmp_path / "cut.h5").write_bytes(whole.read_bytes()[:5000])
+    write_h5(tmp_path / "group.h5", **{"image/nested": IMAGE, "label": LABEL})
+    for name in ("text", "cut", "group"):
+        with pytest.raises(UserError, match=f"{name}.h5 is not a readable HDF5 file"):
+            read_sample(tmp_path / f"{name}.h5", ndim=2, num_classes=4)
+    with pytest.raises(UserError, match="absent.h5 does not exist: restore it, or take its name out"):
+        read_sample(tmp_path / "absent.h5", ndim=2, num_classes=4)
+
+
+def test_the_cache_keeps_to_its_bound_and_reads_the_same(tmp_path):
+    paths = [write_h5(tmp_path / f"{k}.h5", image=IMAGE + k, label=LABEL) for k in range(4)]
+    how = {"what": "slices", "ndim": 2, "num_classes": 4}
+    one = IMAGE.nbytes + LABEL.nbytes
+    everything, half = Cache(paths, bound_gb=1, **how), Cache(paths, bound_gb=2.5 * one / 2**30, **how)
+    for path in paths[2:]:
+        write_h5(path, image=IMAGE - 5, label=LABEL)
+    assert [float(half[k].image[0, 0] - IMAGE[0, 0]) for k in range(4)] == pytest.approx([0, 1, -5, -5])
+    assert [float(everything[k].image[0, 0] - IMAGE[0, 0]) for k in range(4)] == pytest.approx([0, 1, 2, 3])
+
+
+def test_slices_are_found_in_either_place(acdc_phantom, tmp_path):
+    names = read_list(acdc_phantom / "data_split" / "train_lab.list")
+    how = {"size": (32, 32), "num_classes": 4, "cache_gb": 1, "labelled": True}
+    nested = AcdcSlices(acdc_phantom, names, **how)
+    (tmp_path / "data").mkdir()
+    for name in names:
+        (tmp_path / "data" / f"{name}.h5").write_bytes((acdc_phantom / "data" / "slices" / f"{name}.h5").read_bytes())
+    flat = AcdcSlices(tmp_path, names, **how)
+    for k in range(len(names)):
+        for one, two in zip(nested.sample(k, sample_seed(k)), flat.sample(k, sample_seed(k)), strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+def test_a_missing_data_set_says_where_and_what(tmp_path):
+    with pytest.raises(UserError) as error:
+        check_root(tmp_path / "none")
+    for part in (str(tmp_path / "none"), "--root_path", "data/slices/", "Datasets/README.md", "phantom.py"):
+        assert part in str(error.value)
+
+
+def test_volumes(acdc_phantom):
+    cases = read_volumes(acdc_phantom, "val", 4)
+    assert [case.name for case in cases] == ["patient005_frame01", "patient005_frame02"]
+    assert all(case.image.ndim == 3 and case.label.max() == 3 for case in cases)
+
+
+class Script:
+    """A generator whose draws are written down beforehand."""
+
+    def __init__(self, random, integers):
+        self._random, self._integers = iter(random), iter(integers)
+
+    def random(self):
+        return next(self._random)
+
+    def integers(self, *bounds):
+        value = next(self._integers)
+        assert value in range(*bounds)
+        return value
+
+
+@pytest.mark.parametrize("shape", [(40, 31), (64, 64), (33, 50)])
+@pytest.mark.parametrize("kind", ["none", *[("rot", k, axis) for k in range(4) for axis in (0, 1)], *range(-20, 20, 3)])
+def test_augmentation_shows_the_pixels_of_scipy(shape, kind):
+    image = np.random.default_rng(3).random(shape).astype(np.float32) + 0.5
+    if kind == "none":
+        rng, expected = Script([0.9, 0.9], []), image
+    elif isinstance(kind, tuple):
+        rng, expected = Script([0.1], kind[1:]), np.flip(np.rot90(image, kind[1]), kind[2])
+    else:
+        rng, expected = Script([0.9, 0.1], [kind]), ndimage.rotate(image, kind, order=0, reshape=False)
+    expected = ndimage.zoom(expected, (24 / expected.shape[0], 48 / expected.shape[1]), order=0)
+    np.testing.assert_array_equal(apply_index(image, augmentation_index(shape, (24, 48), rng)), expected)
+
+
+def test_kinds_of_augmentation_come_as_often_as_published():
+    square = np.arange(20 * 20).reshape(20, 20)
+    flips = {np.flip(np.rot90(square, k), axis).tobytes() for k in range(4) for axis in (0, 1)}
+    counts = {"flipped": 0, "still": 0, "rotated": 0}
+    for k in range(2000):
+        shown = apply_index(square, augmentation_index((20, 20), (20, 20), sample_seed(k)))
+        kind = "flipped" if shown.tobytes() in flips else "still" if np.array_equal(shown, square) else "rotated"
+        counts[kind] += 1
+    # A rotation by 0 degrees, and by 1 of so small an image, changes nothing: 2 of 40 angles or so.
+    assert 900 < counts["flipped"] < 1100 and 400 < counts["rotated"] < 540 and 460 < counts["still"] < 620
+
+
+class Numbers:
+    """Cases that show their index and one random number."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def sample(self, index, rng):
+        return np.full((2, 2), index + rng.random() / 2, np.float32), np.full((2, 2), index, np.uint8)
+
+
+def order(batches, key):
+    return [int(v) for batch in batches for v in batch[key].flatten(1)[:, 0]]
+
+
+def test_streams_read_forwards_and_backwards_and_start_again_each_epoch():
+    streams = Streams(Numbers(5), Numbers(7), batch_size=2, labelled_repeat=2, unlabelled_repeat=1, seed=0)
+    assert streams.iterations_per_epoch == 3  # 7 // 2, the shorter
+    batches = list(streams.batches(0, 4))
+    assert order(batches[:3], "y_a") == [0, 1, 2, 3, 4, 0]
+    assert order(batches[:3], "y_b") == [4, 3, 2, 1, 0, 4]
+    assert order(batches[:3], "u_a") == [0, 1, 2, 3, 4, 5]
+    assert order(batches[:3], "u_b") == [6, 5, 4, 3, 2, 1]
+    assert order(batches[3:], "y_a") == [0, 1] and order(batches[3:], "u_b") == [6, 5]
+    assert batches[0]["x_a"].shape == (2, 1, 2, 2) and batches[0]["y_a"].shape == (2, 2, 2)
+
+
+def test_published_iterations_an_epoch():
+    def iterations(labelled, unlabelled, repeat, unlabelled_repeat, batch_size):
+        return Streams(
+            Numbers(labelled), Numbers(unlabelled) if unlabelled else None, batch_size=batch_size,
+            labelled_repeat=repeat, unlabelled_repeat=unlabelled_repeat, seed=0,
+        ).iterations_per_epoch  # fmt: skip
+
+    assert iterations(136, 1176, 10, 10, 12) == 113
+    assert iterations(8, 72, 10, 10, 2) == 40
+    assert iterations(12, None, 5, 1, 2) == 30 and iterations(12, 50, 5, 1, 2) == 25
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_batch_depends_on_its_number_alone(shuffle):
+    def streams():
+        return Streams(
+            Numbers(6), Numbers(9), batch_size=2, labelled_repeat=3, unlabelled_repeat=2, seed=4, shuffle=shuffle
+        )
+
+    whole = list(streams().batches(0, 20))
+    resumed = list(streams().batches(13, 20))
+    for first, second in zip(whole[13:], resumed, strict=True):
+        assert all((first[key] == second[key]).all() for key in first)
+    assert order(whole[:9], "y_a").count(2) == 3  # each case as often as the list is repeated
+    shuffled = order(whole[:9], "y_a") != order(whole[9:18], "y_a")
+    assert shuffled == shuffle
+    assert not np.array_equal(whole[0]["x_a"][0], whole[9]["x_a"][0])  # new augmentation in each epoch
+
+
+def test_too_few_cases_for_a_batch():
+    with pytest.raises(UserError, match="--batch_size 7 is more than the 3 labelled cases repeated 2 times"):
+        Streams(Numbers(3), None, batch_size=7, labelled_repeat=2, seed=0)
+    with pytest.raises(UserError, match="4 unlabelled cases repeated 1 times: lower it or raise --unlabelled_repeat"):
+        Streams(Numbers(3), Numbers(4), batch_size=5, labelled_repeat=2, seed=0)

@@ -1,0 +1,167 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sdcl.checkpoints import save
+from sdcl.errors import UserError
+from sdcl.evaluation import (
+    Case,
+    CaseRow,
+    Predictors,
+    evaluate,
+    format_cases,
+    format_table,
+    load_predictors,
+    mean_dice,
+    summarise,
+)
+from sdcl.report import best_median_worst, panel, validator, write_test
+
+NAN = math.nan
+
+
+def row(case="c1", structure="LV", dice=1.0, hd95=2.0, empty=False, predictor="a"):
+    return CaseRow(predictor, case, structure, dice, dice / 2, hd95, hd95 / 2, empty)
+
+
+def cases(count=3):
+    rng = np.random.default_rng(0)
+    made = []
+    for k in range(count):
+        label = np.zeros((3, 8, 8), np.uint8)
+        label[:, 2:5, 2:6], label[:, 5:7, 2:6] = 1, 2
+        label = np.roll(label, k, axis=1)
+        made.append(Case(f"case{k}", (label + 0.3 * rng.standard_normal(label.shape)).astype(np.float32), label))
+    return made
+
+
+def infer(networks, volume):
+    """Network k says probability by distance to the class's intensity, and network 1 misses class 2."""
+    near = np.stack([np.exp(-4 * (volume - c) ** 2) for c in range(3)])
+    blind = near * np.array([1, 1, 0.1])[:, None, None, None]
+    return [p / p.sum(0) for p in (near, blind)][: len(networks)]
+
+
+def test_one_pass_scores_students_and_their_mean():
+    calls, seen = [], []
+
+    def counted(networks, volume):
+        calls.append(len(networks))
+        return infer(networks, volume)
+
+    predictors = Predictors([nn.Identity(), nn.Identity()], {"a": (0,), "b": (1,), "mean": (0, 1)})
+    rows = evaluate(
+        predictors, cases(), counted, ("x", "y"), on_case=lambda case, maps: seen.append((case.name, set(maps)))
+    )
+    assert calls == [2, 2, 2] and len(rows) == 3 * 3 * 2
+    assert seen == [(f"case{k}", {"a", "b", "mean"}) for k in range(3)]
+    dice = mean_dice(rows)
+    assert dice["b"] < 0.9 < dice["a"] < 1  # b takes much of class 2 for class 1
+    by_hand = []
+    for case in cases():
+        near, blind = infer([None, None], case.image)
+        decision = ((near + blind) / 2).argmax(0)
+        overlap = [
+            2 * np.sum((decision == c) & (case.label == c)) / np.sum((decision == c) * 1 + (case.label == c))
+            for c in (1, 2)
+        ]
+        by_hand += overlap
+    assert dice["mean"] == pytest.approx(np.mean(by_hand)) and dice["mean"] not in (dice["a"], dice["b"])
+
+
+def test_means_are_over_cases_and_nan_distances_are_left_out_and_counted():
+    rows = [
+        row("c1", "LV", 0.8, 2.0),
+        row("c1", "RV", 0.0, NAN, True),
+        row("c2", "LV", 0.6, 4.0),
+        row("c2", "RV", 0.4, 6.0),
+    ]
+    lv, rv, mean = summarise(rows)
+    assert (lv.means["dice"], lv.deviations["dice"], lv.counts["dice"], lv.empty) == (
+        pytest.approx(0.7),
+        pytest.approx(0.1),
+        2,
+        0,
+    )
+    assert (rv.means["hd95"], rv.counts["hd95"], rv.empty, rv.means["dice"]) == (6.0, 1, 1, pytest.approx(0.2))
+    assert mean.structure == "mean" and mean.means["dice"] == pytest.approx(0.45) and mean.means["hd95"] == 3.5
+    text = format_table([lv, rv, mean])
+    assert "6.00 ± 0.00 (n=1)" in text and "over 2 cases" in text and "distances are left out" in text
+
+
+def test_the_papers_protocol_scores_an_empty_mask_zero_in_all_four():
+    rows = [row("c1", "LV", 0.5, 3.0), row("c2", "LV", 0.0, NAN, True), row("c3", "LV", NAN, NAN, True)]
+    (default,) = summarise(rows)
+    (paper,) = summarise(rows, "paper")
+    assert default.means["hd95"] == 3.0 and default.counts == {"dice": 2, "jaccard": 2, "hd95": 1, "asd": 1}
+    assert paper.means["hd95"] == 1.0 and paper.means["dice"] == pytest.approx(0.5 / 3) and paper.empty == 2
+    assert "flatters" in format_table([paper], "paper")
+
+
+def test_case_lines():
+    lines = format_cases([row("c1", "LV", 0.5), row("c1", "RV", 0.25), row("c2", "LV"), row("c2", "RV")]).splitlines()
+    assert "Dice LV/RV" in lines[0] and "0.5000 0.2500" in lines[2] and len(lines) == 4
+
+
+def test_validator_scores_without_distances_and_draws_the_first_case():
+    validation = validator(cases(), infer, ("x", "y"))([nn.Identity(), nn.Identity()])
+    assert set(validation.dice) == {"student_a", "student_b", "mean"}
+    assert validation.panel.shape == (3, 8, 40) and 0 <= validation.panel.min() <= validation.panel.max() <= 1
+
+
+def test_the_panel_marks_exactly_where_the_students_differ():
+    case = Case("c", np.zeros((1, 4, 4), np.float32), np.eye(4, dtype=np.uint8)[None])
+    a = np.zeros((1, 4, 4), np.uint8)
+    b = a.copy()
+    b[0, 1, 2] = 1
+    picture = panel(case, {"a": a, "b": b}, ("a", "b"))[:, :, 16:]
+    assert np.argwhere(picture.any(0)).tolist() == [[1, 2]]
+
+
+def test_best_median_worst():
+    rows = [row(f"c{k}", s, dice) for k, dice in enumerate((0.5, 0.9, NAN, 0.7, 0.6)) for s in ("LV", "RV")]
+    assert best_median_worst(rows, "a") == {"best": "c1", "median": "c4", "worst": "c2"}
+
+
+def test_files_of_a_test(tmp_path):
+    predictors = Predictors([nn.Identity(), nn.Identity()], {"a": (0,), "b": (1,), "mean": (0, 1)})
+    write_test(tmp_path / "t", predictors, cases(), infer, ("x", "y"), "default", {"split": "val"})
+    content = json.loads((tmp_path / "t" / "summary.json").read_text())
+    assert content["split"] == "val" and content["protocol"] == "default" and len(content["summary"]) == 9
+    lines = (tmp_path / "t" / "cases.csv").read_text().splitlines()
+    assert lines[0] == "predictor,case,structure,dice,jaccard,hd95,asd,empty" and len(lines) == 19
+    assert (tmp_path / "t" / "cases.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_predictors_load_each_network_once(tmp_path):
+    def payload(roles, iteration):
+        return {
+            "networks": {r: {"weight": torch.full((1, 1), float(iteration))} for r in roles},
+            "iteration": iteration,
+        }
+
+    both = ("student_a", "student_b")
+    for name, roles, iteration in (
+        ("best_student_a", both[:1], 3),
+        ("best_student_b", both[1:], 5),
+        ("best_mean", both, 5),
+        ("last", both, 8),
+    ):  # noqa: E501
+        save(payload(roles, iteration), tmp_path / f"{name}.pth")
+    predictors = load_predictors(tmp_path, lambda role: nn.Linear(1, 1, bias=False), "val")
+    assert [n.weight.item() for n in predictors.networks] == [3, 5, 5, 8, 8]
+    assert predictors.members == {
+        "student_a, best on val (3)": (0,),
+        "student_b, best on val (5)": (1,),
+        "mean, best on val (5)": (2, 1),
+        "student_a, last (8)": (3,),
+        "student_b, last (8)": (4,),
+        "mean, last (8)": (3, 4),
+    }
+    (tmp_path / "best_mean.pth").unlink()
+    with pytest.raises(UserError, match="best_mean.pth does not exist"):
+        load_predictors(tmp_path, lambda role: nn.Linear(1, 1, bias=False), "val")

@@ -1,0 +1,154 @@
+import json
+
+import numpy as np
+import pytest
+import textbook
+import torch
+from helpers import GOLDEN, strided
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdcl.losses import discrepancy, mixed_losses
+
+CASES = json.loads((GOLDEN / "losses.json").read_text())
+ARRAYS = np.load(GOLDEN / "losses.npz")
+DICE = {"2d": "batch", "3d": "sample"}
+NAMES = ("dice", "ce", "mse", "kl")
+
+
+def weights(unlabelled_image):
+    return (
+        {"image_weight": 0.5, "patch_weight": 1.0} if unlabelled_image else {"image_weight": 1.0, "patch_weight": 0.5}
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+@pytest.mark.parametrize("row", [0, 1])
+def test_golden_values_and_gradients(case, row):
+    expected = case["rows"][row]
+    logits, other, image_label, patch_label, mask = (
+        torch.from_numpy(ARRAYS[f"{case['name']}/{key}"])
+        for key in ("logits", "other_logits", "image_label", "patch_label", "mask")
+    )
+    logits.requires_grad_()
+    where = discrepancy(logits, other)
+    assert int(where.sum()) == expected["diff"]
+    losses = mixed_losses(
+        logits, image_label, patch_label, mask, **weights(expected["unlab"]), dice=DICE[case["kind"]], discrepancy=where
+    )
+    values = {"sup": (losses["dice"] + losses["ce"]) / 2, "mse": losses["mse"], "kl": losses["kl"]}
+    for name, value in values.items():
+        assert value.item() == pytest.approx(expected[name], rel=1e-5, abs=1e-7)
+        (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
+        figures = expected[f"grad_{name}"]
+        assert gradient.norm().item() == pytest.approx(figures["l2"], rel=1e-5, abs=1e-9)
+        np.testing.assert_allclose(strided(gradient, 16), figures["sample"], rtol=1e-4, atol=1e-8)
+
+
+@st.composite
+def batches(draw):
+    """A random mixed batch of 1 to 3 dimensions, 2 to 5 classes, and any labels and mask."""
+    classes, samples = draw(st.integers(2, 5)), draw(st.integers(1, 3))
+    shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    logits = [torch.randn(samples, classes, *shape, generator=generator) * 3 for _ in range(2)]
+    labels = [torch.randint(classes, (samples, *shape), generator=generator, dtype=torch.uint8) for _ in range(2)]
+    mask = torch.randint(2, tuple(shape), generator=generator).bool()
+    return *logits, *labels, mask
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.sampled_from(["sample", "batch"]), st.booleans())
+def test_agrees_with_the_textbook(batch, dice, unlabelled_image):
+    logits, other, image_label, patch_label, mask = batch
+    where = discrepancy(logits, other)
+    values, gradients = [], []
+    for function in (mixed_losses, textbook.mixed_losses):
+        z = (
+            logits.double().clone().requires_grad_()
+            if function is textbook.mixed_losses
+            else logits.clone().requires_grad_()
+        )
+        losses = function(z, image_label, patch_label, mask, **weights(unlabelled_image), dice=dice, discrepancy=where)
+        total = sum(k * losses[name] for k, name in enumerate(NAMES, start=1))
+        values.append([losses[name].item() for name in NAMES])
+        gradients.append(torch.autograd.grad(total, z)[0].double())
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
+def test_by_hand():
+    """One voxel a region, two classes, logits of 0: every probability is 1/2."""
+    logits = torch.zeros(1, 2, 2, requires_grad=True)
+    image_label, patch_label = torch.tensor([[1, 0]]), torch.tensor([[0, 1]])
+    mask = torch.tensor([True, False])  # both voxels then have the target 1, and argmax decides 0
+    losses = mixed_losses(
+        logits, image_label, patch_label, mask, image_weight=0.5, patch_weight=1.0, dice="sample",
+        discrepancy=torch.tensor([[True, True]]),
+    )  # fmt: skip
+    assert losses["ce"].item() == pytest.approx(1.5 * np.log(2))
+    # Class 1 overlaps by 1/2 of a mass of 1/2 + 1; class 0 by nothing of a mass of 1/2.
+    assert losses["dice"].item() == pytest.approx(1.5 * (1 - (1 / 1.5 + 0) / 2), rel=1e-4)
+    assert losses["mse"].item() == pytest.approx((0.5 + 1) / 2 * 0.25)
+    assert losses["kl"].item() == pytest.approx((0.5 + 1) / 2 * np.log(2))
+
+
+def test_kl_only_counts_where_this_student_is_wrong():
+    logits = torch.tensor([[[4.0, 4.0], [0.0, 0.0]]])  # decides class 0 at both voxels
+    label = torch.tensor([[0, 1]])
+    everywhere = torch.ones(1, 2, dtype=torch.bool)
+    losses = mixed_losses(
+        logits, label, label, everywhere[0], image_weight=1, patch_weight=1, dice="batch", discrepancy=everywhere
+    )
+    expected = -torch.log_softmax(logits[0, :, 1], 0).mean()
+    assert losses["kl"].item() == pytest.approx(expected.item())
+
+
+def test_no_discrepancy_gives_zero_and_a_zero_gradient():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    label, nowhere = torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask = torch.eye(4).bool()
+    losses = mixed_losses(
+        logits, label, label, mask, image_weight=1, patch_weight=0.5, dice="batch", discrepancy=nowhere
+    )
+    for name in ("mse", "kl"):
+        assert losses[name].item() == 0
+        assert torch.autograd.grad(losses[name], logits, retain_graph=True)[0].abs().max() == 0
+
+
+def test_without_a_mask_the_region_is_the_whole_patch():
+    logits, label = torch.randn(2, 2, 4, 4, 4), torch.randint(2, (2, 4, 4, 4))
+    losses = mixed_losses(logits, label, label, None, image_weight=1, patch_weight=1, dice="sample")
+    everywhere = torch.ones(2, 4, 4, 4)
+    assert losses["dice"].item() == pytest.approx(textbook.dice_sample(logits, label, everywhere).item(), rel=1e-5)
+    assert losses["ce"].item() == pytest.approx(textbook.cross_entropy(logits, label, everywhere).item(), rel=1e-5)
+    assert losses["mse"] == losses["kl"] == 0
+
+
+def test_half_precision_logits_are_reduced_in_float32():
+    logits = (torch.randn(1, 2, 64, 64) * 4).bfloat16()
+    label = torch.randint(2, (1, 64, 64))
+    call = {"image_weight": 1, "patch_weight": 1, "dice": "batch", "discrepancy": torch.ones_like(label).bool()}
+    with torch.autocast("cpu", torch.bfloat16):
+        half = mixed_losses(logits, label, label, label[0], **call)
+    full = mixed_losses(logits.float(), label, label, label[0], **call)
+    for name in NAMES:
+        assert half[name].dtype == torch.float32
+        assert half[name].item() == full[name].item()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_label": torch.zeros(2, 4, 5).long()}, "image_label has the shape"),
+        ({"patch_label": torch.zeros(1, 4, 4).long()}, "patch_label has the shape"),
+        ({"mask": torch.ones(4, 3)}, "mask has the shape"),
+        ({"discrepancy": torch.ones(4, 4).bool()}, "discrepancy has the shape"),
+        ({"dice": "voxel"}, "unknown kind of Dice 'voxel'"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, message):
+    label = torch.zeros(2, 4, 4).long()
+    call = {"logits": torch.zeros(2, 3, 4, 4), "image_label": label, "patch_label": label, "mask": torch.ones(4, 4)}
+    with pytest.raises(ValueError, match=message):
+        mixed_losses(**(call | {"image_weight": 1, "patch_weight": 1, "dice": "batch"} | change))

@@ -1,0 +1,28 @@
+import pytest
+import torch
+from torch import nn
+
+from sdcl.teacher import update_teacher
+
+
+def test_parameters_buffers_and_the_rounded_counter():
+    teacher, student = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+    for network, value, counter in ((teacher, 1.0, 3), (student, 2.0, 10)):
+        nn.init.constant_(network.weight, value)
+        network.running_mean.fill_(value)
+        network.num_batches_tracked.fill_(counter)
+    update_teacher(teacher, student, 0.9, buffers=True)
+    assert teacher.weight.item() == pytest.approx(1.1)
+    assert teacher.running_mean.item() == pytest.approx(1.1)
+    assert teacher.num_batches_tracked.item() == 3  # 3.7, rounded down
+    assert student.weight.item() == 2
+    update_teacher(teacher, student, 0.5, buffers=False)
+    assert teacher.weight.item() == pytest.approx(1.55)
+    assert teacher.running_mean.item() == pytest.approx(1.1)
+
+
+def test_no_gradient_reaches_the_teacher():
+    teacher, student = nn.Linear(2, 2), nn.Linear(2, 2)
+    update_teacher(teacher, student, 0.99, buffers=True)
+    assert all(p.grad_fn is None and p.grad is None for p in teacher.parameters())
+    assert torch.isfinite(teacher.weight).all()

@@ -1,0 +1,266 @@
+import csv
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import GOLDEN, fill, method, strided
+from torch import nn
+
+from sdcl import checkpoints
+from sdcl.errors import UserError
+from sdcl.networks import build_network
+from sdcl.report import Validation
+from sdcl.training import (
+    add_teacher,
+    iteration_seed,
+    make_learners,
+    pretrain,
+    pretrain_step,
+    self_train,
+    self_train_step,
+    validation_iterations,
+)
+
+PANEL = np.zeros((3, 4, 4))
+
+
+def without_dropout(network):
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return network
+
+
+def test_three_golden_steps_of_self_training():
+    arrays = np.load(GOLDEN / "trajectory_acdc.npz")
+    figures = json.loads((GOLDEN / "trajectory_acdc.json").read_text())
+    students = (without_dropout(fill(build_network(name, 4), k)) for k, name in enumerate(("unet", "resunet"), start=1))
+    learners = make_learners(*students, base_lr=1e-3)
+    add_teacher(learners)
+    mask = torch.from_numpy(arrays["mask"])
+    for network in learners.networks.values():
+        network.train()
+    for i, (expected, tolerance) in enumerate(zip(figures["rows"], (1e-4, 3e-4, 1e-3), strict=True)):
+        batch = {key: torch.from_numpy(arrays[f"{i}/{key}"]) for key in ("x_a", "x_b", "u_a", "u_b", "y_a", "y_b")}
+        losses = self_train_step(learners, batch, mask, method())
+        for number, role in (("1", "student_a"), ("2", "student_b")):
+            values = {name: losses[f"{role}/{name}"].item() for name in ("loss", "dice", "ce", "mse", "kl")}
+            values["sup"] = (values["dice"] + values["ce"]) / 2
+            for name in ("loss", "sup", "mse", "kl"):
+                assert values[name] == pytest.approx(expected[name + number], rel=tolerance)
+        assert losses["discrepancy"].item() == pytest.approx(expected["diff"], rel=tolerance)
+    with torch.no_grad():
+        output = learners.networks["teacher"].eval()(torch.from_numpy(arrays["eval_input"])).numpy()
+    np.testing.assert_allclose(strided(output, 64), figures["teacher_eval"], atol=1e-3 * output.std())
+
+
+class TinyStreams:
+    """Random batches of 32x32, two labelled and two unlabelled."""
+
+    iterations_per_epoch = 3
+
+    def batches(self, start, stop):
+        for i in range(start, stop):
+            generator = torch.Generator().manual_seed(i)
+            batch = {k: torch.randn(2, 1, 32, 32, generator=generator) for k in ("x_a", "x_b", "u_a", "u_b")}
+            yield batch | {f"y_{d}": (batch[f"x_{d}"][:, 0] > 0).to(torch.uint8) for d in "ab"}
+
+
+def tiny_learners():
+    torch.manual_seed(0)
+    return make_learners(build_network("unet", 2), build_network("unet", 2), base_lr=1e-3)
+
+
+def score(students):
+    """A score that moves with the weights, so that selections can be compared."""
+    a, b = (float(next(s.parameters()).detach().sum() % 1) for s in students)
+    return Validation({"student_a": a, "student_b": b, "mean": (a + b) / 2}, PANEL)
+
+
+def train(folder, settings, validate=score, streams=None):
+    learners = tiny_learners()
+    common = {"validate": validate, "config": {}, "validate_at": validation_iterations(3, 3, 8)}
+    pretrain(learners, streams or TinyStreams(), folder, settings, **common)
+    self_train(learners, streams or TinyStreams(), folder, settings, start_from="best", **common)
+    return learners
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("stage", "when"), [("pre_train", 5), ("self_train", 1), ("self_train", 8)])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, stage, when):
+    settings = method(pre_iterations=8, self_iterations=8, pseudo_label_rule="argmax", log_every=3, save_every=4)
+
+    class Failing(TinyStreams):
+        stages = 0
+
+        def batches(self, start, stop):
+            Failing.stages += 1
+            for i, batch in enumerate(super().batches(start, stop), start=start + 1):
+                if (stage, when) == (["pre_train", "self_train"][Failing.stages - 1], i):
+                    raise Stop
+                yield batch
+
+    whole = train(tmp_path / "whole", settings)
+    with pytest.raises(Stop):
+        train(tmp_path / "stopped", settings, streams=Failing())
+    resumed = train(tmp_path / "stopped", settings)
+    for role, network in whole.networks.items():
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, resumed.networks[role].state_dict()[name]), (role, name)
+    assert whole.best == resumed.best
+    for part in ("pre_train", "self_train"):
+        first, second = ((tmp_path / run / part / "metrics.csv").read_text() for run in ("whole", "stopped"))
+        assert first == second
+        names = sorted(path.name for path in (tmp_path / "whole" / part).glob("*.pth"))
+        assert names == ["best_mean.pth", "best_student_a.pth", "best_student_b.pth", "last.pth"]
+        for name in names:
+            one, two = (checkpoints.load(tmp_path / run / part / name) for run in ("whole", "stopped"))
+            assert one["iteration"] == two["iteration"] and one["best"] == two["best"], name
+    rows = list(csv.DictReader((tmp_path / "stopped" / "pre_train" / "metrics.csv").open()))
+    assert [int(row["iteration"]) for row in rows] == list(range(1, 9))
+    assert [bool(row["val_dice/mean"]) for row in rows] == [i in (3, 6, 8) for i in range(1, 9)]
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    settings = method(pre_iterations=2, self_iterations=2)
+    train(tmp_path, settings)
+    before = (tmp_path / "self_train" / "last.pth").read_bytes()
+
+    def fail(students):
+        raise AssertionError("validated again")
+
+    train(tmp_path, settings, validate=fail)
+    assert (tmp_path / "self_train" / "last.pth").read_bytes() == before
+
+
+def test_the_best_is_what_was_scored(tmp_path):
+    """The second validation is the best for student a, the first for the mean; the mean's file is a pair."""
+    scores = iter([(0.1, 0.2, 0.9), (0.7, 0.1, 0.3), (0.3, 0.1, 0.3)])
+    weights = []
+
+    def validate(students):
+        assert not any(s.training for s in students)
+        weights.append([{k: v.clone() for k, v in s.state_dict().items()} for s in students])
+        return Validation(dict(zip(("student_a", "student_b", "mean"), next(scores), strict=True)), PANEL)
+
+    learners = tiny_learners()
+    pretrain(
+        learners, TinyStreams(), tmp_path, method(pre_iterations=3), validate=validate,
+        validate_at=range(1, 4), config={},
+    )  # fmt: skip
+    for name, moment, roles in (
+        ("student_a", 1, ["student_a"]),
+        ("student_b", 0, ["student_b"]),
+        ("mean", 0, ["student_a", "student_b"]),
+    ):
+        saved = checkpoints.load(tmp_path / "pre_train" / f"best_{name}.pth")
+        assert list(saved["networks"]) == roles and saved["iteration"] == moment + 1
+        assert list(saved["optimisers"]) == roles
+        for role in roles:
+            expected = weights[moment][["student_a", "student_b"].index(role)]
+            assert all(torch.equal(expected[key], value) for key, value in saved["networks"][role].items())
+
+
+def test_self_training_starts_from_stage_one(tmp_path):
+    """Before the first step: each student from its own best with its optimiser, the teacher a copy of student a."""
+    settings = method(pre_iterations=4, self_iterations=1, mse_weight=0.0, kl_weight=0.0)
+    pretrain(tiny_learners(), TinyStreams(), tmp_path, settings, validate=score, validate_at=range(1, 5), config={})
+    learners = tiny_learners()
+
+    class Peek(TinyStreams):
+        def batches(self, start, stop):
+            for role in ("student_a", "student_b"):
+                best = checkpoints.load(tmp_path / "pre_train" / f"best_{role}.pth")
+                state = learners.networks[role].state_dict()
+                assert all(torch.equal(state[k], v) for k, v in best["networks"][role].items())
+                moments = learners.optimisers[role].state_dict()["state"][0]
+                assert torch.equal(moments["exp_avg"], best["optimisers"][role]["state"][0]["exp_avg"])
+            teacher = learners.networks["teacher"].state_dict()
+            assert all(torch.equal(v, teacher[k]) for k, v in learners.networks["student_a"].state_dict().items())
+            assert not any(p.requires_grad for p in learners.networks["teacher"].parameters())
+            raise Stop
+
+    with pytest.raises(Stop):
+        self_train(learners, Peek(), tmp_path, settings, validate=score, validate_at=(), config={}, start_from="best")
+
+
+def test_self_training_can_start_from_another_run_and_says_when_there_is_none(tmp_path):
+    settings = method(pre_iterations=2, self_iterations=1)
+    common = {"validate": score, "validate_at": (), "config": {}}
+    pretrain(tiny_learners(), TinyStreams(), tmp_path / "one", settings, **common)
+    two = {"start_from": "last", "pretrained": tmp_path / "one", **common}
+    self_train(tiny_learners(), TinyStreams(), tmp_path / "two", settings, **two)
+    assert (tmp_path / "two" / "self_train" / "last.pth").exists()
+    with pytest.raises(UserError, match="last.pth does not exist: train first"):
+        self_train(tiny_learners(), TinyStreams(), tmp_path / "three", settings, start_from="last", **common)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
+    class Poisoned(TinyStreams):
+        def batches(self, start, stop):
+            for i, batch in enumerate(super().batches(start, stop), start=1):
+                if i == 3:
+                    batch["x_a"][0, 0, 0, 0] = math.nan
+                yield batch
+
+    with pytest.raises(UserError, match="became nan or infinite at iteration 3 of pre_train"):
+        train(tmp_path, method(save_every=2), streams=Poisoned())
+    assert checkpoints.load(tmp_path / "pre_train" / "last.pth")["iteration"] == 2
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
+    settings = method(pre_iterations=2)
+    train(tmp_path, settings)
+    shutil.rmtree(tmp_path / "self_train")
+    learners = make_learners(build_network("unet", 3), build_network("unet", 3), 1e-3)
+    with pytest.raises(UserError, match="last.pth does not fit these networks"):
+        pretrain(learners, TinyStreams(), tmp_path, settings, validate=score, validate_at=(), config={})
+
+
+@pytest.mark.parametrize("shape", [(32, 16), (32, 16, 16)])
+def test_steps_serve_two_and_three_dimensions(shape):
+    names = ("unet", "resunet") if len(shape) == 2 else ("vnet", "resvnet")
+    torch.manual_seed(0)
+    learners = make_learners(*(build_network(name, 3) for name in names), base_lr=1e-3)
+    batch = {key: torch.randn(2, 1, *shape) for key in ("x_a", "x_b", "u_a", "u_b")}
+    batch |= {key: torch.randint(3, (2, *shape), dtype=torch.uint8) for key in ("y_a", "y_b")}
+    mask = torch.ones(shape).bool()
+    mask[:8] = False
+    settings = method(dice="sample", pre_dice="whole", connectivity=8 if len(shape) == 2 else 26)
+    losses = pretrain_step(learners, batch, mask, settings)
+    add_teacher(learners)
+    losses |= self_train_step(learners, batch, mask, settings)
+    assert all(torch.isfinite(value) and not value.requires_grad for value in losses.values())
+
+
+def test_loss_weights_come_from_the_settings():
+    def loss(**changes):
+        torch.manual_seed(0)
+        students = (without_dropout(build_network(name, 2)) for name in ("unet", "resunet"))
+        learners = make_learners(*students, base_lr=1e-3)
+        add_teacher(learners)
+        batch = next(iter(TinyStreams().batches(0, 1)))
+        mask = torch.zeros(32, 32).bool()
+        mask[8:] = True
+        return {k: v.item() for k, v in self_train_step(learners, batch, mask, method(**changes)).items()}
+
+    base, heavy = loss(mse_weight=0.0, kl_weight=0.0), loss(mse_weight=2.0, kl_weight=3.0)
+    for role in ("student_a", "student_b"):
+        added = 2 * heavy[f"{role}/mse"] + 3 * heavy[f"{role}/kl"]
+        assert heavy[f"{role}/loss"] == pytest.approx(base[f"{role}/loss"] + added, rel=1e-5)
+        assert base[f"{role}/loss"] == pytest.approx((base[f"{role}/dice"] + base[f"{role}/ce"]) / 2, rel=1e-5)
+    assert loss(u_weight=0.0)["student_a/ce"] < base["student_a/ce"]
+
+
+def test_validation_iterations_and_seeds():
+    assert list(validation_iterations(5650, 565, 11_300)) == list(range(5650, 11_301, 565))
+    assert list(validation_iterations(200, 200, 700)) == [200, 400, 600]
+    assert list(validation_iterations(10, 0, 700)) == []
+    seeds = {iteration_seed(s, stage, i) for s in (0, 1) for stage in ("pre_train", "self_train") for i in range(50)}
+    assert len(seeds) == 200
