@@ -4,21 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from dataloaders.acdc import CLASS_NAMES, AcdcSlices, check_root, read_volumes, split_by_patients
 from dataloaders.files import read_list
 from dataloaders.streams import Streams
-from sdcl.config import as_dict, check_common, describe, run_script, select_device, set_determinism
+from sdcl.config import run_script
 from sdcl.errors import UserError
+from sdcl.evaluation import Task
+from sdcl.experiment import begin, train
 from sdcl.inference import slice_wise
-from sdcl.networks import build_network
-from sdcl.report import validator
-from sdcl.runs import LOGGER, open_run, run_folder, start_logging
-from sdcl.training import make_learners, pretrain, self_train, validation_iterations
+from sdcl.training import validation_iterations
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_CLASSES = len(CLASS_NAMES) + 1  # with background
 
 
 @dataclass
@@ -82,22 +78,16 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse a configuration that cannot be trained."""
-    check_common(config)
     check_root(config.root_path)
     if config.pseudo_label_rule == "threshold":
-        raise UserError(f"--pseudo_label_rule threshold is for two classes, not {NUM_CLASSES}: use argmax.")
+        raise UserError(f"--pseudo_label_rule threshold is for two classes, not {len(CLASS_NAMES) + 1}: use argmax.")
     if config.connectivity not in (4, 8):
         raise UserError(f"--connectivity is {config.connectivity}: slices know 4 or 8 neighbours.")
 
 
 def main(config: Config) -> None:
-    """Build data, networks and optimisers, and run both stages."""
-    start_logging()
-    device = select_device(config.device, config.gpu)
-    set_determinism(config.deterministic)
-    check(config)
-    LOGGER.info("%s\n%s", __doc__, describe(config))
-
+    """Read the data and run both stages."""
+    device = begin(config, check)
     slices = read_list(config.root_path / "data_split" / "train_slices.list")
     labelled_names, unlabelled_names = split_by_patients(slices, config.labelnum)
     if not unlabelled_names and config.self_iterations:
@@ -105,35 +95,22 @@ def main(config: Config) -> None:
             f"--labelnum {config.labelnum} leaves no unlabelled patients: lower it, or give --self_iterations 0 "
             "for supervised pre-training alone."
         )
-    reading = {"size": config.patch_size, "num_classes": NUM_CLASSES, "cache_gb": config.cache_gb}
-    labelled = AcdcSlices(config.root_path, labelled_names, labelled=True, **reading)
-    unlabelled = AcdcSlices(config.root_path, unlabelled_names, labelled=False, **reading)
-    cases = read_volumes(config.root_path, "val", NUM_CLASSES)
-    order = {
-        "batch_size": config.batch_size, "seed": config.seed, "shuffle": config.shuffle,
-        "labelled_repeat": config.labelled_repeat, "unlabelled_repeat": config.unlabelled_repeat,
-    }  # fmt: skip
 
     def infer(networks, volume):
-        return slice_wise(networks, volume, config.patch_size, NUM_CLASSES, config.batch_size, config.precision)
+        return slice_wise(networks, volume, config.patch_size, task.num_classes, config.batch_size, config.precision)
 
-    torch.manual_seed(config.seed)
-    student_a, student_b = (build_network(n, NUM_CLASSES).to(device) for n in (config.student_a, config.student_b))
-    learners = make_learners(student_a, student_b, config.base_lr)
-    folder = run_folder(config.models_path, "acdc", config.exp, config.labelnum)
-    open_run(folder, as_dict(config), device)
-    common = {"method": config, "validate": validator(cases, infer, CLASS_NAMES), "config": as_dict(config)}
-    if config.pretrained is None:
-        stage_1 = Streams(labelled, None, **order)
-        at = validation_iterations(config.pre_val_from, config.pre_val_every, config.pre_iterations)
-        pretrain(learners, stage_1, folder, validate_at=at, **common)
-    if config.self_iterations:
-        stage_2 = Streams(labelled, unlabelled, **order)
-        at = validation_iterations(config.self_val_every, config.self_val_every, config.self_iterations)
-        start = "last" if config.select == "last" else "best"
-        self_train(learners, stage_2, folder, validate_at=at, start_from=start, pretrained=config.pretrained, **common)
-    LOGGER.info(
-        "done: %s; score it with `python code/test_ACDC.py --exp %s --labelnum %d`", folder, config.exp, config.labelnum
+    task = Task("acdc", CLASS_NAMES, infer)
+    reading = {"size": config.patch_size, "num_classes": task.num_classes, "cache_gb": config.cache_gb}
+    labelled = AcdcSlices(config.root_path, labelled_names, labelled=True, **reading)
+    unlabelled = AcdcSlices(config.root_path, unlabelled_names, labelled=False, **reading)
+    train(
+        config,
+        task,
+        device,
+        make_streams=lambda with_unlabelled: Streams.of(config, labelled, unlabelled if with_unlabelled else None),
+        cases=read_volumes(config.root_path, "val", task.num_classes),
+        pre_val_at=validation_iterations(config.pre_val_from, config.pre_val_every, config.pre_iterations),
+        self_val_at=validation_iterations(config.self_val_every, config.self_val_every, config.self_iterations),
     )
 
 

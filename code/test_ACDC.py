@@ -5,17 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from dataloaders.acdc import CLASS_NAMES, check_root, read_volumes
-from sdcl.checkpoints import load_weights
-from sdcl.config import check_common, run_script, select_device
-from sdcl.errors import UserError
-from sdcl.evaluation import PREDICTORS, STUDENTS, Predictors, load_predictors
+from sdcl.config import run_script
+from sdcl.evaluation import Task
+from sdcl.experiment import begin, find_run, test
 from sdcl.inference import slice_wise
-from sdcl.networks import build_network
-from sdcl.report import write_test
-from sdcl.runs import LOGGER, read_config, run_folder, start_logging
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_CLASSES = len(CLASS_NAMES) + 1  # with background
 
 
 @dataclass
@@ -44,38 +39,17 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Load the networks, score the volumes, print and write tables and a figure."""
-    start_logging()
-    check_common(config)
-    check_root(config.root_path)
-    device = select_device(config.device, config.gpu)
-    run = run_folder(config.models_path, "acdc", config.exp, config.labelnum)
-    files = dict(zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True))
-    if any(files.values()) and not all(files.values()):
-        raise UserError("--student_a_weights and --student_b_weights belong together: give both or none.")
-    trained = vars(config) if all(files.values()) else read_config(run)
-    size = tuple(trained["patch_size"])
-
-    def make_student(role):
-        return build_network(trained[role], NUM_CLASSES).to(device)
-
-    if all(files.values()):
-        networks = [make_student(role) for role in STUDENTS]
-        for network, path in zip(networks, files.values(), strict=True):
-            LOGGER.info("%s", load_weights(network, path))
-        predictors = Predictors(networks, PREDICTORS)
-    else:
-        predictors = load_predictors(run / config.stage, make_student, selected_on="val")
-    cases = read_volumes(config.root_path, config.split, NUM_CLASSES)
+    """Read the run's settings and the volumes, score, print and write."""
+    device = begin(config, lambda config: check_root(config.root_path))
+    folder, trained = find_run(config, "acdc")
 
     def infer(networks, volume):
-        return slice_wise(networks, volume, size, NUM_CLASSES, config.batch_size, config.precision)
+        size = trained["patch_size"]
+        return slice_wise(networks, volume, size, task.num_classes, config.batch_size, config.precision)
 
-    folder = run / "test" / f"{config.stage}_{config.split}"
-    facts = {"split": config.split, "stage": config.stage}
-    write_test(folder, predictors, cases, infer, CLASS_NAMES, config.protocol, facts)
-    if config.split == "val" and not all(files.values()):
-        LOGGER.info("The rows 'best on val' were selected on these volumes, which flatters them; 'last' was not.")
+    task = Task("acdc", CLASS_NAMES, infer)
+    cases = read_volumes(config.root_path, config.split, task.num_classes)
+    test(config, task, device, folder, trained, cases, config.split)
 
 
 if __name__ == "__main__":

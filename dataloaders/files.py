@@ -78,6 +78,22 @@ def read_sample(path: Path, *, ndim: int, num_classes: int, needs_label: bool = 
     return _checked(path, image, label, ndim, num_classes)
 
 
+def read_spacing(path: Path) -> tuple[float, ...] | None:
+    """Return the voxel sides in mm that a file's attribute `spacing` gives, or None where it has none.
+
+    Raises:
+        UserError: the attribute is not a positive length for each axis.
+    """
+    with h5py.File(path, "r") as file:
+        if "spacing" not in file.attrs:
+            return None
+        values = np.ravel(file.attrs["spacing"])
+        ndim = file["image"].ndim
+    if values.dtype.kind not in "fiu" or len(values) != ndim or not (np.isfinite(values) & (values > 0)).all():
+        raise UserError(f"{path}: the attribute `spacing` is {values}, it needs {ndim} lengths in mm: correct it.")
+    return tuple(float(value) for value in values)
+
+
 def _checked(path: Path, image: np.ndarray, label: np.ndarray | None, ndim: int, num_classes: int) -> Sample:
     if not isinstance(image, np.ndarray) or image.ndim != ndim or 0 in image.shape:
         raise UserError(
@@ -115,6 +131,7 @@ class Cache:
         ndim: see read_sample.
         num_classes: see read_sample.
         needs_label: see read_sample.
+        dtype: of the images kept.
 
     Raises:
         UserError: the first file that is missing or wrong; every file is checked here, before any training.
@@ -129,13 +146,15 @@ class Cache:
         ndim: int,
         num_classes: int,
         needs_label: bool = True,
+        dtype: str = "float32",
     ):
+        self._dtype = dtype
         self._paths = list(paths)
         self._how = {"ndim": ndim, "num_classes": num_classes, "needs_label": needs_label}
         self._kept: list[Sample | None] = []
         total = kept = 0
         for path in tqdm(self._paths, desc=f"reading {what}", unit="file", leave=False, dynamic_ncols=True):
-            sample = read_sample(path, **self._how)
+            sample = self._read(path)
             total += sample.num_bytes
             keep = total <= bound_gb * 2**30
             kept += sample.num_bytes if keep else 0
@@ -151,7 +170,11 @@ class Cache:
     def __getitem__(self, index: int) -> Sample:
         """Return one decoded file."""
         kept = self._kept[index]
-        return kept if kept is not None else read_sample(self._paths[index], **self._how)
+        return kept if kept is not None else self._read(self._paths[index])
+
+    def _read(self, path: Path) -> Sample:
+        sample = read_sample(path, **self._how)
+        return Sample(sample.image.astype(self._dtype, copy=False), sample.label)
 
 
 def sample_seed(*numbers: int | str) -> np.random.Generator:

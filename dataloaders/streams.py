@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -71,6 +71,19 @@ class Streams:
                 f"--batch_size {batch_size} is more than the {len(cases)} {kind} cases repeated {repeat} times: "
                 f"lower it or raise --{kind}_repeat."
             )
+
+    @classmethod
+    def of(cls, config: Any, labelled: TrainingSet, unlabelled: TrainingSet | None) -> "Streams":
+        """Make the streams with a script's header's settings."""
+        return cls(
+            labelled,
+            unlabelled,
+            batch_size=config.batch_size,
+            labelled_repeat=config.labelled_repeat,
+            unlabelled_repeat=config.unlabelled_repeat,
+            seed=config.seed,
+            shuffle=config.shuffle,
+        )
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the batches of iterations start to stop - 1 (from 0), prepared ahead by another thread.

@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from sdcl import report
 from sdcl.checkpoints import save
 from sdcl.errors import UserError
 from sdcl.evaluation import (
     Case,
     CaseRow,
+    Decision,
     Predictors,
+    Task,
     evaluate,
     format_cases,
     format_table,
@@ -19,13 +22,13 @@ from sdcl.evaluation import (
     mean_dice,
     summarise,
 )
-from sdcl.report import best_median_worst, panel, validator, write_test
+from sdcl.report import best_median_worst, panel, validator
 
 NAN = math.nan
 
 
 def row(case="c1", structure="LV", dice=1.0, hd95=2.0, empty=False, predictor="a"):
-    return CaseRow(predictor, case, structure, dice, dice / 2, hd95, hd95 / 2, empty)
+    return CaseRow(predictor, case, structure, dice, dice / 2, hd95, hd95 / 2, NAN, NAN, empty)
 
 
 def cases(count=3):
@@ -55,7 +58,10 @@ def test_one_pass_scores_students_and_their_mean():
 
     predictors = Predictors([nn.Identity(), nn.Identity()], {"a": (0,), "b": (1,), "mean": (0, 1)})
     rows = evaluate(
-        predictors, cases(), counted, ("x", "y"), on_case=lambda case, maps: seen.append((case.name, set(maps)))
+        predictors,
+        cases(),
+        Task("t", ("x", "y"), counted),
+        on_case=lambda case, maps: seen.append((case.name, set(maps))),
     )
     assert calls == [2, 2, 2] and len(rows) == 3 * 3 * 2
     assert seen == [(f"case{k}", {"a", "b", "mean"}) for k in range(3)]
@@ -97,7 +103,14 @@ def test_the_papers_protocol_scores_an_empty_mask_zero_in_all_four():
     rows = [row("c1", "LV", 0.5, 3.0), row("c2", "LV", 0.0, NAN, True), row("c3", "LV", NAN, NAN, True)]
     (default,) = summarise(rows)
     (paper,) = summarise(rows, "paper")
-    assert default.means["hd95"] == 3.0 and default.counts == {"dice": 2, "jaccard": 2, "hd95": 1, "asd": 1}
+    assert default.means["hd95"] == 3.0 and default.counts == {
+        "dice": 2,
+        "jaccard": 2,
+        "hd95": 1,
+        "asd": 1,
+        "hd95_mm": 0,
+        "asd_mm": 0,
+    }
     assert paper.means["hd95"] == 1.0 and paper.means["dice"] == pytest.approx(0.5 / 3) and paper.empty == 2
     assert "flatters" in format_table([paper], "paper")
 
@@ -108,7 +121,7 @@ def test_case_lines():
 
 
 def test_validator_scores_without_distances_and_draws_the_first_case():
-    validation = validator(cases(), infer, ("x", "y"))([nn.Identity(), nn.Identity()])
+    validation = validator(cases(), Task("t", ("x", "y"), infer))([nn.Identity(), nn.Identity()])
     assert set(validation.dice) == {"student_a", "student_b", "mean"}
     assert validation.panel.shape == (3, 8, 40) and 0 <= validation.panel.min() <= validation.panel.max() <= 1
 
@@ -118,7 +131,7 @@ def test_the_panel_marks_exactly_where_the_students_differ():
     a = np.zeros((1, 4, 4), np.uint8)
     b = a.copy()
     b[0, 1, 2] = 1
-    picture = panel(case, {"a": a, "b": b}, ("a", "b"))[:, :, 16:]
+    picture = panel(case, (a, b), 0)[:, :, 16:]
     assert np.argwhere(picture.any(0)).tolist() == [[1, 2]]
 
 
@@ -129,12 +142,13 @@ def test_best_median_worst():
 
 def test_files_of_a_test(tmp_path):
     predictors = Predictors([nn.Identity(), nn.Identity()], {"a": (0,), "b": (1,), "mean": (0, 1)})
-    write_test(tmp_path / "t", predictors, cases(), infer, ("x", "y"), "default", {"split": "val"})
+    report.test_report(tmp_path / "t", predictors, cases(), Task("t", ("x", "y"), infer), "default", {"split": "val"})
     content = json.loads((tmp_path / "t" / "summary.json").read_text())
     assert content["split"] == "val" and content["protocol"] == "default" and len(content["summary"]) == 9
     lines = (tmp_path / "t" / "cases.csv").read_text().splitlines()
-    assert lines[0] == "predictor,case,structure,dice,jaccard,hd95,asd,empty" and len(lines) == 19
-    assert (tmp_path / "t" / "cases.png").read_bytes().startswith(b"\x89PNG")
+    assert lines[0] == "predictor,case,structure,dice,jaccard,hd95,asd,hd95_mm,asd_mm,empty" and len(lines) == 19
+    for name in ("cases.png", "metrics.png"):
+        assert (tmp_path / "t" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_predictors_load_each_network_once(tmp_path):
@@ -165,3 +179,20 @@ def test_predictors_load_each_network_once(tmp_path):
     (tmp_path / "best_mean.pth").unlink()
     with pytest.raises(UserError, match="best_mean.pth does not exist"):
         load_predictors(tmp_path, lambda role: nn.Linear(1, 1, bias=False), "val")
+
+
+def test_distances_in_mm_where_the_spacing_is_known():
+    label = np.zeros((1, 1, 8), np.uint8)
+    label[..., 2] = 1
+    case = Case("c", np.roll(label, 3, axis=2).astype(np.float32), label, spacing=(1.0, 1.0, 0.5))
+    task = Task("t", ("x",), lambda networks, volume: [np.stack([1 - volume, volume])])
+    (row,) = evaluate(Predictors([nn.Identity()], {"a": (0,)}), [case], task)
+    assert (row.hd95, row.hd95_mm, row.asd, row.asd_mm) == (3, 1.5, 3, 1.5)
+    assert "95HD [mm]" in format_table(summarise([row])) and "95HD [mm]" in format_cases([row])
+
+
+def test_decisions():
+    p = np.array([[0.5, 0.4, 0.7], [0.5, 0.6, 0.3]])[:, None]
+    assert Decision("threshold")(p).tolist() == Decision("argmax")(p).tolist() == [[0, 1, 0]]
+    p = np.array([[0.1, 0.9, 0.2, 0.2], [0.9, 0.1, 0.8, 0.8]])[:, None]
+    assert Decision("argmax", largest_component=4)(p).tolist() == [[0, 0, 1, 1]]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,14 +10,22 @@ import numpy as np
 from torch import nn
 
 from sdcl.checkpoints import load_weights
-from sdcl.metrics import CaseMetrics, case_metrics
+from sdcl.metrics import case_metrics
+from sdcl.pseudo_labels import largest_components
 
 STUDENTS = ("student_a", "student_b")
 PREDICTORS = {"student_a": (0,), "student_b": (1,), "mean": (0, 1)}  # members, as indices into STUDENTS
-METRICS = ("dice", "jaccard", "hd95", "asd")
-HEADINGS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "95HD [voxel]", "asd": "ASD [voxel]"}
+METRICS = {
+    "dice": "Dice",
+    "jaccard": "Jaccard",
+    "hd95": "95HD [voxel]",
+    "asd": "ASD [voxel]",
+    "hd95_mm": "95HD [mm]",
+    "asd_mm": "ASD [mm]",
+}  # name to heading
 MEAN = "mean"  # the row that averages the foreground classes of a case
 Protocol = Literal["default", "paper"]
+Rule = Literal["argmax", "threshold"]
 Infer = Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]]
 
 
@@ -29,16 +37,62 @@ class Case:
         name: as in the list.
         image: (*S) float32.
         label: (*S) uint8, the reference.
+        spacing: voxel sides in mm, where known.
     """
 
     name: str
     image: np.ndarray
     label: np.ndarray
+    spacing: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How probabilities (C, *S) become a label map.
+
+    Attributes:
+        rule: "argmax", or "threshold": class 1 where its probability is above 0.5, of two classes.
+        largest_component: neighbours (4 or 8; 6, 18 or 26) by which only each class's largest component is kept;
+            None keeps all.
+    """
+
+    rule: Rule = "argmax"
+    largest_component: int | None = None
+
+    def __call__(self, probabilities: np.ndarray) -> np.ndarray:
+        """Return the label map (*S), uint8."""
+        labels = probabilities[1] > 0.5 if self.rule == "threshold" else probabilities.argmax(0)
+        labels = labels.astype(np.uint8)
+        return labels if self.largest_component is None else largest_components(labels, self.largest_component)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a data set fixes.
+
+    Attributes:
+        name: of the data set, in the run folder's name.
+        class_names: of the foreground classes 1 to C - 1.
+        infer: maps networks and a volume (*S) to each network's probabilities (C, *S).
+        decision: how probabilities become a label map.
+        planes: axes across which slices are shown, the most familiar one first.
+    """
+
+    name: str
+    class_names: Sequence[str]
+    infer: Infer
+    decision: Decision = Decision()
+    planes: tuple[int, ...] = (0,)
+
+    @property
+    def num_classes(self) -> int:
+        """Count the classes, background included."""
+        return len(self.class_names) + 1
 
 
 @dataclass(frozen=True)
 class CaseRow:
-    """The metrics of one class of one case under one predictor; distances in voxels."""
+    """The metrics of one class of one case under one predictor; distances in voxels, and in mm or nan."""
 
     predictor: str
     case: str
@@ -47,6 +101,8 @@ class CaseRow:
     jaccard: float
     hd95: float
     asd: float
+    hd95_mm: float
+    asd_mm: float
     empty: bool
 
 
@@ -83,6 +139,8 @@ class Predictors:
 def load_predictors(folder: Path, make_student: Callable[[str], nn.Module], selected_on: str) -> Predictors:
     """Load a stage's best and last student a, student b and mean; checkpoints of the same weights only once.
 
+    A run that was never validated has no best ones.
+
     Args:
         folder: a run's pre_train/ or self_train/.
         make_student: builds the network of "student_a" or "student_b", on its device.
@@ -94,7 +152,8 @@ def load_predictors(folder: Path, make_student: Callable[[str], nn.Module], sele
     known: dict[tuple[str, int | None], int] = {}
     networks: list[nn.Module] = []
     members: dict[str, tuple[int, ...]] = {}
-    for kind in (f"best on {selected_on}", "last"):
+    was_validated = any((folder / f"best_{name}.pth").exists() for name in PREDICTORS)
+    for kind in [f"best on {selected_on}"] * was_validated + ["last"]:
         for name, indices in PREDICTORS.items():
             path = folder / ("last.pth" if kind == "last" else f"best_{name}.pth")
             chosen = []
@@ -112,8 +171,7 @@ def load_predictors(folder: Path, make_student: Callable[[str], nn.Module], sele
 def evaluate(
     predictors: Predictors,
     cases: Iterable[Case],
-    infer: Infer,
-    class_names: Sequence[str],
+    task: Task,
     *,
     distances: bool = True,
     on_case: Callable[[Case, dict[str, np.ndarray]], None] | None = None,
@@ -123,35 +181,47 @@ def evaluate(
     Args:
         predictors: networks, and the predictors made of them.
         cases: what to score.
-        infer: maps networks and a volume (*S) to each network's probabilities (C, *S).
-        class_names: of the foreground classes 1 to C - 1.
+        task: how to predict, how to decide, and the structures' names.
         distances: also compute 95HD and ASD.
         on_case: called with each case and its label maps by predictor, for figures and files.
 
     Returns:
         A row for each predictor, case and class.
     """
-    rows = []
+    rows: list[CaseRow] = []
     for case in cases:
-        probabilities = infer(predictors.networks, case.image)
+        probabilities = task.infer(predictors.networks, case.image)
         label_maps = {
-            name: sum(probabilities[i] for i in members).argmax(0).astype(np.uint8)
+            name: task.decision(np.mean([probabilities[i] for i in members], axis=0))
             for name, members in predictors.members.items()
         }
         for name, label_map in label_maps.items():
-            for c, structure in enumerate(class_names, start=1):
-                metrics = case_metrics(label_map == c, case.label == c, distances=distances)
-                rows.append(CaseRow(name, case.name, structure, **asdict(metrics)))
+            rows += [
+                _score(name, case, structure, label_map == c, case.label == c, distances)
+                for c, structure in enumerate(task.class_names, start=1)
+            ]
         if on_case is not None:
             on_case(case, label_maps)
     return rows
+
+
+def _score(
+    predictor: str, case: Case, structure: str, prediction: np.ndarray, reference: np.ndarray, distances: bool
+) -> CaseRow:
+    voxels = case_metrics(prediction, reference, distances=distances)
+    mm = case_metrics(prediction, reference, case.spacing) if case.spacing and distances else None
+    hd95_mm, asd_mm = (mm.hd95, mm.asd) if mm else (math.nan, math.nan)
+    return CaseRow(
+        predictor, case.name, structure, voxels.dice, voxels.jaccard, voxels.hd95, voxels.asd, hd95_mm, asd_mm,
+        voxels.empty,
+    )  # fmt: skip
 
 
 def apply_protocol(row: CaseRow, protocol: Protocol) -> CaseRow:
     """Return a row as a protocol counts it: "paper" scores an empty mask 0 in all four, which flatters distances."""
     if protocol == "default" or not row.empty:
         return row
-    return CaseRow(row.predictor, row.case, row.structure, **asdict(CaseMetrics(0.0, 0.0, 0.0, 0.0, empty=True)))
+    return replace(row, **dict.fromkeys(METRICS, 0.0))
 
 
 def summarise(rows: Sequence[CaseRow], protocol: Protocol = "default") -> list[SummaryRow]:
@@ -207,11 +277,18 @@ def format_cases(rows: Sequence[CaseRow]) -> str:
     for row in rows:
         groups.setdefault((row.case, row.predictor), []).append(row)
     names = "/".join(structures)
-    lines = [["case", "predictor", *(f"{heading} {names}" for heading in HEADINGS.values())]]
+    metrics = shown_metrics(rows)
+    lines = [["case", "predictor", *(f"{METRICS[m]} {names}" for m in metrics)]]
     for (case, predictor), members in groups.items():
-        cells = [" ".join(f"{getattr(row, m):.{_digits(m)}f}" for row in members) for m in METRICS]
+        cells = [" ".join(f"{getattr(row, m):.{_digits(m)}f}" for row in members) for m in metrics]
         lines.append([case, predictor, *cells])
     return _aligned(lines)
+
+
+def shown_metrics(rows: Sequence[CaseRow]) -> list[str]:
+    """List the metrics to show: distances in mm only where some spacing is known."""
+    in_mm = any(not math.isnan(row.hd95_mm) for row in rows)
+    return [metric for metric in METRICS if in_mm or not metric.endswith("_mm")]
 
 
 def _digits(metric: str) -> int:
@@ -228,12 +305,13 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
 
 def format_table(summary: Sequence[SummaryRow], protocol: Protocol = "default") -> str:
     """Return the summary as text: mean ± standard deviation, n where cases were left out, and empty masks' count."""
-    header = ["predictor", "structure", *HEADINGS.values(), "empty"]
+    metrics = [m for m in METRICS if any(row.counts[m] for row in summary) or not m.endswith("_mm")]
+    header = ["predictor", "structure", *(METRICS[m] for m in metrics), "empty"]
     lines = [header]
     n = max((count for row in summary for count in row.counts.values()), default=0)
     for row in summary:
         cells = []
-        for metric in METRICS:
+        for metric in metrics:
             digits = _digits(metric)
             left_out = f" (n={row.counts[metric]})" if row.counts[metric] < n else ""
             cells.append(f"{row.means[metric]:.{digits}f} ± {row.deviations[metric]:.{digits}f}{left_out}")

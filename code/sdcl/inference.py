@@ -1,12 +1,18 @@
 """From a volume to each network's class probabilities: slice by slice, or window by window."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import combinations, product
+from typing import Literal
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
+
+Weighting = Literal["constant", "gaussian"]
+GAUSSIAN_SIGMA = 1 / 8  # of the window's side
 
 
 @lru_cache(maxsize=1024)
@@ -90,3 +96,101 @@ def slice_wise(
             back = nearest_zoom(probabilities.cpu().numpy(), (height, width), background)  # (n, C, H, W)
             result[:, start : start + len(back)] = back.swapaxes(0, 1)
     return results
+
+
+def window_starts(side: int, patch: int, stride: int) -> list[int]:
+    """Return where the windows begin on one axis: ceil((side - patch) / stride) + 1 places, the last shifted to fit."""
+    count = math.ceil((side - patch) / stride) + 1
+    return [min(stride * i, side - patch) for i in range(count)]
+
+
+def window_profile(patch: int, weighting: Weighting) -> Tensor:
+    """Return a window's weight along one axis (patch,); a window's weight is the product over its axes."""
+    if weighting == "constant":
+        return torch.ones(patch)
+    offset = torch.arange(patch) - (patch - 1) / 2
+    return torch.exp(-0.5 * (offset / (GAUSSIAN_SIGMA * patch)) ** 2).clamp_min(1e-3)
+
+
+def predict_flipped(networks: Sequence[nn.Module], images: Tensor, precision: str) -> list[Tensor]:
+    """Average each network's probabilities over all flips of the spatial axes; see predict()."""
+    axes = range(2, images.ndim)
+    flips = [flip for count in range(images.ndim - 1) for flip in combinations(axes, count)]
+    sums: list[Tensor] = []
+    for flip in flips:
+        flipped = [p.flip(flip) for p in predict(networks, images.flip(flip), precision)]
+        sums = [total + p for total, p in zip(sums, flipped, strict=True)] if sums else flipped
+    return [total / len(flips) for total in sums]
+
+
+def sliding_window(
+    networks: Sequence[nn.Module],
+    volume: np.ndarray,
+    patch_size: Sequence[int],
+    stride: Sequence[int],
+    num_classes: int,
+    batch_size: int = 4,
+    precision: str = "fp32",
+    weighting: Weighting = "constant",
+    tta: bool = False,
+) -> list[np.ndarray]:
+    """Predict a volume window by window with 3D networks; one pass over the windows serves all of them.
+
+    The windows are summed in float32 on the networks' device, in a slab as thick as a window that moves along the
+    first axis, so that the device's memory does not depend on the volume's first side.
+
+    Args:
+        networks: 3D networks on one device.
+        volume: (X, Y, Z); padded with zeros to at least the patch, and cropped back.
+        patch_size: the window's sides, in voxels.
+        stride: between windows, in voxels.
+        num_classes: number of classes C.
+        batch_size: windows that go through the networks together.
+        precision: "fp32" or "bf16".
+        weighting: "constant", as published, or "gaussian", which trusts a window's centre more.
+        tta: average over the eight flips of each window.
+
+    Returns:
+        For each network its probabilities, float32 (C, X, Y, Z).
+
+    Source: method.md, "Schedule, selection, test", sliding window.
+    """
+    pads = [max(patch - side, 0) for side, patch in zip(volume.shape, patch_size, strict=True)]
+    padded = np.pad(volume.astype(np.float32, copy=False), [(pad // 2, pad - pad // 2) for pad in pads])
+    device = device_of(networks)
+    image = torch.from_numpy(np.ascontiguousarray(padded)).to(device)
+    starts = [window_starts(*axis) for axis in zip(padded.shape, patch_size, stride, strict=True)]
+    profiles = [window_profile(patch, weighting) for patch in patch_size]
+    window_weight = torch.einsum("i,j,k->ijk", *profiles).to(device)
+    norms = [_axis_weight(*axis) for axis in zip(padded.shape, starts, profiles, strict=True)]
+    plane_weight = torch.outer(norms[1], norms[2]).to(device)
+    results = [np.empty((num_classes, *padded.shape), np.float32) for _ in networks]
+    slabs = [torch.zeros(num_classes, patch_size[0], *padded.shape[1:], device=device) for _ in networks]
+    run = predict_flipped if tta else predict
+    places = list(product(*starts[1:]))
+    for x, next_x in zip(starts[0], [*starts[0][1:], padded.shape[0]], strict=True):
+        for first in range(0, len(places), batch_size):
+            chosen = places[first : first + batch_size]
+            windows = torch.stack([_window(image, (x, *place), patch_size) for place in chosen])[:, None]
+            for slab, probabilities in zip(slabs, run(networks, windows, precision), strict=True):
+                for place, p in zip(chosen, probabilities, strict=True):
+                    _window(slab, (0, 0, *place), (num_classes, *patch_size)).add_(p * window_weight)
+        done = next_x - x  # planes that no later window covers
+        weight = norms[0][x:next_x].to(device)[:, None, None] * plane_weight
+        for slab, result in zip(slabs, results, strict=True):
+            result[:, x:next_x] = (slab[:, :done] / weight).cpu().numpy()
+            slab.copy_(torch.cat([slab[:, done:], torch.zeros_like(slab[:, :done])], dim=1))
+    inside = tuple(slice(pad // 2, pad // 2 + side) for pad, side in zip(pads, volume.shape, strict=True))
+    return [np.ascontiguousarray(result[(slice(None), *inside)]) for result in results]
+
+
+def _axis_weight(side: int, starts: Sequence[int], profile: Tensor) -> Tensor:
+    """Sum the windows' profiles along one axis: the grid is a product, so the sum over windows is one too."""
+    weight = torch.zeros(side)
+    for start in starts:
+        weight[start : start + len(profile)] += profile
+    return weight
+
+
+def _window(array: Tensor, start: Sequence[int], sides: Sequence[int]) -> Tensor:
+    return array[tuple(slice(a, a + n) for a, n in zip(start, sides, strict=True))]

@@ -2,26 +2,33 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import nn
 
 from sdcl.evaluation import (
+    METRICS,
     PREDICTORS,
     STUDENTS,
     Case,
     CaseRow,
-    Infer,
     Predictors,
     Protocol,
+    Task,
     evaluate,
     format_cases,
     format_table,
     mean_dice,
+    shown_metrics,
     summarise,
 )
 from sdcl.runs import LOGGER, write_csv, write_text
@@ -33,9 +40,10 @@ OVERLAY = 0.55  # opacity of labels over the image
 FIGURE_DPI = 120
 
 
-def fullest_slice(label: np.ndarray) -> int:
-    """Return the index, along the first axis, of the slice (of a volume's label) with most foreground."""
-    return int(np.count_nonzero(label.reshape(len(label), -1), axis=1).argmax())
+def fullest_slice(label: np.ndarray, axis: int) -> int:
+    """Return the index, along an axis, of the slice of a label map (*S) with most foreground."""
+    others = tuple(a for a in range(label.ndim) if a != axis)
+    return int(np.count_nonzero(label, axis=others).argmax())
 
 
 def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray = CLASS_COLOURS) -> np.ndarray:
@@ -56,60 +64,89 @@ def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray = CLASS_CO
     return np.where(painted, (1 - OVERLAY) * grey + OVERLAY * colour, grey)
 
 
-def views(case: Case, label_maps: Mapping[str, np.ndarray], students: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the five pictures of one case's fullest slice, RGB (H, W, 3) in [0, 1], by title.
+def views(case: Case, label_maps: Sequence[np.ndarray], axis: int) -> dict[str, np.ndarray]:
+    """Return five pictures of one case's fullest slice, RGB (H, W, 3) in [0, 1], by title.
 
     Args:
-        case: a volume (D, H, W).
-        label_maps: predictor to label map (D, H, W).
-        students: names of the two predictors to show and compare.
+        case: a volume (*S) of three dimensions.
+        label_maps: student a's and student b's (*S).
+        axis: across which to slice.
     """
-    k = fullest_slice(case.label)
-    image, (a, b) = case.image[k], (label_maps[name][k] for name in students)
+    k = fullest_slice(case.label, axis)
+    image, reference, a, b = (np.take(array, k, axis) for array in (case.image, case.label, *label_maps))
     pair = np.stack([np.zeros(3), DISCREPANCY_COLOUR])
     return {
-        f"{case.name}, slice {k}": overlay(image, np.zeros_like(a)),
-        "reference": overlay(image, case.label[k]),
+        f"{case.name}, {'xyz'[axis]} {k}" if axis else f"{case.name}, slice {k}": overlay(image, np.zeros_like(a)),
+        "reference": overlay(image, reference),
         "student a": overlay(image, a),
         "student b": overlay(image, b),
         "students disagree": overlay(image, (a != b).astype(int), pair),
     }
 
 
-def panel(case: Case, label_maps: Mapping[str, np.ndarray], students: Sequence[str]) -> np.ndarray:
+def panel(case: Case, label_maps: Sequence[np.ndarray], axis: int) -> np.ndarray:
     """Return the views of a case side by side, (3, H, 5 W) in [0, 1]."""
-    return np.concatenate(list(views(case, label_maps, students).values()), axis=1).transpose(2, 0, 1)
+    return np.concatenate(list(views(case, label_maps, axis).values()), axis=1).transpose(2, 0, 1)
 
 
-def save_case_figure(
-    path: Path, cases: Sequence[tuple[str, Case, Mapping[str, np.ndarray]]], students: Sequence[str],
-    class_names: Sequence[str],
-) -> None:  # fmt: skip
-    """Draw a row of views for each case.
+def save_case_figure(path: Path, cases: Sequence[tuple[str, Case, Sequence[np.ndarray]]], task: Task) -> None:
+    """Draw for each case, across each plane, the views, and on the image the contours of reference and mean.
 
     Args:
         path: PNG to write.
-        cases: title, volume and label maps of each row.
-        students: see views().
-        class_names: of the foreground classes, for the legend.
+        cases: title, volume, and label maps of student a, student b and their mean.
+        task: for the planes and the structures' names.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    figure = Figure(figsize=(13, 2.9 * len(cases) + 0.5), dpi=FIGURE_DPI, layout="constrained")
+    rows = [(title, case, maps, axis) for title, case, maps in cases for axis in task.planes]
+    figure = Figure(figsize=(13, 2.9 * len(rows) + 0.5), dpi=FIGURE_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(cases), 5, squeeze=False)
-    for row, (title, case, label_maps) in zip(axes, cases, strict=True):
-        for axis, (name, picture) in zip(row, views(case, label_maps, students).items(), strict=True):
-            axis.imshow(picture)
-            axis.set_title(name, fontsize=9)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        row[0].set_ylabel(title, fontsize=9)
-    handles = [Patch(color=CLASS_COLOURS[c], label=name) for c, name in enumerate(class_names, start=1)]
-    handles.append(Patch(color=DISCREPANCY_COLOUR, label="students disagree"))
+    for axes, (title, case, (a, b, mean), axis) in zip(figure.subplots(len(rows), 5, squeeze=False), rows, strict=True):
+        for plot, (name, picture) in zip(axes, views(case, (a, b), axis).items(), strict=True):
+            plot.imshow(picture)
+            plot.set_title(name, fontsize=8)
+            plot.set_xticks([])
+            plot.set_yticks([])
+        k = fullest_slice(case.label, axis)
+        for label, style in ((case.label, "solid"), (mean, "dotted")):
+            for c in range(1, task.num_classes):
+                mask = np.take(label, k, axis) == c
+                if mask.any():
+                    axes[0].contour(mask, levels=[0.5], colors=[CLASS_COLOURS[c]], linestyles=style, linewidths=1)
+        axes[0].set_ylabel(title, fontsize=9)
+    handles = [Patch(color=CLASS_COLOURS[c], label=name) for c, name in enumerate(task.class_names, start=1)]
+    handles += [
+        Patch(color=DISCREPANCY_COLOUR, label="students disagree"),
+        Line2D([], [], color="grey", label="reference"),
+        Line2D([], [], color="grey", linestyle="dotted", label="mean of the students"),
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    _save_figure(figure, path)
+
+
+def save_metrics_figure(path: Path, rows: Sequence[CaseRow], metrics: Sequence[str]) -> None:
+    """Draw each case's metrics as a point, a column a predictor; each structure has its colour, a bar is the mean."""
+    predictors, structures = (list(dict.fromkeys(getattr(r, key) for r in rows)) for key in ("predictor", "structure"))
+    figure = Figure(figsize=(2.5 + 0.8 * len(predictors) * len(metrics), 4.5), dpi=FIGURE_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    width = 0.7 / len(structures)
+    for plot, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        for (i, predictor), (k, structure) in product(enumerate(predictors), enumerate(structures)):
+            values = [getattr(r, metric) for r in rows if (r.predictor, r.structure) == (predictor, structure)]
+            finite = [value for value in values if not math.isnan(value)]
+            place = i + (k - (len(structures) - 1) / 2) * width
+            spread = np.linspace(-width / 4, width / 4, len(finite))
+            plot.scatter(place + spread, finite, s=9, color=CLASS_COLOURS[k + 1], alpha=0.7, linewidths=0)
+            if finite:
+                plot.hlines(np.mean(finite), place - width / 2.5, place + width / 2.5, color="black", linewidth=1.2)
+        plot.set_xticks(range(len(predictors)), predictors, rotation=60, ha="right", fontsize=7)
+        plot.set_title(METRICS[metric], fontsize=9)
+        plot.grid(axis="y", alpha=0.3)
+    handles = [Patch(color=CLASS_COLOURS[c], label=name) for c, name in enumerate(structures, start=1)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    _save_figure(figure, path)
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
     temporary = path.with_name("~" + path.name)
     figure.savefig(temporary)
     temporary.replace(path)
@@ -123,65 +160,68 @@ class Validation:
     panel: np.ndarray
 
 
-def validator(
-    cases: Sequence[Case], infer: Infer, class_names: Sequence[str]
-) -> Callable[[list[nn.Module]], Validation]:
+def validator(cases: Sequence[Case], task: Task) -> Callable[[list[nn.Module]], Validation] | None:
     """Return what the loops call to score both students and their mean; the panel shows the first case.
 
     Args:
-        cases: volumes to score.
-        infer: see evaluate().
-        class_names: of the foreground classes.
+        cases: volumes to score; none: nothing can be validated, and None is returned.
+        task: see evaluate().
     """
+    if not cases:
+        return None
 
     def validate(students: list[nn.Module]) -> Validation:
         panels = []
 
         def draw_first(case: Case, label_maps: dict[str, np.ndarray]) -> None:
             if not panels:
-                panels.append(panel(case, label_maps, STUDENTS))
+                panels.append(panel(case, [label_maps[name] for name in STUDENTS], task.planes[0]))
 
         predictors = Predictors(students, PREDICTORS)
-        rows = evaluate(predictors, cases, infer, class_names, distances=False, on_case=draw_first)
+        rows = evaluate(predictors, cases, task, distances=False, on_case=draw_first)
         return Validation(mean_dice(rows), panels[0])
 
     return validate
 
 
-def write_test(
+def test_report(
     folder: Path,
     predictors: Predictors,
     cases: Sequence[Case],
-    infer: Infer,
-    class_names: Sequence[str],
+    task: Task,
     protocol: Protocol,
     facts: dict[str, Any],
 ) -> None:
-    """Score predictors; print the tables; write cases.csv, summary.json and cases.png.
+    """Score predictors; print the tables; write cases.csv, summary.json, cases.png and metrics.png.
 
     Args:
         folder: where to.
         predictors: student a, student b and their mean first; these are the ones that cases.png shows.
         cases: volumes to score.
-        infer: see evaluate().
-        class_names: of the foreground classes.
+        task: see evaluate().
         protocol: see summarise().
         facts: what else summary.json says, such as the split.
     """
     LOGGER.info("scoring %d predictors on %d volumes", len(predictors.members), len(cases))
     seen: dict[str, tuple[Case, dict[str, np.ndarray]]] = {}
-    rows = evaluate(
-        predictors, cases, infer, class_names, on_case=lambda case, maps: seen.update({case.name: (case, maps)})
-    )
+
+    def keep(case: Case, label_maps: dict[str, np.ndarray]) -> None:
+        seen[case.name] = (case, label_maps)
+
+    rows = evaluate(predictors, cases, task, on_case=keep)
     summary = summarise(rows, protocol)
     LOGGER.info("%s\n\n%s", format_cases(rows), format_table(summary, protocol))
     write_csv(folder / "cases.csv", [asdict(row) for row in rows])
     content = facts | {"protocol": protocol, "summary": [asdict(row) for row in summary]}
     write_text(folder / "summary.json", json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
-    *students, mean = list(predictors.members)[:3]
-    pictures = [(rank, *seen[name]) for rank, name in best_median_worst(rows, mean).items()]
-    save_case_figure(folder / "cases.png", pictures, students, class_names)
-    LOGGER.info("written to %s: cases.csv, summary.json, cases.png", folder)
+    shown = list(predictors.members)[:3]
+    pictures = [
+        (rank, seen[name][0], [seen[name][1][predictor] for predictor in shown])
+        for rank, name in best_median_worst(rows, shown[-1]).items()
+    ]
+    save_case_figure(folder / "cases.png", pictures, task)
+    save_metrics_figure(folder / "metrics.png", rows, shown_metrics(rows))
+    LOGGER.info("written to %s: cases.csv, summary.json, cases.png, metrics.png", folder)
 
 
 def _without_nan(value: Any) -> Any:

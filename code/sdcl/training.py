@@ -209,7 +209,7 @@ def pretrain(
     folder: Path,
     method: Method,
     *,
-    validate: Validate,
+    validate: Validate | None,
     validate_at: Collection[int],
     config: dict[str, Any],
 ) -> None:
@@ -220,7 +220,7 @@ def pretrain(
         streams: batches of two labelled streams.
         folder: the run's folder; this stage writes into its pre_train/.
         method: the script's header.
-        validate: scores the students.
+        validate: scores the students; None: nothing is validated or selected.
         validate_at: iterations (from 1) after which to validate; the last one always is.
         config: kept in each checkpoint.
 
@@ -237,7 +237,7 @@ def self_train(
     folder: Path,
     method: Method,
     *,
-    validate: Validate,
+    validate: Validate | None,
     validate_at: Collection[int],
     config: dict[str, Any],
     start_from: Literal["best", "last"],
@@ -250,7 +250,7 @@ def self_train(
         streams: batches of two labelled and two unlabelled streams.
         folder: the run's folder; this stage writes into its self_train/.
         method: the script's header.
-        validate: scores the students.
+        validate: scores the students; None: nothing is validated or selected.
         validate_at: iterations (from 1) after which to validate; the last one always is.
         config: kept in each checkpoint.
         start_from: stage 1's checkpoints to start from: each student's best, or the last.
@@ -299,7 +299,7 @@ class _Loop:
         streams: Streams,
         run_folder: Path,
         method: Method,
-        validate: Validate,
+        validate: Validate | None,
         validate_at: Collection[int],
         config: dict[str, Any],
     ):
@@ -340,8 +340,8 @@ class _Loop:
         self.learners.iteration = number
         self.seconds.append(time.perf_counter() - begin)
         is_last = number == iterations
-        is_validated = is_last or number in self.validate_at
-        is_saved = is_validated or number % self.method.save_every == 0
+        is_validated = self.validate is not None and (is_last or number in self.validate_at)
+        is_saved = is_last or is_validated or number % self.method.save_every == 0
         if is_saved or number % self.method.log_every == 0:
             rows = self._read_losses()
             scores = self._validate(record) if is_validated else {}

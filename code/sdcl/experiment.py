@@ -1,0 +1,140 @@
+"""What every data set's scripts do around the loops: prepare, train both stages, test."""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdcl.checkpoints import load_weights
+from sdcl.config import as_dict, check_common, describe, select_device, set_determinism
+from sdcl.errors import UserError
+from sdcl.evaluation import PREDICTORS, STUDENTS, Case, Predictors, Task, load_predictors
+from sdcl.networks import build_network
+from sdcl.report import test_report, validator
+from sdcl.runs import LOGGER, open_run, read_config, run_folder, start_logging
+from sdcl.training import Streams, make_learners, pretrain, self_train
+
+
+def begin(config: Any, check: Callable[[Any], None]) -> torch.device:
+    """Start logging, check the header, print it, and choose the device.
+
+    Args:
+        config: the script's header.
+        check: refuses what this data set cannot do.
+
+    Raises:
+        UserError: a setting is impossible; the message names it.
+    """
+    start_logging()
+    device = select_device(config.device, config.gpu)
+    check_common(config)
+    check(config)
+    LOGGER.info("%s on %s\n%s", type(config).__doc__.splitlines()[0], device, describe(config))
+    return device
+
+
+def train(
+    config: Any,
+    task: Task,
+    device: torch.device,
+    *,
+    make_streams: Callable[[bool], Streams],
+    cases: Sequence[Case],
+    pre_val_at: Collection[int],
+    self_val_at: Collection[int],
+) -> None:
+    """Train both stages of a run, from where its folder left it.
+
+    Args:
+        config: the script's header.
+        task: what the data set fixes.
+        device: where to compute.
+        make_streams: makes the streams of pre-training (False) or, with the unlabelled ones, of self-training (True).
+        cases: volumes to validate on; none: nothing is validated or selected.
+        pre_val_at: iterations of pre-training after which to validate, beside the last.
+        self_val_at: the same for self-training.
+
+    Raises:
+        UserError: see open_run(), pretrain() and self_train().
+    """
+    set_determinism(config.deterministic)
+    torch.manual_seed(config.seed)
+    students = (build_network(name, task.num_classes).to(device) for name in (config.student_a, config.student_b))
+    learners = make_learners(*students, config.base_lr)
+    folder = run_folder(config.models_path, task.name, config.exp, config.labelnum)
+    stages = [make_streams(False)] if config.pretrained is None else [None]
+    stages += [make_streams(True)] if config.self_iterations else [None]  # both before any training, for their refusals
+    open_run(folder, as_dict(config), device)
+    common = {"method": config, "validate": validator(cases, task), "config": as_dict(config)}
+    if stages[0] is not None:
+        pretrain(learners, stages[0], folder, validate_at=pre_val_at, **common)
+    if stages[1] is not None:
+        start = "last" if config.select == "last" else "best"
+        self_train(
+            learners,
+            stages[1],
+            folder,
+            validate_at=self_val_at,
+            start_from=start,
+            pretrained=config.pretrained,
+            **common,
+        )
+    LOGGER.info("done: %s; its test script scores it with --exp %s --labelnum %d", folder, config.exp, config.labelnum)
+
+
+def find_run(config: Any, data_set: str) -> tuple[Path, dict[str, Any]]:
+    """Return the run's folder that a test's header names, and the settings that it was trained with.
+
+    With weights given in files, the settings are the header's own.
+
+    Raises:
+        UserError: there is no such run, or only one of the two weights' files is given.
+    """
+    files = (config.student_a_weights, config.student_b_weights)
+    if any(files) and not all(files):
+        raise UserError("--student_a_weights and --student_b_weights belong together: give both or none.")
+    folder = run_folder(config.models_path, data_set, config.exp, config.labelnum)
+    return folder, as_dict(config) if all(files) else read_config(folder)
+
+
+def test(
+    config: Any,
+    task: Task,
+    device: torch.device,
+    folder: Path,
+    trained: dict[str, Any],
+    cases: Sequence[Case],
+    split: str,
+) -> None:
+    """Score a run's best and last students and means, or given weights, in one pass; print and write the tables.
+
+    Args:
+        config: the test script's header.
+        task: what the data set fixes.
+        device: where to compute.
+        folder: from find_run().
+        trained: from find_run().
+        cases: volumes to score.
+        split: their name.
+
+    Raises:
+        UserError: a checkpoint is missing or does not fit.
+    """
+
+    def make_student(role: str) -> torch.nn.Module:
+        return build_network(trained[role], task.num_classes).to(device)
+
+    files = dict(zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True))
+    selected_on = None if all(files.values()) else "test" if trained["select"] == "test" else "val"
+    if selected_on is None:
+        networks = [make_student(role) for role in STUDENTS]
+        for network, path in zip(networks, files.values(), strict=True):
+            LOGGER.info("%s", load_weights(network, path))
+        predictors = Predictors(networks, PREDICTORS)
+    else:
+        predictors = load_predictors(folder / config.stage, make_student, selected_on)
+    facts = {"split": split, "stage": config.stage, "selected_on": selected_on}
+    test_report(folder / "test" / f"{config.stage}_{split}", predictors, cases, task, config.protocol, facts)
+    if selected_on == split:
+        LOGGER.info("NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", split)
