@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.files import Cache, read_list, read_sample
+from dataloaders.files import Cache, read_list, read_sample, read_spacing
 from dataloaders.transforms import apply_index, augmentation_index
 from sdcl.errors import UserError
 from sdcl.evaluation import Case
@@ -104,6 +104,7 @@ def read_volumes(root_path: Path, split: str, num_classes: int) -> list[Case]:
     """
     cases = []
     for name in read_list(root_path / "data_split" / f"{split}.list"):
-        sample = read_sample(find_file(root_path, name), ndim=3, num_classes=num_classes)
-        cases.append(Case(name, sample.image, sample.label))
+        path = find_file(root_path, name)
+        sample = read_sample(path, ndim=3, num_classes=num_classes)
+        cases.append(Case(name, sample.image, sample.label, read_spacing(path)))
     return cases

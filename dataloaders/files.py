@@ -153,7 +153,9 @@ class Cache:
         self._how = {"ndim": ndim, "num_classes": num_classes, "needs_label": needs_label}
         self._kept: list[Sample | None] = []
         total = kept = 0
-        for path in tqdm(self._paths, desc=f"reading {what}", unit="file", leave=False, dynamic_ncols=True):
+        for path in tqdm(
+            self._paths, desc=f"reading {what}", unit="file", leave=False, dynamic_ncols=True, disable=None
+        ):
             sample = self._read(path)
             total += sample.num_bytes
             keep = total <= bound_gb * 2**30

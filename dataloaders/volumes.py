@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from dataloaders.files import Cache, read_sample, read_spacing
+from dataloaders.files import Cache, read_list, read_sample, read_spacing
+from dataloaders.streams import Streams
 from sdcl.errors import UserError
 from sdcl.evaluation import Case
 
@@ -144,3 +145,76 @@ def split_labelled(train: Sequence[str], labelnum: int, val_cases: int = 0) -> t
             f"--val_cases is {val_cases}, but only {len(rest)} training cases are unlabelled: hold out fewer."
         )
     return list(train[:labelnum]), rest[: len(rest) - val_cases], rest[len(rest) - val_cases :]
+
+
+def check_windows(stride: Sequence[int], patch_size: Sequence[int]) -> None:
+    """Refuse a sliding window that does not move, or that leaves gaps.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if any(not 1 <= step <= patch for step, patch in zip(stride, patch_size, strict=True)):
+        raise UserError(
+            f"--stride is {' '.join(map(str, stride))}: every step must lie between 1 and the window's side, "
+            f"{' '.join(map(str, patch_size))} voxels."
+        )
+
+
+def check_3d(config: Any) -> None:
+    """Refuse settings of LA and Pancreas that contradict each other.
+
+    Raises:
+        UserError: names the flags.
+    """
+    if config.connectivity not in (6, 18, 26):
+        raise UserError(f"--connectivity is {config.connectivity}: volumes know 6, 18 or 26 neighbours.")
+    check_windows(config.stride, config.patch_size)
+    if config.select == "val" and not config.val_cases:
+        raise UserError("--select val needs cases to validate on: give --val_cases, or --select last or test.")
+    if config.select == "test" and config.val_cases:
+        raise UserError("--select test and --val_cases contradict each other: give --select val, or no --val_cases.")
+
+
+def training_data(
+    config: Any, path_of: Callable[[Path, str], Path], num_classes: int, unlabelled_crop: Crop
+) -> tuple[Callable[[bool], Streams], list[Case]]:
+    """Read what a run of LA or Pancreas needs, and check it all.
+
+    Args:
+        config: the training script's header.
+        path_of: maps the data set's folder and a case's name to its file.
+        num_classes: labels must lie in [0, num_classes).
+        unlabelled_crop: how unlabelled volumes are cropped; labelled ones are cropped at random.
+
+    Returns:
+        What makes the streams of pre-training (False) and of self-training (True), and the volumes to validate on:
+        those of test.txt for `--select test`, else those held out by `--val_cases`, maybe none.
+
+    Raises:
+        UserError: a list or file is missing or wrong.
+    """
+    root, lists = config.root_path, config.root_path / "data_split"
+    train, test = read_list(lists / "train.txt"), read_list(lists / "test.txt") if config.select == "test" else []
+    both = sorted(set(train) & set(test))
+    if both:
+        raise UserError(f"{lists / 'train.txt'} and test.txt both name {both[0]}: take it out of one of them.")
+    labelled, unlabelled, held_out = split_labelled(train, config.labelnum, config.val_cases)
+    if not unlabelled and config.self_iterations:
+        raise UserError(
+            f"--labelnum {config.labelnum} leaves no unlabelled cases: lower it, or give --self_iterations 0 "
+            "for supervised pre-training alone."
+        )
+
+    def volumes(names: Sequence[str], crop: Crop, has_labels: bool) -> CroppedVolumes:
+        return CroppedVolumes(
+            [path_of(root, name) for name in names], patch_size=config.patch_size, crop=crop, num_classes=num_classes,
+            cache_gb=config.cache_gb, cache_dtype=config.cache_dtype, labelled=has_labels,
+        )  # fmt: skip
+
+    labelled_set = volumes(labelled, "random", True)
+    unlabelled_set = volumes(unlabelled, unlabelled_crop, False)
+
+    def make_streams(with_unlabelled: bool) -> Streams:
+        return Streams.of(config, labelled_set, unlabelled_set if with_unlabelled else None)
+
+    return make_streams, read_volumes(test or held_out, lambda name: path_of(root, name), num_classes)

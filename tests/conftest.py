@@ -6,7 +6,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the textbook is the oracle
 
-from dataloaders.phantom import write_acdc  # noqa: E402
+from dataloaders.phantom import write_acdc, write_la, write_pancreas  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,3 +19,15 @@ def acdc_phantom(tmp_path_factory):
     """A tiny ACDC: 4 training patients, 1 for validation, 1 for test; two slices a volume."""
     root = tmp_path_factory.mktemp("acdc")
     return write_acdc(root, train_patients=4, val_patients=1, test_patients=1, size=(36, 40), slices=2)
+
+
+@pytest.fixture(scope="session")
+def la_phantom(tmp_path_factory):
+    """A tiny LA: 4 training cases, 2 for test."""
+    return write_la(tmp_path_factory.mktemp("la"), train_cases=4, test_cases=2, size=(40, 36, 32))
+
+
+@pytest.fixture(scope="session")
+def pancreas_phantom(tmp_path_factory):
+    """A tiny Pancreas: 4 training cases, 2 for test."""
+    return write_pancreas(tmp_path_factory.mktemp("pancreas"), train_cases=4, test_cases=2, size=(40, 40, 32))

@@ -61,7 +61,7 @@ def test_one_pass_scores_students_and_their_mean():
         predictors,
         cases(),
         Task("t", ("x", "y"), counted),
-        on_case=lambda case, maps: seen.append((case.name, set(maps))),
+        on_case=lambda case, maps, _: seen.append((case.name, set(maps))),
     )
     assert calls == [2, 2, 2] and len(rows) == 3 * 3 * 2
     assert seen == [(f"case{k}", {"a", "b", "mean"}) for k in range(3)]

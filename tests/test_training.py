@@ -13,8 +13,8 @@ from sdcl import checkpoints
 from sdcl.errors import UserError
 from sdcl.networks import build_network
 from sdcl.report import Validation
+from sdcl.steps import add_teacher
 from sdcl.training import (
-    add_teacher,
     iteration_seed,
     make_learners,
     pretrain,

@@ -26,6 +26,7 @@ METRICS = {
 MEAN = "mean"  # the row that averages the foreground classes of a case
 Protocol = Literal["default", "paper"]
 Rule = Literal["argmax", "threshold"]
+OnCase = Callable[["Case", dict[str, np.ndarray], dict[str, np.ndarray]], None]
 Infer = Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]]
 
 
@@ -174,7 +175,7 @@ def evaluate(
     task: Task,
     *,
     distances: bool = True,
-    on_case: Callable[[Case, dict[str, np.ndarray]], None] | None = None,
+    on_case: OnCase | None = None,
 ) -> list[CaseRow]:
     """Score every predictor on every case; each network sees each case once.
 
@@ -183,25 +184,25 @@ def evaluate(
         cases: what to score.
         task: how to predict, how to decide, and the structures' names.
         distances: also compute 95HD and ASD.
-        on_case: called with each case and its label maps by predictor, for figures and files.
+        on_case: called with each case, its label maps (*S) and its probabilities (C, *S), both by predictor.
 
     Returns:
         A row for each predictor, case and class.
     """
     rows: list[CaseRow] = []
     for case in cases:
-        probabilities = task.infer(predictors.networks, case.image)
-        label_maps = {
-            name: task.decision(np.mean([probabilities[i] for i in members], axis=0))
-            for name, members in predictors.members.items()
+        outputs = task.infer(predictors.networks, case.image)
+        probabilities = {
+            name: np.mean([outputs[i] for i in members], axis=0) for name, members in predictors.members.items()
         }
+        label_maps = {name: task.decision(p) for name, p in probabilities.items()}
         for name, label_map in label_maps.items():
             rows += [
                 _score(name, case, structure, label_map == c, case.label == c, distances)
                 for c, structure in enumerate(task.class_names, start=1)
             ]
         if on_case is not None:
-            on_case(case, label_maps)
+            on_case(case, label_maps, probabilities)
     return rows
 
 

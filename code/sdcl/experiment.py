@@ -30,7 +30,7 @@ def begin(config: Any, check: Callable[[Any], None]) -> torch.device:
     device = select_device(config.device, config.gpu)
     check_common(config)
     check(config)
-    LOGGER.info("%s on %s\n%s", type(config).__doc__.splitlines()[0], device, describe(config))
+    LOGGER.info("%s\nComputing on %s, with\n%s", type(config).__doc__.splitlines()[0], device, describe(config))
     return device
 
 
@@ -106,6 +106,7 @@ def test(
     trained: dict[str, Any],
     cases: Sequence[Case],
     split: str,
+    nifti: bool = False,
 ) -> None:
     """Score a run's best and last students and means, or given weights, in one pass; print and write the tables.
 
@@ -117,6 +118,7 @@ def test(
         trained: from find_run().
         cases: volumes to score.
         split: their name.
+        nifti: also write each case's image, label, prediction and probability as NIfTI.
 
     Raises:
         UserError: a checkpoint is missing or does not fit.
@@ -135,6 +137,6 @@ def test(
     else:
         predictors = load_predictors(folder / config.stage, make_student, selected_on)
     facts = {"split": split, "stage": config.stage, "selected_on": selected_on}
-    test_report(folder / "test" / f"{config.stage}_{split}", predictors, cases, task, config.protocol, facts)
+    test_report(folder / "test" / f"{config.stage}_{split}", predictors, cases, task, config.protocol, facts, nifti)
     if selected_on == split:
         LOGGER.info("NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", split)

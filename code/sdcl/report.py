@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -173,13 +174,14 @@ def validator(cases: Sequence[Case], task: Task) -> Callable[[list[nn.Module]], 
     def validate(students: list[nn.Module]) -> Validation:
         panels = []
 
-        def draw_first(case: Case, label_maps: dict[str, np.ndarray]) -> None:
+        def draw_first(case: Case, label_maps: dict[str, np.ndarray], _: dict[str, np.ndarray]) -> None:
             if not panels:
                 panels.append(panel(case, [label_maps[name] for name in STUDENTS], task.planes[0]))
 
         predictors = Predictors(students, PREDICTORS)
         rows = evaluate(predictors, cases, task, distances=False, on_case=draw_first)
-        return Validation(mean_dice(rows), panels[0])
+        dice = {name: 0.0 if math.isnan(value) else value for name, value in mean_dice(rows).items()}
+        return Validation(dice, panels[0])
 
     return validate
 
@@ -191,6 +193,7 @@ def test_report(
     task: Task,
     protocol: Protocol,
     facts: dict[str, Any],
+    nifti: bool = False,
 ) -> None:
     """Score predictors; print the tables; write cases.csv, summary.json, cases.png and metrics.png.
 
@@ -201,12 +204,17 @@ def test_report(
         task: see evaluate().
         protocol: see summarise().
         facts: what else summary.json says, such as the split.
+        nifti: also write nifti/, from the first mean.
     """
     LOGGER.info("scoring %d predictors on %d volumes", len(predictors.members), len(cases))
     seen: dict[str, tuple[Case, dict[str, np.ndarray]]] = {}
 
-    def keep(case: Case, label_maps: dict[str, np.ndarray]) -> None:
+    shown = list(predictors.members)[:3]
+
+    def keep(case: Case, label_maps: dict[str, np.ndarray], probabilities: dict[str, np.ndarray]) -> None:
         seen[case.name] = (case, label_maps)
+        if nifti:
+            save_nifti(folder / "nifti", case, label_maps[shown[-1]], probabilities[shown[-1]])
 
     rows = evaluate(predictors, cases, task, on_case=keep)
     summary = summarise(rows, protocol)
@@ -214,7 +222,6 @@ def test_report(
     write_csv(folder / "cases.csv", [asdict(row) for row in rows])
     content = facts | {"protocol": protocol, "summary": [asdict(row) for row in summary]}
     write_text(folder / "summary.json", json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
-    shown = list(predictors.members)[:3]
     pictures = [
         (rank, seen[name][0], [seen[name][1][predictor] for predictor in shown])
         for rank, name in best_median_worst(rows, shown[-1]).items()
@@ -222,6 +229,30 @@ def test_report(
     save_case_figure(folder / "cases.png", pictures, task)
     save_metrics_figure(folder / "metrics.png", rows, shown_metrics(rows))
     LOGGER.info("written to %s: cases.csv, summary.json, cases.png, metrics.png", folder)
+
+
+def save_nifti(folder: Path, case: Case, label_map: np.ndarray, probabilities: np.ndarray) -> None:
+    """Write `<case>_{image,label,prediction,probability}.nii.gz`, with the spacing in the affine (1 where unknown).
+
+    The HDF5 files know no orientation: the arrays are written in their own order of axes.
+
+    Args:
+        folder: where to.
+        case: a volume (*S).
+        label_map: (*S).
+        probabilities: (C, *S); written as (*S, C - 1), the foreground classes, or (*S) for one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([*(case.spacing or (1.0,) * case.image.ndim), 1.0])
+    foreground = probabilities[1] if len(probabilities) == 2 else np.moveaxis(probabilities[1:], 0, -1)
+    for name, array in (
+        ("image", case.image), ("label", case.label), ("prediction", label_map), ("probability", foreground),
+    ):  # fmt: skip
+        picture = nibabel.Nifti1Image(array, affine)
+        picture.header.set_xyzt_units("mm")
+        temporary = folder / f"~{case.name}_{name}.nii.gz"
+        nibabel.save(picture, temporary)
+        temporary.replace(folder / f"{case.name}_{name}.nii.gz")
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,0 +1,103 @@
+"""Train SDCL on LA: `python code/LA_train.py`, with the numbers below or as flags."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dataloaders.la import CLASS_NAMES, check_root, path_of
+from dataloaders.volumes import check_3d, training_data
+from sdcl.config import run_script
+from sdcl.evaluation import Decision, Task
+from sdcl.experiment import begin, train
+from sdcl.inference import sliding_window
+from sdcl.training import validation_iterations
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Config:
+    """Train SDCL on LA: both students on labelled volumes, then self-training with the EMA teacher.
+
+    The defaults are the published run. A run that was stopped goes on when the same command is given again.
+    """
+
+    # --- experiment ---
+    root_path: Path = ROOT / "Datasets" / "la"  # the data set's folder, with data/ and data_split/
+    models_path: Path = ROOT / "models"  # the run goes into models_path/la_<exp>_<labelnum>_labeled
+    exp: str = "SDCL"  # name of the experiment
+    labelnum: int = 8  # labelled cases, the first of train.txt: 4, 8, 16 and 80 were published
+    seed: int = 1337  # of the weights, the crops, the masks and the dropout
+    pretrained: Path | None = None  # folder of another run whose pre-training to start self-training from
+
+    # --- machine (may change when a run goes on) ---
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    gpu: int = 0  # number of the GPU, from 0
+    cache_gb: float = 8.0  # memory for decoded volumes of each list, GiB; beyond it files are read again each time
+    log_every: int = 20  # iterations between readings of the losses
+    save_every: int = 100  # iterations between checkpoints, beside those at each validation
+
+    # --- arithmetic ---
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; losses are in float32 always
+    cache_dtype: Literal["float32", "float16"] = "float32"  # of decoded volumes; float16 keeps 3 decimal digits
+    deterministic: bool = False  # the same bits in each run on a GPU too, slower
+
+    # --- data (method.md, "Order of the data") ---
+    patch_size: tuple[int, int, int] = (112, 112, 80)  # crop, voxels; multiples of 16
+    batch_size: int = 2  # crops in each of the four batches of an iteration
+    labelled_repeat: int = 10  # times the labelled list is read in an epoch (40 iterations)
+    unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch
+    shuffle: bool = False  # random order in each epoch instead of the published forwards and backwards
+
+    # --- optimisation ---
+    base_lr: float = 1e-3  # Adam's learning rate, each student its own optimiser
+    pre_iterations: int = 3_200  # pre-training: 80 epochs
+    self_iterations: int = 11_000  # self-training: 275 epochs
+
+    # --- method (method.md, "Stage 1", "Stage 2") ---
+    student_a: Literal["vnet", "resvnet"] = "vnet"  # network of the first student and the teacher
+    student_b: Literal["vnet", "resvnet"] = "resvnet"  # network of the second student
+    mask_fraction: float = 2 / 3  # side of the copy-paste box over the side of the crop, rounded down: 74 74 53
+    dice: Literal["batch", "sample"] = "sample"  # Dice3D: sums per sample and class
+    pre_dice: Literal["regions", "whole"] = "whole"  # pre-training's loss: each region of the mix, or the mix whole
+    u_weight: float = 0.5  # weight of unlabelled regions, whose target is the pseudo-label
+    mse_weight: float = 0.5  # lambda_mse: pull to the target where the students disagree
+    kl_weight: float = 0.05  # lambda_kl: entropy where they disagree and this student is wrong
+    pseudo_label_rule: Literal["argmax", "threshold"] = "threshold"  # foreground where its probability is at least 0.5
+    connectivity: int = 26  # neighbours of a voxel in a connected component: 6, 18 or 26
+    ema_decay: float = 0.99  # teacher = ema_decay * teacher + (1 - ema_decay) * student a
+    ema_buffers: bool = False  # these networks have none
+
+    # --- validation and selection ---
+    select: Literal["test", "val", "last"] = "test"  # test: on the TEST cases, as published; val: on --val_cases; last
+    val_cases: int = 0  # training cases held out for validation, the last unlabelled ones
+    pre_val_every: int = 200  # iterations of pre-training between validations (5 epochs); 0: only at the end
+    self_val_every: int = 200  # the same for self-training
+    stride: tuple[int, int, int] = (18, 18, 4)  # of validation's sliding window, voxels
+    window_batch: int = 4  # windows that go through the networks together
+
+
+def check(config: Config) -> None:
+    """Refuse a configuration that cannot be trained."""
+    check_root(config.root_path)
+    check_3d(config)
+
+
+def main(config: Config) -> None:
+    """Read the data and run both stages."""
+    device = begin(config, check)
+
+    def infer(networks, volume):
+        return sliding_window(
+            networks, volume, config.patch_size, config.stride, task.num_classes, config.window_batch, config.precision
+        )
+
+    task = Task("la", CLASS_NAMES, infer, Decision("threshold"), planes=(2, 1, 0))
+    make_streams, cases = training_data(config, path_of, task.num_classes, unlabelled_crop="random")
+    pre_val_at = validation_iterations(config.pre_val_every, config.pre_val_every, config.pre_iterations)
+    self_val_at = validation_iterations(config.self_val_every, config.self_val_every, config.self_iterations)
+    train(config, task, device, make_streams=make_streams, cases=cases, pre_val_at=pre_val_at, self_val_at=self_val_at)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,70 @@
+"""Test SDCL on Pancreas: `python code/pancreas/test_Pancreas.py`, with the settings below or as flags."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dataloaders.files import read_list
+from dataloaders.pancreas import CLASS_NAMES, check_root, path_of
+from dataloaders.volumes import check_windows, read_volumes
+from sdcl.config import run_script
+from sdcl.evaluation import Decision, Task
+from sdcl.experiment import begin, find_run, test
+from sdcl.inference import sliding_window
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Config:
+    """Score a run on Pancreas: each student and their mean, at the selected and at the last checkpoint, in one pass."""
+
+    # --- what to test ---
+    root_path: Path = ROOT / "Datasets" / "pancreas"  # the data set's folder, with data/ and data_split/
+    models_path: Path = ROOT / "models"  # where the run is: models_path/pancreas_<exp>_<labelnum>_labeled
+    exp: str = "SDCL"  # the run's --exp
+    labelnum: int = 12  # the run's --labelnum
+    stage: Literal["self_train", "pre_train"] = "self_train"  # whose checkpoints
+    student_a_weights: Path | None = None  # test these weights (published or yours) instead of the run's; with the next
+    student_b_weights: Path | None = None  # the second student's
+    spacing: tuple[float, float, float] | None = (
+        None  # voxel sides, mm (1 1 1 after resampling); None: what the files say
+    )
+    save_nifti: bool = False  # also write image, label, prediction and probability of each case as NIfTI
+
+    # --- how ---
+    protocol: Literal["default", "paper"] = "default"  # paper: an empty mask scores 0 in all four metrics
+    patch_size: tuple[int, int, int] = (96, 96, 96)  # window, voxels; a run's own replaces it
+    stride: tuple[int, int, int] = (16, 16, 4)  # between windows, voxels
+    window_weighting: Literal["constant", "gaussian"] = "constant"  # gaussian trusts a window's centre more
+    tta: bool = False  # average over the eight flips of each window
+    largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure
+    student_a: Literal["vnet", "resvnet"] = "vnet"  # network of --student_a_weights; a run's own replaces it
+    student_b: Literal["vnet", "resvnet"] = "resvnet"  # network of --student_b_weights; a run's own replaces it
+    batch_size: int = 4  # windows that go through the networks together
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    gpu: int = 0  # number of the GPU, from 0
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
+
+
+def main(config: Config) -> None:
+    """Read the run's settings and the volumes, score, print and write."""
+    device = begin(config, lambda config: check_root(config.root_path))
+    folder, trained = find_run(config, "pancreas")
+    check_windows(config.stride, trained["patch_size"])
+
+    def infer(networks, volume):
+        return sliding_window(
+            networks, volume, trained["patch_size"], config.stride, task.num_classes, config.batch_size,
+            config.precision, config.window_weighting, config.tta,
+        )  # fmt: skip
+
+    decision = Decision("argmax", largest_component=26 if config.largest_component else None)
+    task = Task("pancreas", CLASS_NAMES, infer, decision, planes=(2, 1, 0))
+    names = read_list(config.root_path / "data_split" / "test.txt")
+    cases = read_volumes(names, lambda name: path_of(config.root_path, name), task.num_classes, config.spacing)
+    test(config, task, device, folder, trained, cases, "test", nifti=config.save_nifti)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
