@@ -50,10 +50,10 @@ def split_by_patients(slices: Sequence[str], labelnum: int) -> tuple[list[str], 
 
 
 def find_file(root_path: Path, name: str) -> Path:
-    """Return a slice's or volume's path: in data/slices, or in data where some public copies keep everything."""
-    beside = root_path / "data" / f"{name}.h5"
-    inside = root_path / "data" / "slices" / f"{name}.h5"
-    return beside if beside.exists() or "_slice_" not in name else inside
+    """Return a slice's or volume's path: in data/slices or data, since public copies keep either in either."""
+    folders = [root_path / "data" / "slices", root_path / "data"]
+    expected = folders if "_slice_" in name else folders[::-1]
+    return next((path for folder in expected if (path := folder / f"{name}.h5").exists()), expected[0] / f"{name}.h5")
 
 
 class AcdcSlices:
