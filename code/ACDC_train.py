@@ -43,7 +43,7 @@ class Config:
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; losses are in float32 always
     deterministic: bool = False  # the same bits in each run on a GPU too, slower
 
-    # --- data (method.md, "Order of the data") ---
+    # --- data (docs/method.md, "Order of the data") ---
     patch_size: tuple[int, int] = (256, 256)  # input, pixels; slices are zoomed to it; multiples of 16
     batch_size: int = 12  # slices in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch (113 iterations)
@@ -55,7 +55,7 @@ class Config:
     pre_iterations: int = 11_300  # pre-training: 100 epochs
     self_iterations: int = 45_200  # self-training: 400 epochs
 
-    # --- method (method.md, "Stage 1", "Stage 2") ---
+    # --- method (docs/method.md, "Stage 1", "Stage 2") ---
     student_a: Literal["unet", "resunet"] = "unet"  # network of the first student and the teacher
     student_b: Literal["unet", "resunet"] = "resunet"  # network of the second student
     mask_fraction: float = 2 / 3  # side of the copy-paste box over the side of the input, rounded down

@@ -44,7 +44,7 @@ class Streams:
     Raises:
         UserError: a repeated list is shorter than a batch.
 
-    Source: method.md, "Order of the data".
+    Source: docs/method.md, "Order of the data".
     """
 
     def __init__(

@@ -32,7 +32,7 @@ def augmentation_index(shape: tuple[int, int], size: tuple[int, int], rng: np.ra
     Returns:
         int32 (H', W').
 
-    Source: method.md, "Order of the data", ACDC's augmentation.
+    Source: docs/method.md, "Order of the data", ACDC's augmentation.
     """
     index = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
     if rng is not None and rng.random() < 0.5:

@@ -30,7 +30,7 @@ def crop_corner(
         The padding of both ends of each axis, and the crop's corner in the padded volume, uniform over
         [0, side - patch) for a random crop, round((side - patch) / 2) for the centre.
 
-    Source: method.md, "Order of the data", random crop and centre crop.
+    Source: docs/method.md, "Order of the data", random crop and centre crop.
     """
     sides = list(zip(shape, patch_size, strict=True))
     is_small = any(side <= patch for side, patch in sides)

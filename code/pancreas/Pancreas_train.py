@@ -42,7 +42,7 @@ class Config:
     cache_dtype: Literal["float32", "float16"] = "float32"  # of decoded volumes; float16 keeps 3 decimal digits
     deterministic: bool = False  # the same bits in each run on a GPU too, slower
 
-    # --- data (method.md, "Order of the data") ---
+    # --- data (docs/method.md, "Order of the data") ---
     patch_size: tuple[int, int, int] = (96, 96, 96)  # crop, voxels; multiples of 16
     batch_size: int = 2  # crops in each of the four batches of an iteration
     labelled_repeat: int = 5  # times the labelled list is read in an epoch (30 iterations, then 25)
@@ -54,7 +54,7 @@ class Config:
     pre_iterations: int = 3_030  # pre-training: 101 epochs
     self_iterations: int = 8_025  # self-training: 321 epochs
 
-    # --- method (method.md, "Stage 1", "Stage 2") ---
+    # --- method (docs/method.md, "Stage 1", "Stage 2") ---
     student_a: Literal["vnet", "resvnet"] = "vnet"  # network of the first student and the teacher
     student_b: Literal["vnet", "resvnet"] = "resvnet"  # network of the second student
     mask_fraction: float = 2 / 3  # side of the copy-paste box over the side of the crop, rounded down: 64 64 64

@@ -96,7 +96,7 @@ def load_weights(network: nn.Module, path: Path | str, role: str | None = None) 
     Raises:
         UserError: the file cannot be read, or a name or shape does not fit; the message names it.
 
-    Source: method.md, "Networks", last paragraph.
+    Source: docs/method.md, "Networks", last paragraph.
     """
     path = Path(path)
     payload = load(path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,5 +107,7 @@ def select_device(device: str, gpu: int) -> torch.device:
 
 def set_determinism(deterministic: bool) -> None:
     """Trade speed for the same bits in each run on a GPU; without it cuDNN picks the fastest kernels."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic

@@ -84,7 +84,7 @@ def slice_wise(
     Returns:
         For each network its probabilities, float32 (C, D, H, W).
 
-    Source: method.md, "Schedule, selection, test", ACDC: order-0 zoom to the size and back.
+    Source: docs/method.md, "Schedule, selection, test", ACDC: order-0 zoom to the size and back.
     """
     depth, height, width = volume.shape
     zoomed = nearest_zoom(volume.astype(np.float32, copy=False), size)  # (D, H', W')
@@ -153,7 +153,7 @@ def sliding_window(
     Returns:
         For each network its probabilities, float32 (C, X, Y, Z).
 
-    Source: method.md, "Schedule, selection, test", sliding window.
+    Source: docs/method.md, "Schedule, selection, test", sliding window.
     """
     pads = [max(patch - side, 0) for side, patch in zip(volume.shape, patch_size, strict=True)]
     padded = np.pad(volume.astype(np.float32, copy=False), [(pad // 2, pad - pad // 2) for pad in pads])

@@ -21,7 +21,7 @@ def discrepancy(logits_a: Tensor, logits_b: Tensor) -> Tensor:
     Returns:
         Bool tensor (N, *S), without gradient.
 
-    Source: method.md, "Stage 2", step 4.
+    Source: docs/method.md, "Stage 2", step 4.
     """
     return logits_a.detach().argmax(1) != logits_b.detach().argmax(1)
 
@@ -58,7 +58,7 @@ def mixed_losses(
     Raises:
         ValueError: the shapes do not fit each other, or the kind of Dice is unknown.
 
-    Source: method.md, "Losses of one mixed batch".
+    Source: docs/method.md, "Losses of one mixed batch".
     """
     _check_shapes(logits, image_label, patch_label, mask, discrepancy, dice)
     with torch.autocast(logits.device.type, enabled=False):  # reductions stay in float32

@@ -42,7 +42,7 @@ def case_metrics(
     Raises:
         ValueError: the shapes differ.
 
-    Source: method.md, "Schedule, selection, test"; the definitions are those of medpy.metric.binary (dc, jc, hd95,
+    Source: docs/method.md, "Schedule, selection, test"; the definitions are those of medpy.metric.binary (dc, jc, hd95,
     asd), computed on the bounding box of both masks, which changes no distance.
     """
     if prediction.shape != reference.shape:

@@ -1,4 +1,4 @@
-"""Copy-paste mixing: a random box of one image pasted into another (method.md, "Notation" and "Stage 1")."""
+"""Copy-paste mixing: a random box of one image pasted into another (docs/method.md, "Notation" and "Stage 1")."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def copy_paste_mask(shape: Sequence[int], box: Sequence[int], generator: torch.G
     Raises:
         ValueError: the box has another dimension than the shape or does not leave room on an axis.
 
-    Source: method.md, "Stage 2": the upper end of the corner's range is excluded.
+    Source: docs/method.md, "Stage 2": the upper end of the corner's range is excluded.
     """
     if len(shape) != len(box) or not all(0 < b < side for b, side in zip(box, shape, strict=False)):
         raise ValueError(f"the box {tuple(box)} must be smaller than the shape {tuple(shape)} on every axis")

@@ -75,7 +75,7 @@ def pseudo_label(logits: Tensor, rule: Rule, connectivity: int) -> Tensor:
     Raises:
         ValueError: see decide() and largest_components().
 
-    Source: method.md, "Pseudo-labels".
+    Source: docs/method.md, "Pseudo-labels".
     """
     decision = decide(torch.softmax(logits.detach().float(), dim=1), rule)
     cleaned = [largest_components(sample, connectivity) for sample in decision.cpu().numpy()]

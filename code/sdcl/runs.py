@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from sdcl.errors import UserError
 
-# Fields that say how a run is carried out, not what it computes: they may change when it goes on.
-MACHINE_FIELDS = frozenset({"device", "gpu", "cache_gb", "log_every", "save_every"})
+# Fields that say where and how a run is carried out, not what it computes: they may change when it goes on.
+MACHINE_FIELDS = frozenset(
+    {"root_path", "models_path", "device", "gpu", "cache_gb", "log_every", "save_every", "window_batch"}
+)
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
 LOGGER = logging.getLogger("sdcl")
 

@@ -85,7 +85,7 @@ class Learners:
 
 
 def make_learners(student_a: nn.Module, student_b: nn.Module, base_lr: float) -> Learners:
-    """Give each student its own Adam (method.md, "Stage 1")."""
+    """Give each student its own Adam (docs/method.md, "Stage 1")."""
     networks = dict(zip(STUDENTS, (student_a, student_b), strict=True))
     optimisers = {role: torch.optim.Adam(network.parameters(), lr=base_lr) for role, network in networks.items()}
     return Learners(networks, optimisers)
@@ -118,7 +118,7 @@ def pretrain_step(learners: Learners, batch: Batch, mask: Tensor, method: Method
     Returns:
         Named scalars on the device: "<student>/loss", "/dice", "/ce".
 
-    Source: method.md, "Stage 1".
+    Source: docs/method.md, "Stage 1".
     """
     image = mix(batch["x_a"], batch["x_b"], mask)
     label = mix(batch["y_a"], batch["y_b"], mask)
@@ -147,7 +147,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, method: Meth
         Named scalars on the device: "<student>/loss", "/dice", "/ce", "/mse", "/kl" (unweighted sums over both
         mixes) and "discrepancy", the number of voxels where the students disagree, in both mixes.
 
-    Source: method.md, "Stage 2".
+    Source: docs/method.md, "Stage 2".
     """
     teacher = learners.networks["teacher"]
     with torch.no_grad(), _autocast(mask.device, method.precision):

@@ -15,7 +15,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, buffers
         decay: in [0, 1]; 0.99 in the published runs.
         buffers: also average the buffers (BatchNorm's statistics); integer buffers are rounded down.
 
-    Source: method.md, "Stage 2", step 6.
+    Source: docs/method.md, "Stage 2", step 6.
     """
     average = get_ema_multi_avg_fn(decay)
     ours, theirs = list(teacher.parameters()), list(student.parameters())

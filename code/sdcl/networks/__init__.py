@@ -25,7 +25,7 @@ def build_network(name: str, num_classes: int, in_channels: int = 1) -> nn.Modul
     Raises:
         ValueError: the name is unknown or a count is too small.
 
-    Source: method.md, "Networks".
+    Source: docs/method.md, "Networks".
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")

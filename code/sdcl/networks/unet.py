@@ -90,7 +90,7 @@ class UNetDecoder(nn.Module):
 
 
 def initialise(network: nn.Module) -> None:
-    """Give convolutions Kaiming-normal weights and BatchNorm weight 1 and bias 0 (method.md, "Networks")."""
+    """Give convolutions Kaiming-normal weights and BatchNorm weight 1 and bias 0 (docs/method.md, "Networks")."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)

@@ -1,0 +1,40 @@
+"""On real data, where it lies beside the project; skipped elsewhere."""
+
+import nibabel
+import numpy as np
+import pytest
+from helpers import ROOT
+from medpy.metric import binary
+
+from dataloaders import acdc, la
+from dataloaders.files import read_list, read_sample
+from sdcl.metrics import case_metrics
+
+DATA = ROOT.parent / "shared" / "data"
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside the project")
+
+
+def test_metrics_of_a_real_prediction_are_medpys():
+    reference, prediction = (
+        np.asarray(nibabel.load(DATA / "pancreas" / "metrics" / f"00_{kind}.nii.gz").dataobj) > 0
+        for kind in ("gt", "pred")
+    )
+    metrics = case_metrics(prediction, reference)
+    for name, function in (("dice", binary.dc), ("jaccard", binary.jc), ("hd95", binary.hd95), ("asd", binary.asd)):
+        assert getattr(metrics, name) == pytest.approx(function(prediction, reference), abs=1e-9)
+
+
+def test_real_acdc_reads_as_the_lists_say():
+    names = read_list(DATA / "acdc" / "data_split" / "train_slices.list")
+    labelled, unlabelled = acdc.split_by_patients(names, 7)
+    assert (len(labelled), len(unlabelled)) == (136, 1176)
+    slices = acdc.AcdcSlices(DATA / "acdc", labelled, size=(256, 256), num_classes=4, cache_gb=1, labelled=True)
+    image, label = slices.sample(0, np.random.default_rng(0))
+    assert image.shape == label.shape == (256, 256) and 0 <= image.min() <= image.max() <= 1
+    assert len(acdc.read_volumes(DATA / "acdc", "val", 4)) == 20
+
+
+def test_real_la_reads():
+    name = read_list(DATA / "la" / "data_split" / "train_lab.txt")[0]
+    sample = read_sample(la.path_of(DATA / "la", name), ndim=3, num_classes=2)
+    assert sample.image.ndim == 3 and set(np.unique(sample.label)) == {0, 1}
