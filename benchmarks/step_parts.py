@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sdcl import steps
-from sdcl.config import run_script
+from sdcl.config import keep_freed_memory, run_script
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.networks import build_network
 from sdcl.training import peak_memory_gib
@@ -80,6 +80,7 @@ class Method:
 
 def main(config: Config) -> None:
     """Run the steps with each part wrapped in a clock, and print the table."""
+    keep_freed_memory()
     chosen = SETTINGS[config.data_set]
     shape, batch_size = config.shape or chosen["shape"], config.batch_size or chosen["batch"]
     keys = ("dice", "pre_dice", "pseudo_label_rule", "connectivity", "ema_buffers")

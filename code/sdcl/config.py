@@ -1,5 +1,6 @@
 """From a script's header to a checked configuration: command line, device, common refusals."""
 
+import ctypes
 import dataclasses
 import difflib
 import os
@@ -16,6 +17,7 @@ from sdcl.errors import UserError
 Config = TypeVar("Config")
 POSITIVE_FIELDS = ("labelnum", "batch_size", "base_lr", "log_every", "save_every", "labelled_repeat", "num_classes")
 NON_NEGATIVE_FIELDS = ("pre_iterations", "self_iterations", "u_weight", "mse_weight", "kl_weight", "seed", "gpu")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of mallopt's parameters, from malloc.h
 SIDE_DIVISOR = 16  # every network halves its input four times
 
 
@@ -111,3 +113,16 @@ def set_determinism(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed blocks for the next iteration instead of returning each to the system.
+
+    On a CPU a step allocates gigabytes in blocks so large that glibc maps each anew and the system zeroes its pages: a
+    quarter of the time of a 3D step. Elsewhere than on glibc nothing happens.
+    """
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)  # -1: never

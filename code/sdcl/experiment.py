@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sdcl.checkpoints import load_weights
-from sdcl.config import as_dict, check_common, describe, select_device, set_determinism
+from sdcl.config import as_dict, check_common, describe, keep_freed_memory, select_device, set_determinism
 from sdcl.errors import UserError
 from sdcl.evaluation import PREDICTORS, STUDENTS, Case, Predictors, Task, load_predictors
 from sdcl.networks import build_network
@@ -30,6 +30,8 @@ def begin(config: Any, check: Callable[[Any], None]) -> torch.device:
     device = select_device(config.device, config.gpu)
     check_common(config)
     check(config)
+    if device.type == "cpu":
+        keep_freed_memory()
     LOGGER.info("%s\nComputing on %s, with\n%s", type(config).__doc__.splitlines()[0], device, describe(config))
     return device
 

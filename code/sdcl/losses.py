@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdcl.pseudo_labels import class_map
+
 DiceOver = Literal["sample", "batch"]
 COUNT_EPSILON = 1e-16
 DICE_SMOOTH = {"sample": 1e-5, "batch": 1e-10}
@@ -23,7 +25,7 @@ def discrepancy(logits_a: Tensor, logits_b: Tensor) -> Tensor:
 
     Source: docs/method.md, "Stage 2", step 4.
     """
-    return logits_a.detach().argmax(1) != logits_b.detach().argmax(1)
+    return class_map(logits_a) != class_map(logits_b)
 
 
 def mixed_losses(
@@ -79,7 +81,7 @@ def mixed_losses(
         weights = torch.where(inside, float(image_weight), float(patch_weight))
         # mean_c (p_c - 1[t=c])^2 = (sum_c p_c^2 - 2 p_t + 1) / C: no one-hot tensor is needed.
         squared_error = (p.square().sum(1) - 2 * p_target + 1) / p.shape[1]
-        wrong = discrepancy & (logits.detach().argmax(1) != target)
+        wrong = discrepancy & (class_map(logits) != target)
         losses["mse"] = _masked_mean(weights * squared_error, discrepancy)
         losses["kl"] = _masked_mean(weights * -log_p.mean(1), wrong)
     return losses
