@@ -158,7 +158,7 @@ def sliding_window(
     pads = [max(patch - side, 0) for side, patch in zip(volume.shape, patch_size, strict=True)]
     padded = np.pad(volume.astype(np.float32, copy=False), [(pad // 2, pad - pad // 2) for pad in pads])
     device = device_of(networks)
-    image = torch.from_numpy(np.ascontiguousarray(padded)).to(device)
+    image = torch.from_numpy(padded)
     starts = [window_starts(*axis) for axis in zip(padded.shape, patch_size, stride, strict=True)]
     profiles = [window_profile(patch, weighting) for patch in patch_size]
     window_weight = torch.einsum("i,j,k->ijk", *profiles).to(device)
@@ -171,7 +171,7 @@ def sliding_window(
     for x, next_x in zip(starts[0], [*starts[0][1:], padded.shape[0]], strict=True):
         for first in range(0, len(places), batch_size):
             chosen = places[first : first + batch_size]
-            windows = torch.stack([_window(image, (x, *place), patch_size) for place in chosen])[:, None]
+            windows = torch.stack([_window(image, (x, *place), patch_size) for place in chosen])[:, None].to(device)
             for slab, probabilities in zip(slabs, run(networks, windows, precision), strict=True):
                 for place, p in zip(chosen, probabilities, strict=True):
                     _window(slab, (0, 0, *place), (num_classes, *patch_size)).add_(p * window_weight)

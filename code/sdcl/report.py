@@ -34,8 +34,8 @@ from sdcl.evaluation import (
 )
 from sdcl.runs import LOGGER, write_csv, write_text
 
-# Okabe and Ito's colour-blind-safe colours, by class; background shows the image.
-CLASS_COLOURS = np.array([(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178)]) / 255
+# Okabe and Ito's colour-blind-safe colours, by foreground class.
+CLASS_COLOURS = np.array([(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178)]) / 255
 DISCREPANCY_COLOUR = np.array((213, 94, 0)) / 255
 OVERLAY = 0.55  # opacity of labels over the image
 FIGURE_DPI = 120
@@ -47,13 +47,18 @@ def fullest_slice(label: np.ndarray, axis: int) -> int:
     return int(np.count_nonzero(label, axis=others).argmax())
 
 
-def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray = CLASS_COLOURS) -> np.ndarray:
+def class_colours(classes: np.ndarray) -> np.ndarray:
+    """Return the colours (..., 3) in [0, 1] of foreground classes (...), from 1 on; after the last they begin anew."""
+    return CLASS_COLOURS[(classes.astype(int) - 1) % len(CLASS_COLOURS)]
+
+
+def overlay(image: np.ndarray, label: np.ndarray, colour: np.ndarray | None = None) -> np.ndarray:
     """Paint a label map over a slice.
 
     Args:
         image: (H, W), any range.
         label: (H, W), classes; 0 is left unpainted.
-        colours: (n, 3) in [0, 1], indexed by the class modulo n - 1, from 1.
+        colour: (3,) in [0, 1], for all classes; None: each class its own.
 
     Returns:
         RGB (H, W, 3) in [0, 1].
@@ -61,8 +66,8 @@ def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray = CLASS_CO
     low, high = np.percentile(image, (1, 99))
     grey = np.clip((image - low) / max(high - low, 1e-8), 0, 1)[..., None].repeat(3, axis=-1)
     painted = (label > 0)[..., None]
-    colour = colours[(label.astype(int) - 1) % (len(colours) - 1) + 1]
-    return np.where(painted, (1 - OVERLAY) * grey + OVERLAY * colour, grey)
+    paint = class_colours(label) if colour is None else colour
+    return np.where(painted, (1 - OVERLAY) * grey + OVERLAY * paint, grey)
 
 
 def views(case: Case, label_maps: Sequence[np.ndarray], axis: int) -> dict[str, np.ndarray]:
@@ -75,13 +80,12 @@ def views(case: Case, label_maps: Sequence[np.ndarray], axis: int) -> dict[str, 
     """
     k = fullest_slice(case.label, axis)
     image, reference, a, b = (np.take(array, k, axis) for array in (case.image, case.label, *label_maps))
-    pair = np.stack([np.zeros(3), DISCREPANCY_COLOUR])
     return {
-        f"{case.name}, {'xyz'[axis]} {k}" if axis else f"{case.name}, slice {k}": overlay(image, np.zeros_like(a)),
+        f"{case.name}, slice {k} (axis {axis})": overlay(image, np.zeros_like(a)),
         "reference": overlay(image, reference),
         "student a": overlay(image, a),
         "student b": overlay(image, b),
-        "students disagree": overlay(image, (a != b).astype(int), pair),
+        "students disagree": overlay(image, a != b, DISCREPANCY_COLOUR),
     }
 
 
@@ -98,6 +102,7 @@ def save_case_figure(path: Path, cases: Sequence[tuple[str, Case, Sequence[np.nd
         cases: title, volume, and label maps of student a, student b and their mean.
         task: for the planes and the structures' names.
     """
+    colours = class_colours(np.arange(1, task.num_classes))
     rows = [(title, case, maps, axis) for title, case, maps in cases for axis in task.planes]
     figure = Figure(figsize=(13, 2.9 * len(rows) + 0.5), dpi=FIGURE_DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -112,9 +117,9 @@ def save_case_figure(path: Path, cases: Sequence[tuple[str, Case, Sequence[np.nd
             for c in range(1, task.num_classes):
                 mask = np.take(label, k, axis) == c
                 if mask.any():
-                    axes[0].contour(mask, levels=[0.5], colors=[CLASS_COLOURS[c]], linestyles=style, linewidths=1)
+                    axes[0].contour(mask, levels=[0.5], colors=[colours[c - 1]], linestyles=style, linewidths=1)
         axes[0].set_ylabel(title, fontsize=9)
-    handles = [Patch(color=CLASS_COLOURS[c], label=name) for c, name in enumerate(task.class_names, start=1)]
+    handles = [Patch(color=colour, label=name) for colour, name in zip(colours, task.class_names, strict=True)]
     handles += [
         Patch(color=DISCREPANCY_COLOUR, label="students disagree"),
         Line2D([], [], color="grey", label="reference"),
@@ -129,20 +134,20 @@ def save_metrics_figure(path: Path, rows: Sequence[CaseRow], metrics: Sequence[s
     predictors, structures = (list(dict.fromkeys(getattr(r, key) for r in rows)) for key in ("predictor", "structure"))
     figure = Figure(figsize=(2.5 + 0.8 * len(predictors) * len(metrics), 4.5), dpi=FIGURE_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    width = 0.7 / len(structures)
+    width, colours = 0.7 / len(structures), class_colours(np.arange(1, len(structures) + 1))
     for plot, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         for (i, predictor), (k, structure) in product(enumerate(predictors), enumerate(structures)):
             values = [getattr(r, metric) for r in rows if (r.predictor, r.structure) == (predictor, structure)]
             finite = [value for value in values if not math.isnan(value)]
             place = i + (k - (len(structures) - 1) / 2) * width
             spread = np.linspace(-width / 4, width / 4, len(finite))
-            plot.scatter(place + spread, finite, s=9, color=CLASS_COLOURS[k + 1], alpha=0.7, linewidths=0)
+            plot.scatter(place + spread, finite, s=9, color=colours[k], alpha=0.7, linewidths=0)
             if finite:
                 plot.hlines(np.mean(finite), place - width / 2.5, place + width / 2.5, color="black", linewidth=1.2)
         plot.set_xticks(range(len(predictors)), predictors, rotation=60, ha="right", fontsize=7)
         plot.set_title(METRICS[metric], fontsize=9)
         plot.grid(axis="y", alpha=0.3)
-    handles = [Patch(color=CLASS_COLOURS[c], label=name) for c, name in enumerate(structures, start=1)]
+    handles = [Patch(color=colour, label=name) for colour, name in zip(colours, structures, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     _save_figure(figure, path)
 
