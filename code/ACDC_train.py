@@ -15,6 +15,7 @@ from sdcl.inference import slice_wise
 from sdcl.training import validation_iterations
 
 ROOT = Path(__file__).resolve().parents[1]
+NUM_CLASSES = len(CLASS_NAMES) + 1  # with the background
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Config:
     batch_size: int = 12  # slices in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch (113 iterations)
     unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch
+    augment_probability: float = 0.5  # of a rotation by k * 90 degrees and a flip; else, again, of a rotation by:
+    max_angle_deg: int = 20  # whole degrees in [-max_angle_deg, max_angle_deg)
     shuffle: bool = False  # random order in each epoch instead of the published forwards and backwards
 
     # --- optimisation ---
@@ -80,7 +83,7 @@ def check(config: Config) -> None:
     """Refuse a configuration that cannot be trained."""
     check_root(config.root_path)
     if config.pseudo_label_rule == "threshold":
-        raise UserError(f"--pseudo_label_rule threshold is for two classes, not {len(CLASS_NAMES) + 1}: use argmax.")
+        raise UserError(f"--pseudo_label_rule threshold is for two classes, not {NUM_CLASSES}: use argmax.")
     if config.connectivity not in (4, 8):
         raise UserError(f"--connectivity is {config.connectivity}: slices know 4 or 8 neighbours.")
 
@@ -97,18 +100,23 @@ def main(config: Config) -> None:
         )
 
     def infer(networks, volume):
-        return slice_wise(networks, volume, config.patch_size, task.num_classes, config.batch_size, config.precision)
+        return slice_wise(networks, volume, config.patch_size, NUM_CLASSES, config.batch_size, config.precision)
 
-    task = Task("acdc", CLASS_NAMES, infer)
-    reading = {"size": config.patch_size, "num_classes": task.num_classes, "cache_gb": config.cache_gb}
-    labelled = AcdcSlices(config.root_path, labelled_names, labelled=True, **reading)
-    unlabelled = AcdcSlices(config.root_path, unlabelled_names, labelled=False, **reading)
+    def slices_of(names, labelled):
+        return AcdcSlices(
+            config.root_path, names, size=config.patch_size, num_classes=NUM_CLASSES, cache_gb=config.cache_gb,
+            labelled=labelled, augment_probability=config.augment_probability, max_angle_deg=config.max_angle_deg,
+        )  # fmt: skip
+
+    labelled = slices_of(labelled_names, labelled=True)
+    unlabelled = slices_of(unlabelled_names, labelled=False) if config.self_iterations else None
     train(
         config,
-        task,
+        Task("acdc", CLASS_NAMES, infer),
         device,
         make_streams=lambda with_unlabelled: Streams.of(config, labelled, unlabelled if with_unlabelled else None),
-        cases=read_volumes(config.root_path, "val", task.num_classes),
+        cases=read_volumes(config.root_path, "val", NUM_CLASSES),
+        validated_on="val",
         pre_val_at=validation_iterations(config.pre_val_from, config.pre_val_every, config.pre_iterations),
         self_val_at=validation_iterations(config.self_val_every, config.self_val_every, config.self_iterations),
     )

@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from dataloaders.la import CLASS_NAMES, check_root, path_of
-from dataloaders.volumes import check_3d, training_data
+from dataloaders.volumes import train_volumes
 from sdcl.config import run_script
-from sdcl.evaluation import Decision, Task
-from sdcl.experiment import begin, train
-from sdcl.inference import sliding_window
 from sdcl.training import validation_iterations
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +44,7 @@ class Config:
     batch_size: int = 2  # crops in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch (40 iterations)
     unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch
+    unlabelled_crop: Literal["random", "centre"] = "random"  # where unlabelled crops lie; labelled ones are random
     shuffle: bool = False  # random order in each epoch instead of the published forwards and backwards
 
     # --- optimisation ---
@@ -73,30 +71,15 @@ class Config:
     val_cases: int = 0  # training cases held out for validation, the last unlabelled ones
     pre_val_every: int = 200  # iterations of pre-training between validations (5 epochs); 0: only at the end
     self_val_every: int = 200  # the same for self-training
+    decision_rule: Literal["argmax", "threshold"] = "threshold"  # a prediction's: above 0.5
     stride: tuple[int, int, int] = (18, 18, 4)  # of validation's sliding window, voxels
     window_batch: int = 4  # windows that go through the networks together
 
 
-def check(config: Config) -> None:
-    """Refuse a configuration that cannot be trained."""
-    check_root(config.root_path)
-    check_3d(config)
-
-
 def main(config: Config) -> None:
     """Read the data and run both stages."""
-    device = begin(config, check)
-
-    def infer(networks, volume):
-        return sliding_window(
-            networks, volume, config.patch_size, config.stride, task.num_classes, config.window_batch, config.precision
-        )
-
-    task = Task("la", CLASS_NAMES, infer, Decision("threshold"), planes=(2, 1, 0))
-    make_streams, cases = training_data(config, path_of, task.num_classes, unlabelled_crop="random")
-    pre_val_at = validation_iterations(config.pre_val_every, config.pre_val_every, config.pre_iterations)
     self_val_at = validation_iterations(config.self_val_every, config.self_val_every, config.self_iterations)
-    train(config, task, device, make_streams=make_streams, cases=cases, pre_val_at=pre_val_at, self_val_at=self_val_at)
+    train_volumes(config, "la", CLASS_NAMES, check_root, path_of, self_val_at)
 
 
 if __name__ == "__main__":

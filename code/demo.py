@@ -35,7 +35,7 @@ TEST = {"acdc": [], "la": ["--stride", "16", "16", "16"], "pancreas": ["--stride
 class Config:
     """Make synthetic data sets, train both stages on each, and test."""
 
-    output: Path = ROOT / "demo_output"  # the phantoms and the runs go here; what the last demo left is replaced
+    output: Path = ROOT / "demo_output"  # the phantoms and the runs go here; the last demo's runs are replaced
     data_set: Literal["all", "acdc", "la", "pancreas"] = "all"  # which of them
     seed: int = 1337  # of the phantoms and of the training
 
@@ -56,17 +56,18 @@ def run_one(name: str, config: Config) -> Path:
     """Run one data set's pipeline and return the folder of its test."""
     data, models = config.output / name, config.output / "models"
     train, test = SCRIPTS[name]
+    run = models / f"{name}_demo_2_labeled"
+    shutil.rmtree(run, ignore_errors=True)
     call("dataloaders/phantom.py", "--dataset", name, "--root_path", data, "--seed", config.seed)
     where = ["--root_path", data, "--models_path", models, "--exp", "demo", "--labelnum", 2]
     call(train, *where, *TRAIN[name], "--seed", config.seed)
     call(test, *where, *TEST[name])
-    return models / f"{name}_demo_2_labeled" / "test" / "self_train_test"
+    return run / "test" / "self_train_test"
 
 
 def main(config: Config) -> None:
     """Run the pipelines; end with a table and what to look at."""
     begin = time.monotonic()
-    shutil.rmtree(config.output / "models", ignore_errors=True)
     chosen = DATA_SETS if config.data_set == "all" else (config.data_set,)
     folders = {name: run_one(name, config) for name in chosen}
     print(f"\nThe demo took {time.monotonic() - begin:.0f} s. Dice on the synthetic test cases, last checkpoints:")

@@ -11,6 +11,7 @@ from sdcl.experiment import begin, find_run, test
 from sdcl.inference import slice_wise
 
 ROOT = Path(__file__).resolve().parents[1]
+NUM_CLASSES = len(CLASS_NAMES) + 1  # with the background
 
 
 @dataclass
@@ -45,11 +46,12 @@ def main(config: Config) -> None:
 
     def infer(networks, volume):
         size = trained["patch_size"]
-        return slice_wise(networks, volume, size, task.num_classes, config.batch_size, config.precision)
+        return slice_wise(networks, volume, size, NUM_CLASSES, config.batch_size, config.precision)
 
-    task = Task("acdc", CLASS_NAMES, infer)
-    cases = read_volumes(config.root_path, config.split, task.num_classes)
-    test(config, task, device, folder, trained, cases, config.split)
+    def read_cases():
+        return read_volumes(config.root_path, config.split, NUM_CLASSES)
+
+    test(config, Task("acdc", CLASS_NAMES, infer), device, folder, trained, read_cases, config.split)
 
 
 if __name__ == "__main__":

@@ -66,16 +66,26 @@ class AcdcSlices:
         num_classes: labels must lie in [0, num_classes).
         cache_gb: bound of the memory for decoded slices, in GiB.
         labelled: without it labels are neither needed nor read.
+        augment_probability: see augmentation_index.
+        max_angle_deg: see augmentation_index.
 
     Raises:
         UserError: a file is missing or wrong.
     """
 
     def __init__(
-        self, root_path: Path, names: Sequence[str], *, size: tuple[int, int], num_classes: int, cache_gb: float,
+        self,
+        root_path: Path,
+        names: Sequence[str],
+        *,
+        size: tuple[int, int],
+        num_classes: int,
+        cache_gb: float,
         labelled: bool,
-    ):  # fmt: skip
-        self._size = size
+        augment_probability: float = 0.5,
+        max_angle_deg: int = 20,
+    ):
+        self._how = (size, augment_probability, max_angle_deg)
         what = f"{'labelled' if labelled else 'unlabelled'} slices"
         paths = [find_file(root_path, name) for name in names]
         self._cache = Cache(
@@ -89,7 +99,8 @@ class AcdcSlices:
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         """Return an augmented slice: image (H, W) float32 and label (H, W) uint8, or None without labels."""
         case = self._cache[index]
-        view = augmentation_index(case.image.shape, self._size, rng)
+        size, probability, max_angle_deg = self._how
+        view = augmentation_index(case.image.shape, size, rng, probability, max_angle_deg)
         return apply_index(case.image, view), None if case.label is None else apply_index(case.label, view)
 
 

@@ -179,7 +179,7 @@ class Cache:
         return Sample(sample.image.astype(self._dtype, copy=False), sample.label)
 
 
-def sample_seed(*numbers: int | str) -> np.random.Generator:
+def sample_rng(*numbers: int | str) -> np.random.Generator:
     """Make the generator of one sample from what identifies it, so that no order of reading can change it."""
     words = [int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) if isinstance(n, str) else n for n in numbers]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))

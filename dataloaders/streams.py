@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dataloaders.files import sample_seed
+from dataloaders.files import sample_rng
 from sdcl.errors import UserError
 
 PREFETCHED = 2  # batches prepared ahead
@@ -61,7 +61,8 @@ class Streams:
         self._sets = {"x": (labelled, labelled_repeat)}
         if unlabelled is not None:
             self._sets["u"] = (unlabelled, unlabelled_repeat)
-        self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
+        self._batch_size, self._shuffle = batch_size, shuffle
+        self._seed = (seed, "pre_train" if unlabelled is None else "self_train")  # stage 2 draws anew
         lengths = [len(cases) * repeat // batch_size for cases, repeat in self._sets.values()]
         self.iterations_per_epoch = min(lengths)
         if self.iterations_per_epoch == 0:
@@ -109,7 +110,7 @@ class Streams:
                 order = self._order(len(cases), repeat, epoch, kind + direction)
                 chosen = order[position * self._batch_size : (position + 1) * self._batch_size]
                 samples = [
-                    cases.sample(int(index), sample_seed(self._seed, kind + direction, iteration, place))
+                    cases.sample(int(index), sample_rng(*self._seed, kind + direction, iteration, place))
                     for place, index in enumerate(chosen)
                 ]
                 batch[f"{kind}_{direction}"] = torch.from_numpy(np.stack([image for image, _ in samples])[:, None])
@@ -120,6 +121,6 @@ class Streams:
     def _order(self, count: int, repeat: int, epoch: int, stream: str) -> np.ndarray:
         """Return the order in which a stream reads its repeated list in an epoch."""
         if self._shuffle:
-            return sample_seed(self._seed, stream, epoch).permutation(count * repeat) % count
+            return sample_rng(*self._seed, stream, epoch).permutation(count * repeat) % count
         order = np.tile(np.arange(count), repeat)
         return order if stream.endswith("a") else order[::-1]

@@ -7,7 +7,6 @@ from scipy import ndimage
 
 from sdcl.inference import nearest_zoom
 
-MAX_ANGLE_DEG = 20  # the range's upper end is excluded
 OUTSIDE = -1  # index of pixels that a rotation brings in from beyond the image; they become 0
 
 
@@ -18,16 +17,24 @@ def _rotation_index(shape: tuple[int, int], angle_deg: int) -> np.ndarray:
     return ndimage.rotate(numbered, angle_deg, order=0, reshape=False, mode="constant", cval=0) - 1
 
 
-def augmentation_index(shape: tuple[int, int], size: tuple[int, int], rng: np.random.Generator | None) -> np.ndarray:
+def augmentation_index(
+    shape: tuple[int, int],
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    probability: float = 0.5,
+    max_angle_deg: int = 20,
+) -> np.ndarray:
     """Draw one augmentation as a map: output pixel to flat input index, or OUTSIDE.
 
-    Half of the time a rotation by k * 90 degrees and a flip; otherwise half of the time a rotation by a whole angle in
-    [-20, 20) degrees, order 0, without reshaping; then an order-0 zoom to the size.
+    With the probability a rotation by k * 90 degrees and a flip; otherwise, with the same probability, a rotation by a
+    whole angle in [-max_angle_deg, max_angle_deg), order 0, without reshaping; then an order-0 zoom to the size.
 
     Args:
         shape: (H, W) of the slice, in pixels.
         size: (H', W') of the output.
-        rng: None leaves out everything but the zoom.
+        rng: source of randomness.
+        probability: of each of the two kinds, one after the other.
+        max_angle_deg: bound of the second kind's angle, in degrees; 0 leaves it out.
 
     Returns:
         int32 (H', W').
@@ -35,11 +42,11 @@ def augmentation_index(shape: tuple[int, int], size: tuple[int, int], rng: np.ra
     Source: docs/method.md, "Order of the data", ACDC's augmentation.
     """
     index = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
-    if rng is not None and rng.random() < 0.5:
+    if rng.random() < probability:
         index = np.rot90(index, rng.integers(4))
         index = np.flip(index, rng.integers(2))
-    elif rng is not None and rng.random() < 0.5:
-        index = _rotation_index(shape, int(rng.integers(-MAX_ANGLE_DEG, MAX_ANGLE_DEG)))
+    elif rng.random() < probability and max_angle_deg:
+        index = _rotation_index(shape, int(rng.integers(-max_angle_deg, max_angle_deg)))
     return nearest_zoom(index, size, fill=OUTSIDE)
 
 

@@ -1,17 +1,23 @@
 """Cropped 3D training volumes and whole evaluation volumes; what LA and Pancreas share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import nn
 
 from dataloaders.files import Cache, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
 from sdcl.errors import UserError
-from sdcl.evaluation import Case
+from sdcl.evaluation import Case, Decision, Task
+from sdcl.experiment import begin, find_run, test, train
+from sdcl.inference import sliding_window
+from sdcl.training import validation_iterations
 
 Crop = Literal["random", "centre"]
+PLANES = (2, 1, 0)  # axial, coronal, sagittal in the usual order of axes
+WIDEST_CONNECTIVITY = 26
 
 
 def crop_corner(
@@ -175,8 +181,83 @@ def check_3d(config: Any) -> None:
         raise UserError("--select test and --val_cases contradict each other: give --select val, or no --val_cases.")
 
 
-def training_data(
-    config: Any, path_of: Callable[[Path, str], Path], num_classes: int, unlabelled_crop: Crop
+def train_volumes(
+    config: Any,
+    name: str,
+    class_names: Sequence[str],
+    check_root: Callable[[Path], None],
+    path_of: Callable[[Path, str], Path],
+    self_val_at: Collection[int],
+) -> None:
+    """Do what the training scripts of LA and Pancreas do: read and check the data, train both stages.
+
+    Args:
+        config: the script's header.
+        name: of the data set.
+        class_names: of the foreground classes.
+        check_root: refuses a folder without the data set.
+        path_of: maps the data set's folder and a case's name to its file.
+        self_val_at: iterations of self-training after which to validate, beside the last.
+
+    Raises:
+        UserError: a setting, list or file is wrong.
+    """
+
+    def check(config: Any) -> None:
+        check_root(config.root_path)
+        check_3d(config)
+
+    device = begin(config, check)
+    num_classes = len(class_names) + 1
+
+    def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
+        return sliding_window(
+            networks, volume, config.patch_size, config.stride, num_classes, config.window_batch, config.precision
+        )
+
+    make_streams, cases = _training_data(config, path_of, num_classes)
+    train(
+        config,
+        Task(name, class_names, infer, Decision(config.decision_rule), PLANES),
+        device,
+        make_streams=make_streams,
+        cases=cases,
+        validated_on="test" if config.select == "test" else "val",
+        pre_val_at=validation_iterations(config.pre_val_every, config.pre_val_every, config.pre_iterations),
+        self_val_at=self_val_at,
+    )
+
+
+def test_volumes(
+    config: Any,
+    name: str,
+    class_names: Sequence[str],
+    check_root: Callable[[Path], None],
+    path_of: Callable[[Path, str], Path],
+) -> None:
+    """Do what the test scripts of LA and Pancreas do: score a run on the cases of test.txt; see train_volumes()."""
+    device = begin(config, lambda config: check_root(config.root_path))
+    folder, trained = find_run(config, name)
+    check_windows(config.stride, trained["patch_size"])
+    num_classes = len(class_names) + 1
+
+    def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
+        return sliding_window(
+            networks, volume, trained["patch_size"], config.stride, num_classes, config.window_batch,
+            config.precision, config.window_weighting, config.tta,
+        )  # fmt: skip
+
+    def read_cases() -> list[Case]:
+        names = read_list(config.root_path / "data_split" / "test.txt")
+        return read_volumes(names, lambda case: path_of(config.root_path, case), num_classes, config.spacing)
+
+    decision = Decision(config.decision_rule, WIDEST_CONNECTIVITY if config.largest_component else None)
+    task = Task(name, class_names, infer, decision, PLANES)
+    test(config, task, device, folder, trained, read_cases, "test", nifti=config.save_nifti)
+
+
+def _training_data(
+    config: Any, path_of: Callable[[Path, str], Path], num_classes: int
 ) -> tuple[Callable[[bool], Streams], list[Case]]:
     """Read what a run of LA or Pancreas needs, and check it all.
 
@@ -184,7 +265,6 @@ def training_data(
         config: the training script's header.
         path_of: maps the data set's folder and a case's name to its file.
         num_classes: labels must lie in [0, num_classes).
-        unlabelled_crop: how unlabelled volumes are cropped; labelled ones are cropped at random.
 
     Returns:
         What makes the streams of pre-training (False) and of self-training (True), and the volumes to validate on:
@@ -212,7 +292,7 @@ def training_data(
         )  # fmt: skip
 
     labelled_set = volumes(labelled, "random", True)
-    unlabelled_set = volumes(unlabelled, unlabelled_crop, False)
+    unlabelled_set = volumes(unlabelled, config.unlabelled_crop, False) if config.self_iterations else None
 
     def make_streams(with_unlabelled: bool) -> Streams:
         return Streams.of(config, labelled_set, unlabelled_set if with_unlabelled else None)

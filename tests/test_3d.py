@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dataloaders import la, pancreas
-from dataloaders.files import read_list, sample_seed
+from dataloaders.files import read_list, sample_rng
 from dataloaders.phantom import write_la
 from dataloaders.volumes import CroppedVolumes, crop_corner, cropped, read_volumes, split_labelled
 from sdcl.config import parse
@@ -74,9 +74,9 @@ def test_crops_of_a_case_follow_the_generator_and_image_and_label_agree(tmp_path
     path = write_h5(tmp_path / "a.h5", image=label.astype(np.float32), label=label)
     how = {"patch_size": (4, 4, 4), "crop": "random", "num_classes": 2, "cache_gb": 1, "labelled": True}
     volumes = CroppedVolumes([path], cache_dtype="float16", **how)
-    crops = [volumes.sample(0, sample_seed(k))[0] for k in range(30)]
+    crops = [volumes.sample(0, sample_rng(k))[0] for k in range(30)]
     for k in range(30):
-        image, target = volumes.sample(0, sample_seed(k))
+        image, target = volumes.sample(0, sample_rng(k))
         assert image.dtype == np.float32 and target.dtype == np.uint8
         np.testing.assert_array_equal(image, target)
         np.testing.assert_array_equal(image, crops[k])
@@ -248,8 +248,9 @@ def test_train_and_test_scripts(trained, capsys):
     for words in ("mean, best on val (", "mean, last (2)", "95HD [mm]", "over 2 cases", "metrics.png"):
         assert words in output, words
     assert "NOTE" not in output
-    written = folder / "test" / "self_train_test"
-    assert json.loads((written / "summary.json").read_text())["selected_on"] == "val"
+    written = folder / "test" / "self_train_test_gaussian_tta_largest_component"
+    summary = json.loads((written / "summary.json").read_text())
+    assert summary["selected_on"] == "val" and summary["config"]["stride"] == [16, 16, 16]
     case = read_list(root / "data_split" / "test.txt")[0]
     with h5py.File(MODULES[name].path_of(root, case)) as file:
         for kind, dataset in (("image", "image"), ("label", "label")):
@@ -280,24 +281,41 @@ def test_without_validation_there_is_only_the_last(pancreas_phantom, tmp_path, c
     assert "mean, last (2)" in output and "best on" not in output
 
 
-def test_the_defaults_are_the_published_runs():
-    names = (
-        "pre_iterations",
-        "self_iterations",
-        "patch_size",
-        "labelnum",
-        "mse_weight",
-        "kl_weight",
-        "connectivity",
-        "stride",
-    )
-    for name, expected in (
-        ("la", (3200, 11_000, (112, 112, 80), 8, 0.5, 0.05, 26, (18, 18, 4))),
-        ("pancreas", (3030, 8025, (96, 96, 96), 12, 0.3, 0.1, 18, (16, 16, 4))),
-    ):
-        config = parse(load(SCRIPTS[name][0]).Config, [])
-        assert tuple(getattr(config, key) for key in names) == expected
-        assert parse(load(SCRIPTS[name][1]).Config, []).stride == expected[-1]
+PUBLISHED = {
+    "la": {
+        "labelnum": 8, "pre_iterations": 3200, "self_iterations": 11_000, "patch_size": (112, 112, 80), "batch_size": 2,
+        "mse_weight": 0.5, "kl_weight": 0.05, "connectivity": 26, "stride": (18, 18, 4), "labelled_repeat": 10,
+        "unlabelled_repeat": 10, "unlabelled_crop": "random", "decision_rule": "threshold", "pre_val_every": 200,
+        "self_val_every": 200,
+    },
+    "pancreas": {
+        "labelnum": 12, "pre_iterations": 3030, "self_iterations": 8025, "patch_size": (96, 96, 96), "batch_size": 2,
+        "mse_weight": 0.3, "kl_weight": 0.1, "connectivity": 18, "stride": (16, 16, 4), "labelled_repeat": 5,
+        "unlabelled_repeat": 1, "unlabelled_crop": "centre", "decision_rule": "argmax", "pre_val_every": 150,
+        "self_val_every": 500, "late_val_from": 4000, "late_val_every": 125,
+    },
+}  # fmt: skip
+SHARED = {
+    "base_lr": 1e-3, "u_weight": 0.5, "dice": "sample", "pre_dice": "whole", "pseudo_label_rule": "threshold",
+    "ema_decay": 0.99, "ema_buffers": False, "mask_fraction": 2 / 3, "select": "test", "shuffle": False,
+    "student_a": "vnet", "student_b": "resvnet",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_defaults_are_the_published_runs(name):
+    config = parse(load(SCRIPTS[name][0]).Config, [])
+    expected = PUBLISHED[name] | SHARED
+    assert {key: getattr(config, key) for key in expected} == expected
+    tested = parse(load(SCRIPTS[name][1]).Config, [])
+    for key in ("stride", "patch_size", "decision_rule", "labelnum"):
+        assert getattr(tested, key) == expected[key]
+    assert (tested.window_weighting, tested.tta, tested.largest_component) == ("constant", False, False)
+
+
+def test_spacing_must_be_positive(la_phantom, tmp_path):
+    with pytest.raises(UserError, match="--spacing is 0.0 1.0 1.0: every side must be above 0 mm"):
+        call("test_LA.py", "--root_path", la_phantom, "--models_path", tmp_path, "--spacing", 0, 1, 1)
 
 
 BAD_SETTINGS = {
@@ -307,6 +325,9 @@ BAD_SETTINGS = {
     "connectivity": (["--connectivity", "8"], "--connectivity is 8: volumes know 6, 18 or 26"),
     "gaps": (["--stride", "33", "8", "8"], "--stride is 33 8 8: every step must lie between 1 and"),
     "no val cases": (["--select", "val"], "--select val needs cases to validate on"),
+    "window batch": (["--window_batch", "0"], "--window_batch is 0: it must be above 0"),
+    "negative val cases": (["--select", "val", "--val_cases", "-1"], "--val_cases is -1: it must not be negative"),
+    "one voxel": (["--patch_size", "16", "16", "16"], "--patch_size leaves a single voxel"),
     "val and test": (["--val_cases", "1"], "--select test and --val_cases contradict"),
     "root": (["--root_path", "/nowhere"], "(--root_path): expected data/"),
 }
@@ -380,7 +401,7 @@ def test_three_classes_from_data_to_table(tmp_path):
     train(
         config, Task("la", ("body", "veins"), infer, planes=(2, 1, 0)), torch.device("cpu"),
         make_streams=lambda both: Streams(labelled, unlabelled if both else None, **streams),
-        cases=cases, pre_val_at=(), self_val_at=(),
+        cases=cases, validated_on="val", pre_val_at=(), self_val_at=(),
     )  # fmt: skip
     assert (tmp_path / "models" / "la_three_2_labeled" / "self_train" / "best_mean.pth").exists()
 

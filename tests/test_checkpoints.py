@@ -35,6 +35,18 @@ def test_published_forms(tmp_path, name, prefix, container):
     assert (f"left out {len(unused)}" in str(report)) == bool(unused)
 
 
+def test_only_the_listed_unused_names_are_left_out(tmp_path):
+    for name, foreign in (
+        ("unet", "projection_head.9.weight"),
+        ("resvnet", "block_one.bn.weight"),
+        ("vnet", "block_ten.x"),
+    ):
+        network = build_network(name, CLASSES[name])
+        torch.save(network.state_dict() | {foreign: torch.zeros(1)}, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=f"has the unknown {foreign}"):
+            load_weights(network, tmp_path / "x.pth")
+
+
 def test_our_own_form_finds_the_network_that_fits(tmp_path):
     networks = {"student_a": build_network("unet", 2), "student_b": build_network("resunet", 2)}
     payload = {"networks": {role: n.state_dict() for role, n in networks.items()}, "iteration": 5}
@@ -83,7 +95,13 @@ def test_nothing_in_a_file_is_executed(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist: train first"), (b"", "not a checkpoint"), (b"PK\x03\x04 nonsense", "not a checkpoint")],
+    [
+        (None, "does not exist: train first"),
+        (b"", "not a checkpoint"),
+        (b"PK\x03\x04 nonsense", "not a checkpoint"),
+        (bytes(range(256)) * 8, "not a checkpoint"),
+        (b"\x80\x02}q\x00(X", "not a checkpoint"),
+    ],
 )
 def test_missing_and_damaged_files(tmp_path, content, message):
     if content is not None:

@@ -6,7 +6,7 @@ from helpers import ROOT, write_h5
 from scipy import ndimage
 
 from dataloaders.acdc import AcdcSlices, check_root, read_volumes, split_by_patients
-from dataloaders.files import Cache, read_list, read_sample, sample_seed
+from dataloaders.files import Cache, read_list, read_sample, sample_rng
 from dataloaders.streams import Streams
 from dataloaders.transforms import apply_index, augmentation_index
 from sdcl.errors import UserError
@@ -127,7 +127,7 @@ def test_slices_are_found_in_either_place(acdc_phantom, tmp_path):
         (tmp_path / "data" / f"{name}.h5").write_bytes((acdc_phantom / "data" / "slices" / f"{name}.h5").read_bytes())
     flat = AcdcSlices(tmp_path, names, **how)
     for k in range(len(names)):
-        for one, two in zip(nested.sample(k, sample_seed(k)), flat.sample(k, sample_seed(k)), strict=True):
+        for one, two in zip(nested.sample(k, sample_rng(k)), flat.sample(k, sample_rng(k)), strict=True):
             np.testing.assert_array_equal(one, two)
 
 
@@ -178,7 +178,7 @@ def test_kinds_of_augmentation_come_as_often_as_published():
     flips = {np.flip(np.rot90(square, k), axis).tobytes() for k in range(4) for axis in (0, 1)}
     counts = {"flipped": 0, "still": 0, "rotated": 0}
     for k in range(2000):
-        shown = apply_index(square, augmentation_index((20, 20), (20, 20), sample_seed(k)))
+        shown = apply_index(square, augmentation_index((20, 20), (20, 20), sample_rng(k)))
         kind = "flipped" if shown.tobytes() in flips else "still" if np.array_equal(shown, square) else "rotated"
         counts[kind] += 1
     # A rotation by 0 degrees, and by 1 of so small an image, changes nothing: 2 of 40 angles or so.

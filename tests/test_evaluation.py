@@ -112,7 +112,7 @@ def test_the_papers_protocol_scores_an_empty_mask_zero_in_all_four():
         "asd_mm": 0,
     }
     assert paper.means["hd95"] == 1.0 and paper.means["dice"] == pytest.approx(0.5 / 3) and paper.empty == 2
-    assert "flatters" in format_table([paper], "paper")
+    assert "flatters" in format_table([paper], "paper") and "[mm]" not in format_table([paper], "paper")
 
 
 def test_case_lines():

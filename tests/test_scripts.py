@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 from helpers import ROOT, write_h5
 
-from sdcl.config import parse
+from sdcl import checkpoints
+from sdcl.config import parse, run_script
 from sdcl.errors import UserError
 from sdcl.networks import build_network
 
@@ -20,7 +23,10 @@ SHORT = ["--pre_iterations", "3", "--self_iterations", "3", "--pre_val_from", "2
 
 def run(script, *arguments, cwd=None):
     command = [sys.executable, str(ROOT / "code" / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # what Windows would pipe otherwise
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, timeout=300, encoding="utf-8", env=environment
+    )
 
 
 def load(script):
@@ -50,7 +56,7 @@ def test_training_leaves_what_the_readme_says(trained):
         names = {path.name.split(".vm")[0].split(".17")[0].split(".18")[0] for path in (folder / stage).iterdir()}
         expected = {"last.pth", "best_student_a.pth", "best_student_b.pth", "best_mean.pth", "metrics.csv", "log.txt"}
         assert expected <= names and any(name.startswith("events.out.tfevents") for name in names)
-        assert "validation Dice" in (folder / stage / "log.txt").read_text()
+        assert "Dice on validation cases" in (folder / stage / "log.txt").read_text()
         assert len((folder / stage / "metrics.csv").read_text().splitlines()) == 4
 
 
@@ -97,7 +103,7 @@ def test_published_weights_can_be_tested(trained, acdc_phantom, tmp_path):
     arguments = ["--root_path", str(acdc_phantom), "--models_path", str(tmp_path), "--patch_size", "32", "32"]
     weights = ["--student_a_weights", str(tmp_path / "a.pth"), "--student_b_weights", str(tmp_path / "b.pth")]
     script.main(parse(script.Config, [*arguments, *weights, "--split", "val"]))
-    assert (tmp_path / "acdc_SDCL_7_labeled" / "test" / "self_train_val" / "cases.csv").exists()
+    assert (tmp_path / "test" / "weights_val" / "cases.csv").exists()
     with pytest.raises(UserError, match="belong together"):
         script.main(parse(script.Config, [*arguments, *weights[:2]]))
 
@@ -115,6 +121,15 @@ def test_the_defaults_are_the_published_run():
     assert (config.labelnum, config.batch_size, config.base_lr, config.ema_decay) == (7, 12, 1e-3, 0.99)
     assert (config.mse_weight, config.kl_weight, config.u_weight, config.connectivity) == (0.5, 0.05, 0.5, 8)
     assert (config.pre_val_from, config.pre_val_every, config.self_val_every) == (5650, 565, 200)
+    assert (config.labelled_repeat, config.unlabelled_repeat, config.shuffle) == (10, 10, False)
+    assert (config.dice, config.pre_dice, config.pseudo_label_rule, config.ema_buffers) == (
+        "batch",
+        "regions",
+        "argmax",
+        True,
+    )
+    assert (config.student_a, config.student_b, config.mask_fraction) == ("unet", "resunet", 2 / 3)
+    assert (config.augment_probability, config.max_angle_deg) == (0.5, 20)
 
 
 BAD_SETTINGS = {
@@ -126,24 +141,34 @@ BAD_SETTINGS = {
     "batch": (["--batch_size", "500"], "--batch_size 500 is more than the"),
     "zero batch": (["--batch_size", "0"], "--batch_size is 0: it must be above 0"),
     "ema": (["--ema_decay", "1.5"], "--ema_decay is 1.5"),
-    "mask": (["--mask_fraction", "1"], "--mask_fraction is 1"),
+    "mask": (["--mask_fraction", "1"], "--mask_fraction is 1.0: a mask of 1.0 of"),
+    "angle": (["--max_angle_deg", "-5"], "--max_angle_deg is -5"),
     "connectivity": (["--connectivity", "26"], "--connectivity is 26: slices know 4 or 8"),
     "rule": (["--pseudo_label_rule", "threshold"], "--pseudo_label_rule threshold is for two classes"),
     "negative weight": (["--u_weight", "-1"], "--u_weight is -1"),
     "learning rate": (["--base_lr", "0"], "--base_lr is 0"),
     "root": (["--root_path", "/nowhere/acdc"], "no ACDC data in"),
     "pretrained": (["--pretrained", "/nowhere/run"], "does not exist: train first"),
+    "nothing to start from": (
+        ["--pre_iterations", "0"],
+        "--pre_iterations 0 leaves self-training nothing to start from",
+    ),
+    "tiny box": (["--mask_fraction", "0.01"], "--mask_fraction is 0.01: a mask of"),
+    "tiny patch": (["--patch_size", "16", "16"], "--patch_size leaves a single voxel"),
+    "repeat": (["--unlabelled_repeat", "-1"], "--unlabelled_repeat is -1: it must be above 0"),
+    "models folder": (["--models_path", "/dev/null/models"], "Not a directory"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_SETTINGS)
-def test_bad_settings_end_in_a_sentence(kind, acdc_phantom, tmp_path):
+def test_bad_settings_end_in_a_sentence(kind, acdc_phantom, tmp_path, monkeypatch):
     arguments, message = BAD_SETTINGS[kind]
     script = load("ACDC_train.py")
     base = ["--root_path", str(acdc_phantom), "--models_path", str(tmp_path), *TINY, *SHORT]
-    with pytest.raises(UserError) as error:
-        script.main(parse(script.Config, [*base, *arguments]))
-    assert message in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setattr(sys, "argv", ["script", *base, *arguments])
+    with pytest.raises(SystemExit) as error:
+        run_script(script.main, script.Config)
+    assert message in str(error.value) and str(error.value).startswith("error: ") and "\n" not in str(error.value)
     assert not list(tmp_path.glob("*/*/*.pth"))  # nothing was trained
 
 
@@ -193,3 +218,31 @@ def test_testing_without_a_run(acdc_phantom, tmp_path, content, message):
     script = load("test_ACDC.py")
     with pytest.raises(UserError, match=message):
         script.main(parse(script.Config, ["--root_path", str(acdc_phantom), "--models_path", str(tmp_path)]))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
+def test_a_signal_saves_and_the_same_command_goes_on(acdc_phantom, tmp_path, name):
+    settings = ["--pre_iterations", "60", "--self_iterations", "0", "--pre_val_every", "0", "--save_every", "1000"]
+    command = [
+        sys.executable,
+        str(ROOT / "code" / "ACDC_train.py"),
+        "--root_path",
+        acdc_phantom,
+        "--models_path",
+        tmp_path,
+    ]
+    command = [*map(str, command), *TINY, "--log_every", "1", *settings]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("pre_train 3:"):
+            process.send_signal(getattr(signal, name))
+            break
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name) and "stopped and saved after iteration" in output
+    last = tmp_path / "acdc_SDCL_2_labeled" / "pre_train" / "last.pth"
+    assert 3 <= checkpoints.load(last)["iteration"] < 60
+    script = load("ACDC_train.py")
+    script.main(parse(script.Config, command[2:]))
+    assert checkpoints.load(last)["iteration"] == 60
+    assert len((last.parent / "metrics.csv").read_text().splitlines()) == 61

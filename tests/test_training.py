@@ -82,7 +82,7 @@ def score(students):
 
 def train(folder, settings, validate=score, streams=None):
     learners = tiny_learners()
-    common = {"validate": validate, "config": {}, "validate_at": validation_iterations(3, 3, 8)}
+    common = {"validate": validate, "config": {}, "validate_at": validation_iterations(3, 3, 8), "validated_on": "val"}
     pretrain(learners, streams or TinyStreams(), folder, settings, **common)
     self_train(learners, streams or TinyStreams(), folder, settings, start_from="best", **common)
     return learners
@@ -152,7 +152,7 @@ def test_the_best_is_what_was_scored(tmp_path):
     learners = tiny_learners()
     pretrain(
         learners, TinyStreams(), tmp_path, method(pre_iterations=3), validate=validate,
-        validate_at=range(1, 4), config={},
+        validate_at=range(1, 4), validated_on="val", config={},
     )  # fmt: skip
     for name, moment, roles in (
         ("student_a", 1, ["student_a"]),
@@ -170,7 +170,16 @@ def test_the_best_is_what_was_scored(tmp_path):
 def test_self_training_starts_from_stage_one(tmp_path):
     """Before the first step: each student from its own best with its optimiser, the teacher a copy of student a."""
     settings = method(pre_iterations=4, self_iterations=1, mse_weight=0.0, kl_weight=0.0)
-    pretrain(tiny_learners(), TinyStreams(), tmp_path, settings, validate=score, validate_at=range(1, 5), config={})
+    pretrain(
+        tiny_learners(),
+        TinyStreams(),
+        tmp_path,
+        settings,
+        validate=score,
+        validate_at=range(1, 5),
+        validated_on="val",
+        config={},
+    )
     learners = tiny_learners()
 
     class Peek(TinyStreams):
@@ -187,12 +196,22 @@ def test_self_training_starts_from_stage_one(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        self_train(learners, Peek(), tmp_path, settings, validate=score, validate_at=(), config={}, start_from="best")
+        self_train(
+            learners,
+            Peek(),
+            tmp_path,
+            settings,
+            validate=score,
+            validate_at=(),
+            validated_on="val",
+            config={},
+            start_from="best",
+        )
 
 
 def test_self_training_can_start_from_another_run_and_says_when_there_is_none(tmp_path):
     settings = method(pre_iterations=2, self_iterations=1)
-    common = {"validate": score, "validate_at": (), "config": {}}
+    common = {"validate": score, "validate_at": (), "validated_on": "val", "config": {}}
     pretrain(tiny_learners(), TinyStreams(), tmp_path / "one", settings, **common)
     two = {"start_from": "last", "pretrained": tmp_path / "one", **common}
     self_train(tiny_learners(), TinyStreams(), tmp_path / "two", settings, **two)
@@ -220,7 +239,9 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
     shutil.rmtree(tmp_path / "self_train")
     learners = make_learners(build_network("unet", 3), build_network("unet", 3), 1e-3)
     with pytest.raises(UserError, match="last.pth does not fit these networks"):
-        pretrain(learners, TinyStreams(), tmp_path, settings, validate=score, validate_at=(), config={})
+        pretrain(
+            learners, TinyStreams(), tmp_path, settings, validate=score, validate_at=(), validated_on="val", config={}
+        )
 
 
 @pytest.mark.parametrize("shape", [(32, 16), (32, 16, 16)])
@@ -264,3 +285,46 @@ def test_validation_iterations_and_seeds():
     assert list(validation_iterations(10, 0, 700)) == []
     seeds = {iteration_seed(s, stage, i) for s in (0, 1) for stage in ("pre_train", "self_train") for i in range(50)}
     assert len(seeds) == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("val", "validation cases"), ("test", "the TEST cases (the published selection)")]
+)
+def test_scores_are_named_by_what_they_are_from(tmp_path, name, words):
+    common = {"validate": score, "validate_at": (), "validated_on": name, "config": {}}
+    pretrain(tiny_learners(), TinyStreams(), tmp_path, method(pre_iterations=2), **common)
+    assert f"Dice on {words}" in (tmp_path / "pre_train" / "log.txt").read_text()
+    assert f"{name}_dice/mean" in (tmp_path / "pre_train" / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_another_configuration_does_not_go_on_with_a_checkpoint(tmp_path):
+    common = {"validate": score, "validate_at": (), "validated_on": "val"}
+    pretrain(tiny_learners(), TinyStreams(), tmp_path, method(pre_iterations=2), config={"base_lr": 1e-3}, **common)
+    with pytest.raises(UserError, match="base_lr 0.001 there, 0.01 now"):
+        pretrain(tiny_learners(), TinyStreams(), tmp_path, method(pre_iterations=4), config={"base_lr": 1e-2}, **common)
+
+
+def test_the_learning_rate_is_this_runs(tmp_path):
+    common = {"validate": score, "validate_at": (), "validated_on": "val", "config": {}}
+    pretrain(tiny_learners(), TinyStreams(), tmp_path, method(pre_iterations=2), **common)
+    learners = make_learners(build_network("unet", 2), build_network("unet", 2), base_lr=1e-5)
+    settings = method(self_iterations=1)
+    self_train(learners, TinyStreams(), tmp_path, settings, start_from="last", **common)
+    assert {group["lr"] for o in learners.optimisers.values() for group in o.param_groups} == {1e-5}
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss of an iteration is computed before its step, so that it can be finite when the weights are not."""
+
+    class Overflowing(TinyStreams):
+        def batches(self, start, stop):
+            for i, batch in enumerate(super().batches(start, stop), start=1):
+                yield batch
+                if i == 3:
+                    next(learners.networks["student_a"].parameters()).data.fill_(math.inf)
+
+    learners = tiny_learners()
+    common = {"validate": None, "validate_at": (), "validated_on": "val", "config": {}}
+    with pytest.raises(UserError, match="student_a.* became nan or infinite"):
+        pretrain(learners, Overflowing(), tmp_path, method(pre_iterations=4, log_every=1, save_every=2), **common)
+    assert checkpoints.load(tmp_path / "pre_train" / "last.pth")["iteration"] == 2

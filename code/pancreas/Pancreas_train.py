@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from dataloaders.pancreas import CLASS_NAMES, check_root, path_of
-from dataloaders.volumes import check_3d, training_data
+from dataloaders.volumes import train_volumes
 from sdcl.config import run_script
-from sdcl.evaluation import Decision, Task
-from sdcl.experiment import begin, train
-from sdcl.inference import sliding_window
 from sdcl.training import validation_iterations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +44,7 @@ class Config:
     batch_size: int = 2  # crops in each of the four batches of an iteration
     labelled_repeat: int = 5  # times the labelled list is read in an epoch (30 iterations, then 25)
     unlabelled_repeat: int = 1  # times the unlabelled list is read in an epoch
+    unlabelled_crop: Literal["random", "centre"] = "centre"  # where unlabelled crops lie; labelled ones are random
     shuffle: bool = False  # random order in each epoch instead of the published forwards and backwards
 
     # --- optimisation ---
@@ -75,32 +73,17 @@ class Config:
     self_val_every: int = 500  # the same for self-training (20 epochs) up to the next
     late_val_from: int = 4_000  # iteration of self-training (epoch 160) from which to validate more often
     late_val_every: int = 125  # iterations between validations from there on (5 epochs)
+    decision_rule: Literal["argmax", "threshold"] = "argmax"  # a prediction's: the likelier class
     stride: tuple[int, int, int] = (16, 16, 4)  # of validation's sliding window, voxels
     window_batch: int = 4  # windows that go through the networks together
 
 
-def check(config: Config) -> None:
-    """Refuse a configuration that cannot be trained."""
-    check_root(config.root_path)
-    check_3d(config)
-
-
 def main(config: Config) -> None:
     """Read the data and run both stages."""
-    device = begin(config, check)
-
-    def infer(networks, volume):
-        return sliding_window(
-            networks, volume, config.patch_size, config.stride, task.num_classes, config.window_batch, config.precision
-        )
-
-    task = Task("pancreas", CLASS_NAMES, infer, Decision("argmax"), planes=(2, 1, 0))
-    make_streams, cases = training_data(config, path_of, task.num_classes, unlabelled_crop="centre")
-    pre_val_at = validation_iterations(config.pre_val_every, config.pre_val_every, config.pre_iterations)
     early = validation_iterations(config.self_val_every, config.self_val_every, config.late_val_from - 1)
     late = validation_iterations(config.late_val_from, config.late_val_every, config.self_iterations)
     self_val_at = {*early, *late}
-    train(config, task, device, make_streams=make_streams, cases=cases, pre_val_at=pre_val_at, self_val_at=self_val_at)
+    train_volumes(config, "pancreas", CLASS_NAMES, check_root, path_of, self_val_at)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.files import read_list
 from dataloaders.pancreas import CLASS_NAMES, check_root, path_of
-from dataloaders.volumes import check_windows, read_volumes
+from dataloaders.volumes import test_volumes
 from sdcl.config import run_script
-from sdcl.evaluation import Decision, Task
-from sdcl.experiment import begin, find_run, test
-from sdcl.inference import sliding_window
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,12 +32,13 @@ class Config:
     protocol: Literal["default", "paper"] = "default"  # paper: an empty mask scores 0 in all four metrics
     patch_size: tuple[int, int, int] = (96, 96, 96)  # window, voxels; a run's own replaces it
     stride: tuple[int, int, int] = (16, 16, 4)  # between windows, voxels
+    decision_rule: Literal["argmax", "threshold"] = "argmax"  # the likelier class
     window_weighting: Literal["constant", "gaussian"] = "constant"  # gaussian trusts a window's centre more
     tta: bool = False  # average over the eight flips of each window
     largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure
     student_a: Literal["vnet", "resvnet"] = "vnet"  # network of --student_a_weights; a run's own replaces it
     student_b: Literal["vnet", "resvnet"] = "resvnet"  # network of --student_b_weights; a run's own replaces it
-    batch_size: int = 4  # windows that go through the networks together
+    window_batch: int = 4  # windows that go through the networks together
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     gpu: int = 0  # number of the GPU, from 0
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
@@ -49,21 +46,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Read the run's settings and the volumes, score, print and write."""
-    device = begin(config, lambda config: check_root(config.root_path))
-    folder, trained = find_run(config, "pancreas")
-    check_windows(config.stride, trained["patch_size"])
-
-    def infer(networks, volume):
-        return sliding_window(
-            networks, volume, trained["patch_size"], config.stride, task.num_classes, config.batch_size,
-            config.precision, config.window_weighting, config.tta,
-        )  # fmt: skip
-
-    decision = Decision("argmax", largest_component=26 if config.largest_component else None)
-    task = Task("pancreas", CLASS_NAMES, infer, decision, planes=(2, 1, 0))
-    names = read_list(config.root_path / "data_split" / "test.txt")
-    cases = read_volumes(names, lambda name: path_of(config.root_path, name), task.num_classes, config.spacing)
-    test(config, task, device, folder, trained, cases, "test", nifti=config.save_nifti)
+    test_volumes(config, "pancreas", CLASS_NAMES, check_root, path_of)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read without executing anything, matched by name."""
 
+import contextlib
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ def save(payload: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path} cannot be written ({error}): free some space or choose another folder.") from error
 
 
@@ -70,7 +71,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist: train first, or give the path of a checkpoint.")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged file makes the reader fail in many ways; all of them mean the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{path} is not a checkpoint that can be read safely ({reason[:120]}): copy it again, or save it "
@@ -103,7 +104,8 @@ def load_weights(network: nn.Module, path: Path | str, role: str | None = None) 
     state = _find_state(payload, network, path, role)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     wanted = network.state_dict()
-    left_out = tuple(n for n in state if n not in wanted and n.startswith(getattr(network, "unused_prefixes", ())))
+    unused = getattr(network, "unused_names", None)  # only some networks' published files hold such
+    left_out = tuple(name for name in state if name not in wanted and unused and unused.fullmatch(name))
     _check_names(state, wanted, left_out, path, type(network).__name__)
     network.load_state_dict({name: state[name] for name in wanted})
     iteration = payload.get("iteration")

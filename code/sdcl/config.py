@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -13,10 +14,17 @@ import torch
 import tyro
 
 from sdcl.errors import UserError
+from sdcl.mixing import box_size
 
 Config = TypeVar("Config")
-POSITIVE_FIELDS = ("labelnum", "batch_size", "base_lr", "log_every", "save_every", "labelled_repeat", "num_classes")
-NON_NEGATIVE_FIELDS = ("pre_iterations", "self_iterations", "u_weight", "mse_weight", "kl_weight", "seed", "gpu")
+POSITIVE_FIELDS = (
+    "labelnum", "batch_size", "window_batch", "base_lr", "log_every", "save_every", "labelled_repeat",
+    "unlabelled_repeat", "late_val_every",
+)  # fmt: skip
+NON_NEGATIVE_FIELDS = (
+    "pre_iterations", "self_iterations", "u_weight", "mse_weight", "kl_weight", "seed", "gpu", "cache_gb", "val_cases",
+    "pre_val_from", "pre_val_every", "self_val_every", "late_val_from", "max_angle_deg",
+)  # fmt: skip
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of mallopt's parameters, from malloc.h
 SIDE_DIVISOR = 16  # every network halves its input four times
 
@@ -32,6 +40,10 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         main(parse(config_class, sys.argv[1:]))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is full: lower --batch_size, --patch_size or, in 3D, --window_batch.")
+    except OSError as error:
+        sys.exit(f"error: {error}: check that path, its permissions and the space on its disk.")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -83,13 +95,22 @@ def check_common(config: Any) -> None:
             raise UserError(f"--{name} is {getattr(config, name)}: it must not be negative.")
     if hasattr(config, "ema_decay") and not 0 <= config.ema_decay <= 1:
         raise UserError(f"--ema_decay is {config.ema_decay}: it must lie in [0, 1].")
-    if hasattr(config, "mask_fraction") and not 0 < config.mask_fraction < 1:
-        raise UserError(f"--mask_fraction is {config.mask_fraction}: it must lie inside (0, 1).")
+    if hasattr(config, "augment_probability") and not 0 <= config.augment_probability <= 1:
+        raise UserError(f"--augment_probability is {config.augment_probability}: it must lie in [0, 1].")
     if any(side <= 0 or side % SIDE_DIVISOR for side in config.patch_size):
         raise UserError(
             f"--patch_size is {' '.join(map(str, config.patch_size))}: every side must be a multiple of "
             f"{SIDE_DIVISOR}, since the networks halve it four times."
         )
+    if math.prod(config.patch_size) == SIDE_DIVISOR ** len(config.patch_size):
+        raise UserError("--patch_size leaves a single voxel at the networks' bottom, which no normalisation can use.")
+    if hasattr(config, "mask_fraction"):
+        try:
+            box_size(config.patch_size, config.mask_fraction)
+        except ValueError as error:
+            raise UserError(f"--mask_fraction is {config.mask_fraction}: {error}.") from None
+    if getattr(config, "spacing", None) and not all(math.isfinite(side) and side > 0 for side in config.spacing):
+        raise UserError(f"--spacing is {' '.join(map(str, config.spacing))}: every side must be above 0 mm.")
 
 
 def select_device(device: str, gpu: int) -> torch.device:
@@ -104,11 +125,16 @@ def select_device(device: str, gpu: int) -> torch.device:
         raise UserError("--device cuda was asked for but PyTorch sees no CUDA GPU: use --device cpu, or auto.")
     if gpu >= torch.cuda.device_count():
         raise UserError(f"--gpu is {gpu} but there are only {torch.cuda.device_count()} GPUs: count from 0.")
+    torch.cuda.set_device(gpu)
     return torch.device("cuda", gpu)
 
 
-def set_determinism(deterministic: bool) -> None:
-    """Trade speed for the same bits in each run on a GPU; without it cuDNN picks the fastest kernels."""
+def set_arithmetic(deterministic: bool) -> None:
+    """Make float32 mean float32 on a GPU (no TF32), and with `deterministic` each run give the same bits.
+
+    Without it cuDNN picks the fastest kernels.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(deterministic)

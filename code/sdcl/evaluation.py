@@ -125,6 +125,14 @@ class SummaryRow:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """One validation: the mean Dice of each predictor, in [0, 1], and a picture (3, H, W) in [0, 1]."""
+
+    dice: dict[str, float]
+    panel: np.ndarray
+
+
+@dataclass(frozen=True)
 class Predictors:
     """Networks and what is made of them.
 
@@ -193,7 +201,8 @@ def evaluate(
     for case in cases:
         outputs = task.infer(predictors.networks, case.image)
         probabilities = {
-            name: np.mean([outputs[i] for i in members], axis=0) for name, members in predictors.members.items()
+            name: np.mean([outputs[i] for i in members], axis=0) if len(members) > 1 else outputs[members[0]]
+            for name, members in predictors.members.items()
         }
         label_maps = {name: task.decision(p) for name, p in probabilities.items()}
         for name, label_map in label_maps.items():
@@ -219,10 +228,10 @@ def _score(
 
 
 def apply_protocol(row: CaseRow, protocol: Protocol) -> CaseRow:
-    """Return a row as a protocol counts it: "paper" scores an empty mask 0 in all four, which flatters distances."""
+    """Return a row as a protocol counts it: "paper" scores an empty mask 0 in the four metrics, in voxels."""
     if protocol == "default" or not row.empty:
         return row
-    return replace(row, **dict.fromkeys(METRICS, 0.0))
+    return replace(row, dice=0.0, jaccard=0.0, hd95=0.0, asd=0.0)
 
 
 def summarise(rows: Sequence[CaseRow], protocol: Protocol = "default") -> list[SummaryRow]:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from sdcl.checkpoints import load_weights
-from sdcl.config import as_dict, check_common, describe, keep_freed_memory, select_device, set_determinism
+from sdcl.config import as_dict, check_common, describe, keep_freed_memory, select_device, set_arithmetic
 from sdcl.errors import UserError
 from sdcl.evaluation import PREDICTORS, STUDENTS, Case, Predictors, Task, load_predictors
 from sdcl.networks import build_network
 from sdcl.report import test_report, validator
-from sdcl.runs import LOGGER, open_run, read_config, run_folder, start_logging
+from sdcl.runs import LOGGER, environment, open_run, read_config, run_folder, start_logging
 from sdcl.training import Streams, make_learners, pretrain, self_train
 
 
@@ -30,6 +30,7 @@ def begin(config: Any, check: Callable[[Any], None]) -> torch.device:
     device = select_device(config.device, config.gpu)
     check_common(config)
     check(config)
+    set_arithmetic(getattr(config, "deterministic", False))
     if device.type == "cpu":
         keep_freed_memory()
     LOGGER.info("%s\nComputing on %s, with\n%s", type(config).__doc__.splitlines()[0], device, describe(config))
@@ -43,6 +44,7 @@ def train(
     *,
     make_streams: Callable[[bool], Streams],
     cases: Sequence[Case],
+    validated_on: str,
     pre_val_at: Collection[int],
     self_val_at: Collection[int],
 ) -> None:
@@ -54,21 +56,23 @@ def train(
         device: where to compute.
         make_streams: makes the streams of pre-training (False) or, with the unlabelled ones, of self-training (True).
         cases: volumes to validate on; none: nothing is validated or selected.
+        validated_on: their name, "val" or "test".
         pre_val_at: iterations of pre-training after which to validate, beside the last.
         self_val_at: the same for self-training.
 
     Raises:
         UserError: see open_run(), pretrain() and self_train().
     """
-    set_determinism(config.deterministic)
     torch.manual_seed(config.seed)
     students = (build_network(name, task.num_classes).to(device) for name in (config.student_a, config.student_b))
     learners = make_learners(*students, config.base_lr)
     folder = run_folder(config.models_path, task.name, config.exp, config.labelnum)
     stages = [make_streams(False)] if config.pretrained is None else [None]
     stages += [make_streams(True)] if config.self_iterations else [None]  # both before any training, for their refusals
+    _check_stages(config, folder)
     open_run(folder, as_dict(config), device)
-    common = {"method": config, "validate": validator(cases, task), "config": as_dict(config)}
+    common = {"method": config, "validate": validator(cases, task), "validated_on": validated_on}
+    common["config"] = as_dict(config)
     if stages[0] is not None:
         pretrain(learners, stages[0], folder, validate_at=pre_val_at, **common)
     if stages[1] is not None:
@@ -82,13 +86,37 @@ def train(
             pretrained=config.pretrained,
             **common,
         )
-    LOGGER.info("done: %s; its test script scores it with --exp %s --labelnum %d", folder, config.exp, config.labelnum)
+    stage = "" if stages[1] is not None else " --stage pre_train"
+    where = f"--exp {config.exp} --labelnum {config.labelnum}{stage}"
+    LOGGER.info("done: %s; the test script scores it with %s", folder, where)
+
+
+def _check_stages(config: Any, folder: Path) -> None:
+    """Refuse a run whose self-training would find nothing to start from, before its folder is made."""
+    if config.pretrained is None:
+        if config.self_iterations and not config.pre_iterations and not (folder / "pre_train").exists():
+            raise UserError("--pre_iterations 0 leaves self-training nothing to start from: give --pretrained.")
+        return
+    other = read_config(config.pretrained)
+    for name in ("student_a", "student_b", "labelnum"):
+        if other.get(name) != getattr(config, name):
+            raise UserError(
+                f"--pretrained {config.pretrained} was trained with {name} {other.get(name)}, not "
+                f"{getattr(config, name)}: choose a run of the same --{name}."
+            )
+    needed = ["last.pth"] if config.select == "last" else [f"best_{role}.pth" for role in STUDENTS]
+    for name in needed:
+        if not (config.pretrained / "pre_train" / name).exists():
+            raise UserError(
+                f"--pretrained {config.pretrained} has no pre_train/{name}: choose a run that finished pre-training"
+                f"{'' if config.select == 'last' else ' with validation, or --select last'}."
+            )
 
 
 def find_run(config: Any, data_set: str) -> tuple[Path, dict[str, Any]]:
     """Return the run's folder that a test's header names, and the settings that it was trained with.
 
-    With weights given in files, the settings are the header's own.
+    With weights given in files, the folder is student a's and the settings are the header's own.
 
     Raises:
         UserError: there is no such run, or only one of the two weights' files is given.
@@ -96,8 +124,10 @@ def find_run(config: Any, data_set: str) -> tuple[Path, dict[str, Any]]:
     files = (config.student_a_weights, config.student_b_weights)
     if any(files) and not all(files):
         raise UserError("--student_a_weights and --student_b_weights belong together: give both or none.")
+    if all(files):
+        return config.student_a_weights.resolve().parent, as_dict(config)
     folder = run_folder(config.models_path, data_set, config.exp, config.labelnum)
-    return folder, as_dict(config) if all(files) else read_config(folder)
+    return folder, read_config(folder)
 
 
 def test(
@@ -106,7 +136,7 @@ def test(
     device: torch.device,
     folder: Path,
     trained: dict[str, Any],
-    cases: Sequence[Case],
+    read_cases: Callable[[], Sequence[Case]],
     split: str,
     nifti: bool = False,
 ) -> None:
@@ -118,7 +148,7 @@ def test(
         device: where to compute.
         folder: from find_run().
         trained: from find_run().
-        cases: volumes to score.
+        read_cases: reads the volumes to score, once the networks are there.
         split: their name.
         nifti: also write each case's image, label, prediction and probability as NIfTI.
 
@@ -138,7 +168,15 @@ def test(
         predictors = Predictors(networks, PREDICTORS)
     else:
         predictors = load_predictors(folder / config.stage, make_student, selected_on)
-    facts = {"split": split, "stage": config.stage, "selected_on": selected_on}
-    test_report(folder / "test" / f"{config.stage}_{split}", predictors, cases, task, config.protocol, facts, nifti)
+    facts = {"split": split, "selected_on": selected_on, "config": as_dict(config), "environment": environment(device)}
+    name = "_".join([config.stage if selected_on else "weights", split, *_options(config)])
+    test_report(folder / "test" / name, predictors, read_cases(), task, config.protocol, facts, nifti)
     if selected_on == split:
         LOGGER.info("NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", split)
+
+
+def _options(config: Any) -> list[str]:
+    """Name the options that make a test differ from the published one, so that each has a folder of its own."""
+    chosen = ["paper"] if config.protocol == "paper" else []
+    chosen += ["gaussian"] if getattr(config, "window_weighting", "") == "gaussian" else []
+    return chosen + [name for name in ("tta", "largest_component") if getattr(config, name, False)]

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from sdcl.evaluation import (
     Predictors,
     Protocol,
     Task,
+    Validation,
     evaluate,
     format_cases,
     format_table,
@@ -156,14 +157,6 @@ def _save_figure(figure: Figure, path: Path) -> None:
     temporary = path.with_name("~" + path.name)
     figure.savefig(temporary)
     temporary.replace(path)
-
-
-@dataclass(frozen=True)
-class Validation:
-    """One validation: the mean Dice of each predictor, in [0, 1], and a picture (3, H, W) in [0, 1]."""
-
-    dice: dict[str, float]
-    panel: np.ndarray
 
 
 def validator(cases: Sequence[Case], task: Task) -> Callable[[list[nn.Module]], Validation] | None:

@@ -1,12 +1,15 @@
 """A run's folder: its configuration, its logs, its scalars."""
 
 import csv
+import io
 import json
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -86,17 +89,24 @@ def open_run(folder: Path, config: dict[str, Any], device: torch.device) -> None
     Raises:
         UserError: the folder holds a run with another configuration; the message names the fields that differ.
     """
-    path = folder / "config.json"
+    path, now = folder / "config.json", environment(device)
+    content = {"config": config, "environment": now, "resumed": []}
     if path.exists():
-        earlier = read_config(folder)
-        differing = [k for k in sorted({*earlier, *config} - MACHINE_FIELDS) if earlier.get(k) != config.get(k)]
+        differing = differing_fields(read_config(folder), config)
         if differing:
-            what = ", ".join(f"{k} {earlier.get(k)} there, {config.get(k)} now" for k in differing)
             raise UserError(
-                f"{folder} holds a run of another configuration ({what}): "
+                f"{folder} holds a run of another configuration ({differing}): "
                 "choose another --exp, restore these fields to go on with it, or remove the folder."
             )
-    write_text(path, json.dumps({"config": config, "environment": environment(device)}, indent=2) + "\n")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content.setdefault("resumed", []).append(now)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def differing_fields(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """Say which fields that matter to a run's result differ between two configurations; "" if none does."""
+    names = [k for k in sorted({*there, *now} - MACHINE_FIELDS) if there.get(k) != now.get(k)]
+    return ", ".join(f"{k} {there.get(k)} there, {now.get(k)} now" for k in names)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -133,6 +143,35 @@ def start_logging() -> None:
         LOGGER.addHandler(_TqdmHandler())
 
 
+class StopRequest:
+    """Turns SIGINT (Ctrl-C) and SIGTERM into a wish to stop after this iteration; a second one stops at once.
+
+    Attributes:
+        code: the exit status to end with, 128 + the signal's number; 0 while nobody asked.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self._earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        """Take over the signals; only the main thread can, elsewhere they stay as they are."""
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: object) -> None:
+        if self.code:
+            sys.exit(self.code)
+        self.code = 128 + number
+        LOGGER.info("asked to stop: finishing this iteration and saving (again: stop at once)")
+
+
 class StageRecord:
     """The records of one stage: metrics.csv (a row an iteration), log.txt, TensorBoard events.
 
@@ -146,16 +185,17 @@ class StageRecord:
         folder.mkdir(parents=True, exist_ok=True)
         self.columns = list(columns)
         self._csv_path = folder / "metrics.csv"
-        rows = self._earlier_rows(first_iteration)
-        write_text(self._csv_path, "")
+        kept = io.StringIO()
+        writer = csv.DictWriter(kept, self.columns, restval="")
+        writer.writeheader()
+        writer.writerows(self._earlier_rows(first_iteration))
+        write_text(self._csv_path, kept.getvalue())  # at once, so that a kill here loses no row
         self._csv = open(self._csv_path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
         self._writer = csv.DictWriter(self._csv, self.columns, restval="")
-        self._writer.writeheader()
-        self._writer.writerows(rows)
-        self._csv.flush()
         self._log = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         LOGGER.addHandler(self._log)
+        LOGGER.setLevel(logging.INFO)
         self._board = SummaryWriter(str(folder), purge_step=first_iteration)
 
     def _earlier_rows(self, first_iteration: int) -> list[dict[str, str]]:

@@ -72,15 +72,19 @@ class Learners:
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        """Take over a checkpoint's networks and optimisers, those that it holds."""
+        """Take over a checkpoint's networks and optimisers, those that it holds; learning rates stay this run's."""
         try:
             for role, values in state["networks"].items():
                 self.networks[role].load_state_dict(values)
             for role, values in state["optimisers"].items():
+                rate = self.optimisers[role].param_groups[0]["lr"]
                 self.optimisers[role].load_state_dict(values)
+                for group in self.optimisers[role].param_groups:
+                    group["lr"] = rate
         except (KeyError, RuntimeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{path} does not fit these networks ({str(error).splitlines()[0]}): remove its folder to train anew."
+                f"{path} does not fit these networks ({str(error).splitlines()[0]}): restore a copy of it, "
+                "or choose another --exp to train anew."
             ) from error
 
 

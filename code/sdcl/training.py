@@ -1,6 +1,7 @@
 """The two stages of the method as one loop, the same for 2D and 3D."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -13,10 +14,9 @@ from tqdm import tqdm
 
 from sdcl import checkpoints
 from sdcl.errors import UserError
-from sdcl.evaluation import PREDICTORS, STUDENTS
+from sdcl.evaluation import PREDICTORS, STUDENTS, Validation
 from sdcl.mixing import box_size, copy_paste_mask
-from sdcl.report import Validation
-from sdcl.runs import LOGGER, StageRecord
+from sdcl.runs import LOGGER, StageRecord, StopRequest, differing_fields
 from sdcl.steps import Batch, Learners, Losses, Method, add_teacher, make_learners, pretrain_step, self_train_step
 
 __all__ = ["make_learners", "pretrain", "pretrain_step", "self_train", "self_train_step", "validation_iterations"]
@@ -25,8 +25,6 @@ Stage = Literal["pre_train", "self_train"]
 
 class Streams(Protocol):
     """Where batches come from: a function of the iteration's number alone, so that a run can go on anywhere."""
-
-    iterations_per_epoch: int
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of iterations start to stop - 1, on the CPU."""
@@ -44,6 +42,7 @@ def pretrain(
     *,
     validate: Validate | None,
     validate_at: Collection[int],
+    validated_on: str,
     config: dict[str, Any],
 ) -> None:
     """Run stage 1 to its end, from where the run's folder left it.
@@ -55,12 +54,15 @@ def pretrain(
         method: the script's header.
         validate: scores the students; None: nothing is validated or selected.
         validate_at: iterations (from 1) after which to validate; the last one always is.
+        validated_on: the name of what validate scores on, "val" or "test"; logs and columns carry it.
         config: kept in each checkpoint.
 
     Raises:
         UserError: the folder's checkpoint does not fit, a loss is not finite, or the disk is full.
     """
-    loop = _Loop("pre_train", pretrain_step, learners, streams, folder, method, validate, validate_at, config)
+    loop = _Loop(
+        "pre_train", pretrain_step, learners, streams, folder, method, validate, validate_at, validated_on, config
+    )
     loop.run(method.pre_iterations)
 
 
@@ -72,6 +74,7 @@ def self_train(
     *,
     validate: Validate | None,
     validate_at: Collection[int],
+    validated_on: str,
     config: dict[str, Any],
     start_from: Literal["best", "last"],
     pretrained: Path | None = None,
@@ -85,6 +88,7 @@ def self_train(
         method: the script's header.
         validate: scores the students; None: nothing is validated or selected.
         validate_at: iterations (from 1) after which to validate; the last one always is.
+        validated_on: the name of what validate scores on, "val" or "test"; logs and columns carry it.
         config: kept in each checkpoint.
         start_from: stage 1's checkpoints to start from: each student's best, or the last.
         pretrained: another run's folder, to start from its stage 1.
@@ -99,7 +103,9 @@ def self_train(
             learners.load(checkpoints.load(begin / name), begin / name)
     learners.best, learners.iteration = {}, 0
     add_teacher(learners)
-    loop = _Loop("self_train", self_train_step, learners, streams, folder, method, validate, validate_at, config)
+    loop = _Loop(
+        "self_train", self_train_step, learners, streams, folder, method, validate, validate_at, validated_on, config
+    )
     loop.run(method.self_iterations)
 
 
@@ -134,11 +140,12 @@ class _Loop:
         method: Method,
         validate: Validate | None,
         validate_at: Collection[int],
+        validated_on: str,
         config: dict[str, Any],
     ):
         self.stage, self.step, self.learners, self.streams, self.method = stage, step, learners, streams, method
         self.folder, self.config = run_folder / stage, config
-        self.validate, self.validate_at = validate, validate_at
+        self.validate, self.validate_at, self.validated_on = validate, validate_at, validated_on
         self.device = next(learners.networks["student_a"].parameters()).device
         self.unread: list[tuple[int, Losses]] = []  # losses that are still on the device
         self.seconds: list[float] = []
@@ -156,14 +163,21 @@ class _Loop:
         # Where nobody watches a bar, a line at each reading of the losses tells as much.
         bar = tqdm(total=iterations, initial=start, desc=self.stage, unit="it", dynamic_ncols=True, disable=None)
         try:
-            for batch in self.streams.batches(start, iterations):
-                self._iterate(batch, iterations, record, bar)
+            with StopRequest() as stop:
+                self.clock = time.perf_counter()
+                for batch in self.streams.batches(start, iterations):
+                    was_asked = bool(stop.code)  # once, so that this iteration is saved if it is the one to stop at
+                    self._iterate(batch, iterations, record, bar, was_asked)
+                    if was_asked:
+                        break
+                if stop.code:
+                    LOGGER.info("%s: stopped and saved after iteration %d", self.stage, self.learners.iteration)
+                    sys.exit(stop.code)
         finally:
             bar.close()
             record.close()
 
-    def _iterate(self, batch: Batch, iterations: int, record: StageRecord, bar: tqdm) -> None:
-        begin = time.perf_counter()
+    def _iterate(self, batch: Batch, iterations: int, record: StageRecord, bar: tqdm, is_stop: bool) -> None:
         number = self.learners.iteration + 1
         torch.manual_seed(iteration_seed(self.method.seed, self.stage, number))
         for network in self.learners.networks.values():
@@ -173,18 +187,21 @@ class _Loop:
         losses = self.step(self.learners, to_device(batch, self.device), mask, self.method)
         self.unread.append((number, losses))
         self.learners.iteration = number
-        self.seconds.append(time.perf_counter() - begin)
         is_last = number == iterations
         is_validated = self.validate is not None and (is_last or number in self.validate_at)
-        is_saved = is_last or is_validated or number % self.method.save_every == 0
+        is_saved = is_last or is_validated or is_stop or number % self.method.save_every == 0
         if is_saved or number % self.method.log_every == 0:
             rows = self._read_losses()
+            if is_saved:
+                self._check_weights()
             scores = self._validate(record) if is_validated else {}
-            rows[-1] |= {f"val_dice/{name}": value for name, value in scores.items()}
+            rows[-1] |= {f"{self.validated_on}_dice/{name}": value for name, value in scores.items()}
             record.add(rows)
             self._show(bar, rows[-1], scores, is_logged=is_saved or bar.disable)
         if is_saved:
             checkpoints.save(self._payload(), self.folder / "last.pth")
+        if not self.unread:
+            self.clock = time.perf_counter()  # validating and saving do not count as training
         if is_last:
             self._log_cost()
         bar.update()
@@ -193,7 +210,7 @@ class _Loop:
         parts = ["loss", "dice", "ce"] + (["mse", "kl"] if self.stage == "self_train" else [])
         columns = [f"{role}/{part}" for role in STUDENTS for part in parts]
         columns += ["discrepancy"] if self.stage == "self_train" else []
-        return ["iteration", *columns, *(f"val_dice/{name}" for name in PREDICTORS)]
+        return ["iteration", *columns, *(f"{self.validated_on}_dice/{name}" for name in PREDICTORS)]
 
     def _read_losses(self) -> list[dict[str, float]]:
         """Fetch the losses that wait on the device, in one copy, and stop the run where one is not finite."""
@@ -208,8 +225,19 @@ class _Loop:
                     f"lower --base_lr or check the data; {self.folder} keeps the last finite checkpoint."
                 )
             rows.append(row)
+        # Reading waited for the device, so that this is the whole time, waiting for data included.
+        self.seconds += [(time.perf_counter() - self.clock) / len(rows)] * len(rows)
         self.unread.clear()
         return rows
+
+    def _check_weights(self) -> None:
+        """Stop the run before weights that are not finite replace the last checkpoint."""
+        for role, network in self.learners.networks.items():
+            if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+                raise UserError(
+                    f"weights of {role} became nan or infinite before iteration {self.learners.iteration} of "
+                    f"{self.stage}: lower --base_lr or check the data; {self.folder} keeps the last checkpoint."
+                )
 
     def _validate(self, record: StageRecord) -> dict[str, float]:
         for network in self.learners.students:
@@ -222,17 +250,18 @@ class _Loop:
                 members = [STUDENTS[i] for i in PREDICTORS[name]]
                 checkpoints.save(self._payload(members), self.folder / f"best_{name}.pth")
         if validation.panel is not None:
-            record.add_image("validation", validation.panel, number)
+            record.add_image(f"{self.validated_on} cases", validation.panel, number)
         best = self.learners.best
         scores = [
             f"{n} {dice:.4f} (best {best[n]['dice']:.4f} at {best[n]['iteration']})"
             for n, dice in validation.dice.items()
         ]
-        LOGGER.info("%s %d: validation Dice %s", self.stage, number, ", ".join(scores))
+        cases = "the TEST cases (the published selection)" if self.validated_on == "test" else "validation cases"
+        LOGGER.info("%s %d: Dice on %s: %s", self.stage, number, cases, ", ".join(scores))
         return validation.dice
 
     def _show(self, bar: tqdm, row: dict[str, float], scores: dict[str, float], is_logged: bool) -> None:
-        self.shown |= {f"val_{name}": f"{value:.3f}" for name, value in scores.items()}
+        self.shown |= {f"{self.validated_on}_{name}": f"{value:.3f}" for name, value in scores.items()}
         losses = {role: f"{row[f'{role}/loss']:.4f}" for role in STUDENTS}
         bar.set_postfix(losses | self.shown)
         if is_logged:
@@ -247,6 +276,9 @@ class _Loop:
         path = self.folder / "last.pth"
         if path.exists():
             state = checkpoints.load(path)
+            differing = differing_fields(state.get("config", {}), self.config)
+            if differing:
+                raise UserError(f"{path} is of another configuration ({differing}): choose another --exp.")
             self.learners.load(state, path)
             self.learners.best, self.learners.iteration = state["best"], state["iteration"]
 
@@ -265,7 +297,6 @@ def peak_memory_gib() -> float:
     """Return this process's peak resident memory in GiB; nan where the system does not tell (Windows)."""
     try:
         import resource
-        import sys
     except ImportError:
         return math.nan
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB

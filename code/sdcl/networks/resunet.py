@@ -3,13 +3,13 @@
 from torch import Tensor, nn
 
 from sdcl.networks.resnet import ResNetEncoder
-from sdcl.networks.unet import UNUSED_2D_PREFIXES, UNetDecoder, initialise
+from sdcl.networks.unet import UNUSED_2D_NAMES, UNetDecoder, initialise
 
 
 class ResUNet(nn.Module):
     """ResNet-34 encoder with BatchNorm, U-Net decoder; no dropout."""
 
-    unused_prefixes = UNUSED_2D_PREFIXES
+    unused_names = UNUSED_2D_NAMES
 
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()

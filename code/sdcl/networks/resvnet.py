@@ -1,5 +1,7 @@
 """The V-Net decoder on a 3D ResNet-34 encoder: second student on LA and Pancreas."""
 
+import re
+
 from torch import Tensor, nn
 
 from sdcl.networks.resnet import ResNetEncoder
@@ -10,7 +12,7 @@ class ResVNet(VNetDecoder):
     """ResNet-34 encoder with InstanceNorm (no affine), V-Net decoder; its only dropout is the head's."""
 
     # The published checkpoints carry a V-Net encoder that no forward pass reads.
-    unused_prefixes = tuple(f"{name}{suffix}." for name in STAGES_DOWN for suffix in ("", "_dw"))
+    unused_names = re.compile(rf"({'|'.join(STAGES_DOWN)})(_dw)?\.conv\.[036]\.(weight|bias)")
 
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()

@@ -1,12 +1,17 @@
 """The 2D U-Net: first student and teacher on ACDC."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
 WIDTHS = (16, 32, 64, 128, 256)
 ENCODER_DROPOUT = (0.05, 0.1, 0.2, 0.3, 0.5)
 # Heads that the published 2D checkpoints carry and no forward pass reads.
-UNUSED_2D_PREFIXES = ("projection_head.", "prediction_head.", "contrastive_class_selector_")
+UNUSED_2D_NAMES = re.compile(
+    r"(projection_head|prediction_head|contrastive_class_selector_(memory)?\d+)\."
+    r"([03]\.(weight|bias)|1\.(weight|bias|running_mean|running_var|num_batches_tracked))"
+)
 
 
 class ConvBlock(nn.Module):
@@ -102,7 +107,7 @@ def initialise(network: nn.Module) -> None:
 class UNet(nn.Module):
     """U-Net with widths 16 to 256 and concatenated skips."""
 
-    unused_prefixes = UNUSED_2D_PREFIXES
+    unused_names = UNUSED_2D_NAMES
 
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()

@@ -70,8 +70,6 @@ class VNetDecoder(nn.Module):
 class VNet(VNetDecoder):
     """V-Net with 16 filters at full size and additive skips."""
 
-    unused_prefixes: tuple[str, ...] = ()
-
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()
         widths_in = (in_channels, *WIDTHS[1:])
