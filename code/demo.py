@@ -28,6 +28,7 @@ TRAIN = {
     "la": SMALL_3D,
     "pancreas": SMALL_3D,
 }  # fmt: skip
+LABELNUM = {"acdc": 4, "la": 2, "pancreas": 2}  # of 12 patients, of 6 cases, of 6 cases
 TEST = {"acdc": [], "la": ["--stride", "16", "16", "16"], "pancreas": ["--stride", "16", "16", "16"]}
 
 
@@ -56,10 +57,10 @@ def run_one(name: str, config: Config) -> Path:
     """Run one data set's pipeline and return the folder of its test."""
     data, models = config.output / name, config.output / "models"
     train, test = SCRIPTS[name]
-    run = models / f"{name}_demo_2_labeled"
+    run = models / f"{name}_demo_{LABELNUM[name]}_labeled"
     shutil.rmtree(run, ignore_errors=True)
     call("dataloaders/phantom.py", "--dataset", name, "--root_path", data, "--seed", config.seed)
-    where = ["--root_path", data, "--models_path", models, "--exp", "demo", "--labelnum", 2]
+    where = ["--root_path", data, "--models_path", models, "--exp", "demo", "--labelnum", LABELNUM[name]]
     call(train, *where, *TRAIN[name], "--seed", config.seed)
     call(test, *where, *TEST[name])
     return run / "test" / "self_train_test"
