@@ -30,7 +30,7 @@ class Config:
     models_path: Path = ROOT / "models"  # the run goes into models_path/acdc_<exp>_<labelnum>_labeled
     exp: str = "SDCL"  # name of the experiment
     labelnum: int = 7  # labelled patients, the first of train_slices.list: 1, 3, 7, 14, 21, 28, 35 or 70 of 70
-    seed: int = 1337  # of the weights, the augmentation, the masks and the dropout
+    seed: int = 1337  # of all randomness: weights, augmentation, masks, dropout
     pretrained: Path | None = None  # folder of another run whose pre-training to start self-training from
 
     # --- machine (may change when a run goes on) ---
@@ -49,8 +49,8 @@ class Config:
     batch_size: int = 12  # slices in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch (113 iterations)
     unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch
-    augment_probability: float = 0.5  # of a rotation by k * 90 degrees and a flip; else, again, of a rotation by:
-    max_angle_deg: int = 20  # whole degrees in [-max_angle_deg, max_angle_deg)
+    augment_probability: float = 0.5  # of a rotation by k * 90 degrees and a flip; and, of the others, of a rotation
+    max_angle_deg: int = 20  # that rotation is by whole degrees in [-max_angle_deg, max_angle_deg)
     shuffle: bool = False  # random order in each epoch instead of the published forwards and backwards
 
     # --- optimisation ---
@@ -73,7 +73,7 @@ class Config:
     ema_buffers: bool = True  # average BatchNorm's statistics too
 
     # --- validation and selection ---
-    pre_val_from: int = 5_650  # first validation of pre-training, iterations (epoch 50)
+    pre_val_from: int = 5_650  # first validation of pre-training, iterations (epoch 50), beside the last
     pre_val_every: int = 565  # iterations between validations (5 epochs); 0: only at the end
     self_val_every: int = 200  # the same for self-training
     select: Literal["val", "last"] = "val"  # self-training starts from stage 1's best on val, or from its last

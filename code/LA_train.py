@@ -24,7 +24,7 @@ class Config:
     models_path: Path = ROOT / "models"  # the run goes into models_path/la_<exp>_<labelnum>_labeled
     exp: str = "SDCL"  # name of the experiment
     labelnum: int = 8  # labelled cases, the first of train.txt: 4, 8, 16 and 80 were published
-    seed: int = 1337  # of the weights, the crops, the masks and the dropout
+    seed: int = 1337  # of all randomness: weights, crops, masks, dropout
     pretrained: Path | None = None  # folder of another run whose pre-training to start self-training from
 
     # --- machine (may change when a run goes on) ---
@@ -71,7 +71,7 @@ class Config:
     val_cases: int = 0  # training cases held out for validation, the last unlabelled ones
     pre_val_every: int = 200  # iterations of pre-training between validations (5 epochs); 0: only at the end
     self_val_every: int = 200  # the same for self-training
-    decision_rule: Literal["argmax", "threshold"] = "threshold"  # a prediction's: above 0.5
+    decision_rule: Literal["argmax", "threshold"] = "threshold"  # when predicting, foreground is: above 0.5
     stride: tuple[int, int, int] = (18, 18, 4)  # of validation's sliding window, voxels
     window_batch: int = 4  # windows that go through the networks together
 

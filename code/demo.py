@@ -24,7 +24,7 @@ SMALL_3D = ["--patch_size", "32", "32", "32", "--labelled_repeat", "20", "--unla
             "--pre_iterations", "120", "--self_iterations", "40", "--select", "last"]  # fmt: skip
 TRAIN = {
     "acdc": ["--patch_size", "64", "64", "--batch_size", "6", "--pre_iterations", "200", "--self_iterations", "200",
-             "--pre_val_every", "100", "--self_val_every", "100"],
+             "--pre_val_from", "100", "--pre_val_every", "100", "--self_val_every", "100"],
     "la": SMALL_3D,
     "pancreas": SMALL_3D,
 }  # fmt: skip

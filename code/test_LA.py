@@ -32,7 +32,7 @@ class Config:
     protocol: Literal["default", "paper"] = "default"  # paper: an empty mask scores 0 in all four metrics
     patch_size: tuple[int, int, int] = (112, 112, 80)  # window, voxels; a run's own replaces it
     stride: tuple[int, int, int] = (18, 18, 4)  # between windows, voxels
-    decision_rule: Literal["argmax", "threshold"] = "threshold"  # above 0.5
+    decision_rule: Literal["argmax", "threshold"] = "threshold"  # foreground is: above 0.5
     window_weighting: Literal["constant", "gaussian"] = "constant"  # gaussian trusts a window's centre more
     tta: bool = False  # average over the eight flips of each window
     largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure

@@ -138,6 +138,7 @@ def test_the_panel_marks_exactly_where_the_students_differ():
 def test_best_median_worst():
     rows = [row(f"c{k}", s, dice) for k, dice in enumerate((0.5, 0.9, NAN, 0.7, 0.6)) for s in ("LV", "RV")]
     assert best_median_worst(rows, "a") == {"best": "c1", "median": "c4", "worst": "c2"}
+    assert best_median_worst(rows[:4], "a") == {"best": "c1", "worst": "c0"}
 
 
 def test_files_of_a_test(tmp_path):

@@ -24,7 +24,7 @@ class Config:
     models_path: Path = ROOT / "models"  # the run goes into models_path/pancreas_<exp>_<labelnum>_labeled
     exp: str = "SDCL"  # name of the experiment
     labelnum: int = 12  # labelled cases, the first of train.txt: 6, 12 and 62 were published
-    seed: int = 1337  # of the weights, the crops, the masks and the dropout
+    seed: int = 1337  # of all randomness: weights, crops, masks, dropout
     pretrained: Path | None = None  # folder of another run whose pre-training to start self-training from
 
     # --- machine (may change when a run goes on) ---
@@ -73,7 +73,7 @@ class Config:
     self_val_every: int = 500  # the same for self-training (20 epochs) up to the next
     late_val_from: int = 4_000  # iteration of self-training (epoch 160) from which to validate more often
     late_val_every: int = 125  # iterations between validations from there on (5 epochs)
-    decision_rule: Literal["argmax", "threshold"] = "argmax"  # a prediction's: the likelier class
+    decision_rule: Literal["argmax", "threshold"] = "argmax"  # when predicting, foreground is: the likelier class
     stride: tuple[int, int, int] = (16, 16, 4)  # of validation's sliding window, voxels
     window_batch: int = 4  # windows that go through the networks together
 

@@ -32,7 +32,7 @@ class Config:
     protocol: Literal["default", "paper"] = "default"  # paper: an empty mask scores 0 in all four metrics
     patch_size: tuple[int, int, int] = (96, 96, 96)  # window, voxels; a run's own replaces it
     stride: tuple[int, int, int] = (16, 16, 4)  # between windows, voxels
-    decision_rule: Literal["argmax", "threshold"] = "argmax"  # the likelier class
+    decision_rule: Literal["argmax", "threshold"] = "argmax"  # foreground is: the likelier class
     window_weighting: Literal["constant", "gaussian"] = "constant"  # gaussian trusts a window's centre more
     tta: bool = False  # average over the eight flips of each window
     largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure

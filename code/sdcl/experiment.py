@@ -87,7 +87,7 @@ def train(
             **common,
         )
     stage = "" if stages[1] is not None else " --stage pre_train"
-    where = f"--exp {config.exp} --labelnum {config.labelnum}{stage}"
+    where = f"--models_path {config.models_path} --exp {config.exp} --labelnum {config.labelnum}{stage}"
     LOGGER.info("done: %s; the test script scores it with %s", folder, where)
 
 
@@ -168,7 +168,9 @@ def test(
         predictors = Predictors(networks, PREDICTORS)
     else:
         predictors = load_predictors(folder / config.stage, make_student, selected_on)
-    facts = {"split": split, "selected_on": selected_on, "config": as_dict(config), "environment": environment(device)}
+    used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
+    facts = {"split": split, "selected_on": selected_on, "config": used, "environment": environment(device)}
+    LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     name = "_".join([config.stage if selected_on else "weights", split, *_options(config)])
     test_report(folder / "test" / name, predictors, read_cases(), task, config.protocol, facts, nifti)
     if selected_on == split:

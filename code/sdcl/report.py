@@ -40,6 +40,12 @@ CLASS_COLOURS = np.array([(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 22
 DISCREPANCY_COLOUR = np.array((213, 94, 0)) / 255
 OVERLAY = 0.55  # opacity of labels over the image
 FIGURE_DPI = 120
+PLANE_NAMES = ("sagittal", "coronal", "axial")  # slices across x, y, z
+
+
+def is_xyz(task: Task) -> bool:
+    """Tell whether volumes have the axes x, y, z, shown across each; else they are slices, rows, columns."""
+    return len(task.planes) > 1
 
 
 def fullest_slice(label: np.ndarray, axis: int) -> int:
@@ -71,18 +77,27 @@ def overlay(image: np.ndarray, label: np.ndarray, colour: np.ndarray | None = No
     return np.where(painted, (1 - OVERLAY) * grey + OVERLAY * paint, grey)
 
 
-def views(case: Case, label_maps: Sequence[np.ndarray], axis: int) -> dict[str, np.ndarray]:
+def slice_of(volume: np.ndarray, k: int, axis: int, is_xyz: bool) -> np.ndarray:
+    """Return a volume's slice (H, W); of axes x, y, z shown with x or y to the right, and z upwards."""
+    picture = np.take(volume, k, axis)
+    if not is_xyz:
+        return picture
+    return picture.T if axis == 2 else picture.T[::-1]
+
+
+def views(case: Case, label_maps: Sequence[np.ndarray], axis: int, is_xyz: bool) -> dict[str, np.ndarray]:
     """Return five pictures of one case's fullest slice, RGB (H, W, 3) in [0, 1], by title.
 
     Args:
         case: a volume (*S) of three dimensions.
         label_maps: student a's and student b's (*S).
         axis: across which to slice.
+        is_xyz: the axes are x, y, z; else slices, rows, columns.
     """
     k = fullest_slice(case.label, axis)
-    image, reference, a, b = (np.take(array, k, axis) for array in (case.image, case.label, *label_maps))
+    image, reference, a, b = (slice_of(v, k, axis, is_xyz) for v in (case.image, case.label, *label_maps))
     return {
-        f"{case.name}, slice {k} (axis {axis})": overlay(image, np.zeros_like(a)),
+        f"{case.name}, {PLANE_NAMES[axis] if is_xyz else 'slice'} {k + 1}": overlay(image, np.zeros_like(a)),
         "reference": overlay(image, reference),
         "student a": overlay(image, a),
         "student b": overlay(image, b),
@@ -90,9 +105,9 @@ def views(case: Case, label_maps: Sequence[np.ndarray], axis: int) -> dict[str, 
     }
 
 
-def panel(case: Case, label_maps: Sequence[np.ndarray], axis: int) -> np.ndarray:
+def panel(case: Case, label_maps: Sequence[np.ndarray], axis: int, is_xyz: bool = False) -> np.ndarray:
     """Return the views of a case side by side, (3, H, 5 W) in [0, 1]."""
-    return np.concatenate(list(views(case, label_maps, axis).values()), axis=1).transpose(2, 0, 1)
+    return np.concatenate(list(views(case, label_maps, axis, is_xyz).values()), axis=1).transpose(2, 0, 1)
 
 
 def save_case_figure(path: Path, cases: Sequence[tuple[str, Case, Sequence[np.ndarray]]], task: Task) -> None:
@@ -108,23 +123,24 @@ def save_case_figure(path: Path, cases: Sequence[tuple[str, Case, Sequence[np.nd
     figure = Figure(figsize=(13, 2.9 * len(rows) + 0.5), dpi=FIGURE_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, case, (a, b, mean), axis) in zip(figure.subplots(len(rows), 5, squeeze=False), rows, strict=True):
-        for plot, (name, picture) in zip(axes, views(case, (a, b), axis).items(), strict=True):
+        for plot, (name, picture) in zip(axes, views(case, (a, b), axis, is_xyz(task)).items(), strict=True):
             plot.imshow(picture)
             plot.set_title(name, fontsize=8)
             plot.set_xticks([])
             plot.set_yticks([])
         k = fullest_slice(case.label, axis)
-        for label, style in ((case.label, "solid"), (mean, "dotted")):
+        for label, of_reference in ((case.label, True), (mean, False)):
             for c in range(1, task.num_classes):
-                mask = np.take(label, k, axis) == c
+                mask = slice_of(label, k, axis, is_xyz(task)) == c
                 if mask.any():
-                    axes[0].contour(mask, levels=[0.5], colors=[colours[c - 1]], linestyles=style, linewidths=1)
+                    colour, style = (colours[c - 1], "solid") if of_reference else ("white", "dashed")
+                    axes[0].contour(mask, levels=[0.5], colors=[colour], linestyles=style, linewidths=1)
         axes[0].set_ylabel(title, fontsize=9)
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, task.class_names, strict=True)]
     handles += [
         Patch(color=DISCREPANCY_COLOUR, label="students disagree"),
         Line2D([], [], color="grey", label="reference"),
-        Line2D([], [], color="grey", linestyle="dotted", label="mean of the students"),
+        Line2D([], [], color="lightgrey", linestyle="dashed", label="mean of the students (white)"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     _save_figure(figure, path)
@@ -174,7 +190,7 @@ def validator(cases: Sequence[Case], task: Task) -> Callable[[list[nn.Module]], 
 
         def draw_first(case: Case, label_maps: dict[str, np.ndarray], _: dict[str, np.ndarray]) -> None:
             if not panels:
-                panels.append(panel(case, [label_maps[name] for name in STUDENTS], task.planes[0]))
+                panels.append(panel(case, [label_maps[name] for name in STUDENTS], task.planes[0], is_xyz(task)))
 
         predictors = Predictors(students, PREDICTORS)
         rows = evaluate(predictors, cases, task, distances=False, on_case=draw_first)
@@ -220,8 +236,10 @@ def test_report(
     write_csv(folder / "cases.csv", [asdict(row) for row in rows])
     content = facts | {"protocol": protocol, "summary": [asdict(row) for row in summary]}
     write_text(folder / "summary.json", json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    mine = [row for row in rows if row.predictor == shown[-1]]
+    dice = {name: float(np.mean([np.nan_to_num(r.dice) for r in mine if r.case == name])) for name in seen}
     pictures = [
-        (rank, seen[name][0], [seen[name][1][predictor] for predictor in shown])
+        (f"{rank}: Dice {dice[name]:.3f}", seen[name][0], [seen[name][1][predictor] for predictor in shown])
         for rank, name in best_median_worst(rows, shown[-1]).items()
     ]
     save_case_figure(folder / "cases.png", pictures, task)
@@ -263,10 +281,12 @@ def _without_nan(value: Any) -> Any:
 
 
 def best_median_worst(rows: Sequence[CaseRow], predictor: str) -> dict[str, str]:
-    """Return "best", "median" and "worst" to the case of that rank by a predictor's mean Dice over the structures."""
+    """Return "best", "median" and "worst" (two of two cases) to the case of that rank by a predictor's mean Dice."""
     scores: dict[str, list[float]] = {}
     for row in rows:
         if row.predictor == predictor:
             scores.setdefault(row.case, []).append(0.0 if math.isnan(row.dice) else row.dice)
     ranked = sorted(scores, key=lambda case: -float(np.mean(scores[case])))
+    if len(ranked) < 3:
+        return dict(zip(("best", "worst"), ranked, strict=False))
     return {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}

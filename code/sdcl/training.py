@@ -166,9 +166,7 @@ class _Loop:
             with StopRequest() as stop:
                 self.clock = time.perf_counter()
                 for batch in self.streams.batches(start, iterations):
-                    was_asked = bool(stop.code)  # once, so that this iteration is saved if it is the one to stop at
-                    self._iterate(batch, iterations, record, bar, was_asked)
-                    if was_asked:
+                    if self._iterate(batch, iterations, record, bar, stop):
                         break
                 if stop.code:
                     LOGGER.info("%s: stopped and saved after iteration %d", self.stage, self.learners.iteration)
@@ -177,7 +175,8 @@ class _Loop:
             bar.close()
             record.close()
 
-    def _iterate(self, batch: Batch, iterations: int, record: StageRecord, bar: tqdm, is_stop: bool) -> None:
+    def _iterate(self, batch: Batch, iterations: int, record: StageRecord, bar: tqdm, stop: StopRequest) -> bool:
+        """Do one iteration and tell whether it was saved because somebody asked to stop."""
         number = self.learners.iteration + 1
         torch.manual_seed(iteration_seed(self.method.seed, self.stage, number))
         for network in self.learners.networks.values():
@@ -187,6 +186,7 @@ class _Loop:
         losses = self.step(self.learners, to_device(batch, self.device), mask, self.method)
         self.unread.append((number, losses))
         self.learners.iteration = number
+        is_stop = bool(stop.code)  # looked at once: what comes later is for the next iteration
         is_last = number == iterations
         is_validated = self.validate is not None and (is_last or number in self.validate_at)
         is_saved = is_last or is_validated or is_stop or number % self.method.save_every == 0
@@ -205,6 +205,7 @@ class _Loop:
         if is_last:
             self._log_cost()
         bar.update()
+        return is_stop
 
     def _columns(self) -> list[str]:
         parts = ["loss", "dice", "ce"] + (["mse", "kl"] if self.stage == "self_train" else [])
