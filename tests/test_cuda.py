@@ -43,15 +43,15 @@ def test_losses_and_gradients_are_the_cpus():
 def test_two_runs_of_both_steps_give_the_same_bits(names, shape, precision):
     def run():
         torch.manual_seed(0)
-        learners = make_learners(*(build_network(name, 2).cuda() for name in names), base_lr=1e-3)
-        batch = {key: torch.randn(2, 1, *shape).cuda() for key in ("x_a", "x_b", "u_a", "u_b")}
-        batch |= {key: torch.randint(2, (2, *shape), dtype=torch.uint8).cuda() for key in ("y_a", "y_b")}
+        learners = make_learners(*(build_network(name, 2).to("cuda") for name in names), base_lr=1e-3)
+        batch = {key: torch.randn(2, 1, *shape).to("cuda") for key in ("x_a", "x_b", "u_a", "u_b")}
+        batch |= {key: torch.randint(2, (2, *shape), dtype=torch.uint8).to("cuda") for key in ("y_a", "y_b")}
         mask = torch.ones(shape).bool()
         mask[4:12] = False
         settings = method(precision=precision, connectivity=8 if len(shape) == 2 else 26)
-        pretrain_step(learners, batch, mask.cuda(), settings)
+        pretrain_step(learners, batch, mask.to("cuda"), settings)
         add_teacher(learners)
-        self_train_step(learners, batch, mask.cuda(), settings)
+        self_train_step(learners, batch, mask.to("cuda"), settings)
         return learners.networks["teacher"].state_dict()
 
     first, second = run(), run()
@@ -68,5 +68,5 @@ def test_volumes_are_predicted_as_on_the_cpu():
     ):
         network, volume = build_network(name, 2), rng.standard_normal(shape).astype(np.float32)
         (cpu,) = predict([network], volume, *arguments, 2)
-        (gpu,) = predict([network.cuda()], volume, *arguments, 2)
+        (gpu,) = predict([network.to("cuda")], volume, *arguments, 2)
         np.testing.assert_allclose(cpu, gpu, atol=1e-3)

@@ -97,7 +97,7 @@ def test_bad_files_are_named(tmp_path, kind):
 
 def test_files_that_are_not_hdf5(tmp_path):
     (tmp_path / "text.h5").write_text("hello")
-    whole = write_h5(tmp_path / "whole.h5", image=np.random.rand(64, 64), label=np.zeros((64, 64)))
+    whole = write_h5(tmp_path / "whole.h5", image=np.random.default_rng(0).random((64, 64)), label=np.zeros((64, 64)))
     (tmp_path / "cut.h5").write_bytes(whole.read_bytes()[:5000])
     write_h5(tmp_path / "group.h5", **{"image/nested": IMAGE, "label": LABEL})
     for name in ("text", "cut", "group"):
