@@ -2,13 +2,19 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults bench lint clean
 demo: .venv/.installed
 	$(RUN) code/demo.py
 
 test: .venv/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
+
+faults: .venv/.installed
+	$(RUN) tests/faults/faults.py
+
+bench: .venv/.installed
+	$(RUN) benchmarks/bench.py $(BENCH)
 
 lint: .venv/.installed
 	$(RUN) -m ruff check --fix .

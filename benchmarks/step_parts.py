@@ -1,5 +1,6 @@
-"""Where one iteration's time goes, part by part, in the real step on random data: `python benchmarks/step_parts.py`."""
+"""Where an iteration of self-training spends its time, on random data: `python benchmarks/step_parts.py`."""
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,19 +11,15 @@ from unittest import mock
 
 import numpy as np
 import torch
+from cases import ACDC, LA
 
 from sdcl import steps
 from sdcl.config import keep_freed_memory, run_script
+from sdcl.experiment import place
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.networks import build_network
+from sdcl.pseudo_labels import PendingLabels
 from sdcl.training import peak_memory_gib
-
-SETTINGS = {
-    "acdc": {"names": ("unet", "resunet"), "shape": (256, 256), "batch": 12, "classes": 4, "connectivity": 8,
-             "pseudo_label_rule": "argmax", "dice": "batch", "pre_dice": "regions", "ema_buffers": True},
-    "la": {"names": ("vnet", "resvnet"), "shape": (112, 112, 80), "batch": 2, "classes": 2, "connectivity": 26,
-           "pseudo_label_rule": "threshold", "dice": "sample", "pre_dice": "whole", "ema_buffers": False},
-}  # fmt: skip
 
 
 @dataclass
@@ -30,7 +27,6 @@ class Config:
     """Time the parts of a step: medians over the repeats, the first one left out."""
 
     data_set: Literal["acdc", "la"] = "la"  # whose networks, sizes and settings
-    stage: Literal["pre_train", "self_train"] = "self_train"  # which step
     shape: tuple[int, ...] = ()  # spatial size; empty: the published one
     batch_size: int = 0  # 0: the published one
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
@@ -62,46 +58,29 @@ class Clock:
         return time.perf_counter()
 
 
-@dataclass
-class Method:
-    """What the steps read of a header, beside the data set's settings."""
-
-    precision: str
-    dice: str
-    pre_dice: str
-    pseudo_label_rule: str
-    connectivity: int
-    ema_buffers: bool
-    u_weight: float = 0.5
-    mse_weight: float = 0.5
-    kl_weight: float = 0.05
-    ema_decay: float = 0.99
-
-
 def main(config: Config) -> None:
     """Run the steps with each part wrapped in a clock, and print the table."""
     keep_freed_memory()
-    chosen = SETTINGS[config.data_set]
-    shape, batch_size = config.shape or chosen["shape"], config.batch_size or chosen["batch"]
-    keys = ("dice", "pre_dice", "pseudo_label_rule", "connectivity", "ema_buffers")
-    method = Method(precision=config.precision, **{key: chosen[key] for key in keys})
+    work = {"acdc": ACDC, "la": LA}[config.data_set]
+    shape, size = config.shape or work.shape, config.batch_size or work.batch_size
+    work = dataclasses.replace(work, precision=config.precision, device=config.device, shape=shape, batch_size=size)
     torch.manual_seed(0)
-    learners = steps.make_learners(
-        *(build_network(n, chosen["classes"]).to(config.device) for n in chosen["names"]), 1e-3
-    )
+    device = torch.device(config.device)
+    learners = steps.make_learners(*(place(build_network(n, work.classes), device) for n in work.networks), 1e-3)
     steps.add_teacher(learners)
-    batch = {key: torch.randn(batch_size, 1, *shape) for key in ("x_a", "x_b", "u_a", "u_b")}
-    batch |= {key: torch.randint(chosen["classes"], (batch_size, *shape), dtype=torch.uint8) for key in ("y_a", "y_b")}
-    batch = {key: value.to(config.device) for key, value in batch.items()}
-    mask = copy_paste_mask(shape, box_size(shape, 2 / 3)).to(config.device)
-    step = {"pre_train": steps.pretrain_step, "self_train": steps.self_train_step}[config.stage]
+    batch = {key: torch.randn(size, 1, *shape) for key in ("x_a", "x_b", "u_a", "u_b")}
+    batch |= {key: torch.randint(work.classes, (size, *shape), dtype=torch.uint8) for key in ("y_a", "y_b")}
+    batch = {key: value.to(device) for key, value in batch.items()}
+    mask = copy_paste_mask(shape, box_size(shape, 2 / 3)).to(device)
 
     rows = []
     for _ in range(config.repeats + 1):
         clock = Clock(config.device)
         with ExitStack() as stack:
-            for name in ("pseudo_label", "mixed_losses", "discrepancy", "update_teacher", "mix"):
+            for name in ("PendingLabels", "mixed_losses", "discrepancy", "update_teacher", "mix"):
                 stack.enter_context(mock.patch.object(steps, name, clock.wrap(name, getattr(steps, name))))
+            waiting = clock.wrap("waiting for labels", PendingLabels.result)
+            stack.enter_context(mock.patch.object(PendingLabels, "result", waiting))
             for role, network in learners.networks.items():
                 stack.enter_context(
                     mock.patch.object(network, "forward", clock.wrap(f"{role} forward", network.forward))
@@ -111,11 +90,11 @@ def main(config: Config) -> None:
             backward = clock.wrap("backward", torch.Tensor.backward)
             stack.enter_context(mock.patch.object(torch.Tensor, "backward", backward))
             begin = clock.now()
-            step(learners, batch, mask, method)
+            steps.self_train_step(learners, batch, mask, work)
             total = clock.now() - begin
         rows.append(dict(clock.seconds) | {"other": total - sum(clock.seconds.values()), "total": total})
 
-    print(f"{config.data_set} {config.stage} {'x'.join(map(str, shape))}, batch {batch_size}, {config.precision}, "
+    print(f"{config.data_set}, self-training, {'x'.join(map(str, shape))}, batch {size}, {config.precision}, "
           f"{config.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
           f"median of {config.repeats}")  # fmt: skip
     for name in rows[-1]:

@@ -4,18 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.acdc import CLASS_NAMES, AcdcSlices, check_root, read_volumes, split_by_patients
-from dataloaders.files import read_list
-from dataloaders.streams import Streams
+from dataloaders.acdc import DATA_SET
+from dataloaders.slices import train_slices
 from sdcl.config import run_script
-from sdcl.errors import UserError
-from sdcl.evaluation import Task
-from sdcl.experiment import begin, train
-from sdcl.inference import slice_wise
-from sdcl.training import validation_iterations
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_CLASSES = len(CLASS_NAMES) + 1  # with the background
 
 
 @dataclass
@@ -39,9 +32,11 @@ class Config:
     cache_gb: float = 8.0  # memory for decoded slices of each list, GiB; beyond it files are read again each time
     log_every: int = 20  # iterations between readings of the losses
     save_every: int = 500  # iterations between checkpoints, beside those at each validation
+    save_minutes: float = 10.0  # minutes between checkpoints, whichever comes first; 0: iterations alone count
 
     # --- arithmetic ---
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; losses are in float32 always
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks; losses are in float32 always
+    compile: bool = False  # let torch.compile fuse the networks' layers; the first iterations then take minutes
     deterministic: bool = False  # the same bits in each run on a GPU too, slower
 
     # --- data (docs/method.md, "Order of the data") ---
@@ -79,47 +74,9 @@ class Config:
     select: Literal["val", "last"] = "val"  # self-training starts from stage 1's best on val, or from its last
 
 
-def check(config: Config) -> None:
-    """Refuse a configuration that cannot be trained."""
-    check_root(config.root_path)
-    if config.pseudo_label_rule == "threshold":
-        raise UserError(f"--pseudo_label_rule threshold is for two classes, not {NUM_CLASSES}: use argmax.")
-    if config.connectivity not in (4, 8):
-        raise UserError(f"--connectivity is {config.connectivity}: slices know 4 or 8 neighbours.")
-
-
 def main(config: Config) -> None:
     """Read the data and run both stages."""
-    device = begin(config, check)
-    slices = read_list(config.root_path / "data_split" / "train_slices.list")
-    labelled_names, unlabelled_names = split_by_patients(slices, config.labelnum)
-    if not unlabelled_names and config.self_iterations:
-        raise UserError(
-            f"--labelnum {config.labelnum} leaves no unlabelled patients: lower it, or give --self_iterations 0 "
-            "for supervised pre-training alone."
-        )
-
-    def infer(networks, volume):
-        return slice_wise(networks, volume, config.patch_size, NUM_CLASSES, config.batch_size, config.precision)
-
-    def slices_of(names, labelled):
-        return AcdcSlices(
-            config.root_path, names, size=config.patch_size, num_classes=NUM_CLASSES, cache_gb=config.cache_gb,
-            labelled=labelled, augment_probability=config.augment_probability, max_angle_deg=config.max_angle_deg,
-        )  # fmt: skip
-
-    labelled = slices_of(labelled_names, labelled=True)
-    unlabelled = slices_of(unlabelled_names, labelled=False) if config.self_iterations else None
-    train(
-        config,
-        Task("acdc", CLASS_NAMES, infer),
-        device,
-        make_streams=lambda with_unlabelled: Streams.of(config, labelled, unlabelled if with_unlabelled else None),
-        cases=read_volumes(config.root_path, "val", NUM_CLASSES),
-        validated_on="val",
-        pre_val_at=validation_iterations(config.pre_val_from, config.pre_val_every, config.pre_iterations),
-        self_val_at=validation_iterations(config.self_val_every, config.self_val_every, config.self_iterations),
-    )
+    train_slices(config, DATA_SET)
 
 
 if __name__ == "__main__":

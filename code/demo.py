@@ -21,10 +21,10 @@ SCRIPTS = {
 }
 # What a laptop's CPU does in a minute or two each; everything else is the published setting.
 SMALL_3D = ["--patch_size", "32", "32", "32", "--labelled_repeat", "20", "--unlabelled_repeat", "20",
-            "--pre_iterations", "120", "--self_iterations", "40", "--select", "last"]  # fmt: skip
+            "--pre_iterations", "70", "--self_iterations", "25", "--select", "last"]  # fmt: skip
 TRAIN = {
-    "acdc": ["--patch_size", "64", "64", "--batch_size", "6", "--pre_iterations", "200", "--self_iterations", "200",
-             "--pre_val_from", "100", "--pre_val_every", "100", "--self_val_every", "100"],
+    "acdc": ["--patch_size", "64", "64", "--batch_size", "6", "--pre_iterations", "100", "--self_iterations", "80",
+             "--pre_val_from", "50", "--pre_val_every", "50", "--self_val_every", "40"],
     "la": SMALL_3D,
     "pancreas": SMALL_3D,
 }  # fmt: skip

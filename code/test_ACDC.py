@@ -4,14 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.acdc import CLASS_NAMES, check_root, read_volumes
+from dataloaders.acdc import DATA_SET
+from dataloaders.slices import test_slices
 from sdcl.config import run_script
-from sdcl.evaluation import Task
-from sdcl.experiment import begin, find_run, test
-from sdcl.inference import slice_wise
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_CLASSES = len(CLASS_NAMES) + 1  # with the background
 
 
 @dataclass
@@ -27,31 +24,23 @@ class Config:
     split: Literal["val", "test"] = "test"  # which volumes: 20 of 10 patients, or 40 of 20 patients
     student_a_weights: Path | None = None  # test these weights (published or yours) instead of the run's; with the next
     student_b_weights: Path | None = None  # the second student's
+    save_nifti: bool = False  # also write image, label, prediction and probability of each case as NIfTI
 
     # --- how ---
     protocol: Literal["default", "paper"] = "default"  # paper: an empty mask scores 0 in all four metrics
     patch_size: tuple[int, int] = (256, 256)  # input, pixels; a run's own replaces it
     student_a: Literal["unet", "resunet"] = "unet"  # network of --student_a_weights; a run's own replaces it
     student_b: Literal["unet", "resunet"] = "resunet"  # network of --student_b_weights; a run's own replaces it
+    largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure
     batch_size: int = 16  # slices that go through the networks together
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     gpu: int = 0  # number of the GPU, from 0
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks
 
 
 def main(config: Config) -> None:
     """Read the run's settings and the volumes, score, print and write."""
-    device = begin(config, lambda config: check_root(config.root_path))
-    folder, trained = find_run(config, "acdc")
-
-    def infer(networks, volume):
-        size = trained["patch_size"]
-        return slice_wise(networks, volume, size, NUM_CLASSES, config.batch_size, config.precision)
-
-    def read_cases():
-        return read_volumes(config.root_path, config.split, NUM_CLASSES)
-
-    test(config, Task("acdc", CLASS_NAMES, infer), device, folder, trained, read_cases, config.split)
+    test_slices(config, DATA_SET)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.la import CLASS_NAMES, check_root, path_of
+from dataloaders.la import DATA_SET
 from dataloaders.volumes import test_volumes
 from sdcl.config import run_script
 
@@ -41,12 +41,12 @@ class Config:
     window_batch: int = 4  # windows that go through the networks together
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     gpu: int = 0  # number of the GPU, from 0
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks
 
 
 def main(config: Config) -> None:
     """Read the run's settings and the volumes, score, print and write."""
-    test_volumes(config, "la", CLASS_NAMES, check_root, path_of)
+    test_volumes(config, DATA_SET)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Reading lists and HDF5 cases, with every mistake named."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +11,12 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from dataloaders.checks import check_declared, check_file, check_image, check_label, check_name, check_varies
 from sdcl.errors import UserError
 from sdcl.runs import LOGGER
+
+MAX_LIST_BYTES = 2**24
+READERS = 4  # files checked at a time; HDF5 itself reads one after the other
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,14 @@ class Sample:
 
 
 def read_list(path: Path) -> list[str]:
-    """Read a list of case names, one a line; empty lines and the ends of lines do not matter.
+    """Read a list of case names, one a line; empty lines, a byte-order mark and the ends of lines do not matter.
 
     Raises:
-        UserError: the file is missing, empty, or names a case twice.
+        UserError: the file is missing, empty, no text, or names a case twice or by a path.
     """
     try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise UserError(f"the list {path} has more than {MAX_LIST_BYTES} bytes: write a case name a line.")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"the list {path} does not exist: copy it from the repository's Datasets folder.") from None
@@ -45,6 +53,7 @@ def read_list(path: Path) -> list[str]:
         raise UserError(f"the list {path} is empty: it needs a case name a line.")
     seen: set[str] = set()
     for name in names:
+        check_name(name, path)
         if name in seen:
             raise UserError(f"the list {path} names {name} twice: remove one of the lines.")
         seen.add(name)
@@ -63,19 +72,14 @@ def read_sample(path: Path, *, ndim: int, num_classes: int, needs_label: bool = 
     Raises:
         UserError: what is wrong with the file.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            missing = [key for key in (["image", "label"] if needs_label else ["image"]) if key not in file]
-            if missing:
-                found = ", ".join(file) or "nothing"
-                raise UserError(f"{path} has no `{missing[0]}` (it holds {found}): convert the case again.")
-            image = file["image"][()]
-            label = file["label"][()] if needs_label else None
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: restore it, or take its name out of the list.") from None
-    except (OSError, RuntimeError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a readable HDF5 file ({error}): copy or convert it again.") from None
-    return _checked(path, image, label, ndim, num_classes)
+    with _opened(path) as file:
+        image = _read_array(path, file, "image")
+        label = _read_array(path, file, "label") if needs_label else None
+    image = check_image(path, "`image`", image, ndim)
+    if label is not None:
+        label = check_label(path, "`label`", label, image.shape, num_classes)
+    check_varies(path, "`image`", image)
+    return Sample(image, label)
 
 
 def read_spacing(path: Path) -> tuple[float, ...] | None:
@@ -84,41 +88,76 @@ def read_spacing(path: Path) -> tuple[float, ...] | None:
     Raises:
         UserError: the attribute is not a positive length for each axis.
     """
-    with h5py.File(path, "r") as file:
+    with _opened(path) as file:
         if "spacing" not in file.attrs:
             return None
-        values = np.ravel(file.attrs["spacing"])
         ndim = file["image"].ndim
-    if values.dtype.kind not in "fiu" or len(values) != ndim or not (np.isfinite(values) & (values > 0)).all():
+        attribute = file.attrs.get_id("spacing")
+        is_small = attribute.dtype.kind in "fiu" and attribute.shape in ((ndim,), (ndim, 1), (1, ndim))
+        values = np.ravel(file.attrs["spacing"]) if is_small else attribute.dtype
+    if not is_small or not (np.isfinite(values) & (values > 0)).all():
         raise UserError(f"{path}: the attribute `spacing` is {values}, it needs {ndim} lengths in mm: correct it.")
     return tuple(float(value) for value in values)
 
 
-def _checked(path: Path, image: np.ndarray, label: np.ndarray | None, ndim: int, num_classes: int) -> Sample:
-    if not isinstance(image, np.ndarray) or image.ndim != ndim or 0 in image.shape:
-        raise UserError(
-            f"{path}: `image` has the shape {np.shape(image)}, it needs {ndim} dimensions: convert it again."
-        )
-    if image.dtype.kind not in "fiu":
-        raise UserError(f"{path}: `image` has the type {image.dtype}, it needs numbers: convert the case again.")
-    image = np.ascontiguousarray(image, np.float32)
-    if not np.isfinite(image).all():
-        raise UserError(f"{path}: `image` holds nan or infinite values: convert the case again.")
-    if label is None:
-        return Sample(image, None)
-    if np.shape(label) != image.shape:
-        raise UserError(
-            f"{path}: `label` {np.shape(label)} and `image` {image.shape} differ in shape: convert it again."
-        )
-    if label.dtype.kind not in "fiub":
-        raise UserError(f"{path}: `label` has the type {label.dtype}, it needs whole numbers: convert the case again.")
-    outside = (label < 0) | (label >= num_classes) | (label != np.floor(label) if label.dtype.kind == "f" else False)
-    if outside.any():
-        raise UserError(
-            f"{path}: `label` holds {label[outside].flat[0]}, outside the classes 0 to {num_classes - 1}: "
-            "correct the label, or convert the case again."
-        )
-    return Sample(image, np.ascontiguousarray(label, np.uint8))
+def read_affine(path: Path) -> np.ndarray | None:
+    """Return the (4, 4) affine, from indices to mm (RAS+), that a converted file's attributes give; None without them.
+
+    Raises:
+        UserError: the attributes are no geometry.
+    """
+    spacing = read_spacing(path)
+    with _opened(path) as file:
+        parts = [np.ravel(file.attrs[name]) for name in ("origin", "direction") if name in file.attrs]
+    if spacing is None or len(spacing) != 3 or len(parts) < 2:
+        return None
+    if [len(part) for part in parts] != [3, 9] or not all(p.dtype.kind == "f" and np.isfinite(p).all() for p in parts):
+        raise UserError(f"{path}: its attributes `origin` and `direction` are no geometry: convert the case again.")
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = parts[1].reshape(3, 3) * spacing, parts[0]
+    return affine
+
+
+def read_text_attribute(path: Path, name: str) -> str | None:
+    """Return a file's attribute, a text, or None where it has none."""
+    with _opened(path) as file:
+        value = file.attrs.get(name)
+    return value.decode() if isinstance(value, bytes) else value if isinstance(value, str) else None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """Open an HDF5 file; whatever its reading meets ends in one sentence."""
+    check_file(path)
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except UserError:
+        raise
+    except PermissionError:
+        raise UserError(f"{path} may not be read: give yourself the permission to.") from None
+    except (OSError, RuntimeError, AttributeError, TypeError, ValueError, KeyError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} is not a readable HDF5 file ({reason}): copy or convert it again.") from None
+
+
+def _read_array(path: Path, file: h5py.File, key: str) -> np.ndarray:
+    """Read one array, after checking that it lies in this file and is as large as it says."""
+    link = file.get(key, getlink=True)
+    if link is None:
+        found = ", ".join(list(file)[:10]) or "nothing"
+        raise UserError(f"{path} has no `{key}` (it holds {found}): convert the case again.")
+    if not isinstance(link, h5py.HardLink):
+        raise UserError(f"{path}: `{key}` is a link to somewhere else: store the array itself in the file.")
+    dataset = file[key]
+    if not isinstance(dataset, h5py.Dataset):
+        raise TypeError(f"`{key}` is not an array")
+    if dataset.external or dataset.is_virtual:
+        raise UserError(f"{path}: `{key}` is kept in another file: store the array itself in the file.")
+    if dataset.dtype.kind not in "fiub" or dataset.dtype.itemsize > 8:
+        raise UserError(f"{path}: `{key}` has the type {dataset.dtype}, it needs numbers: convert the case again.")
+    check_declared(path, f"`{key}`", dataset.shape or (), dataset.dtype.itemsize, dataset.id.get_storage_size())
+    return dataset[()]
 
 
 class Cache:
@@ -132,6 +171,7 @@ class Cache:
         num_classes: see read_sample.
         needs_label: see read_sample.
         dtype: of the images kept.
+        check: what else to refuse of a file, called once with its path and sample; raises UserError.
 
     Raises:
         UserError: the first file that is missing or wrong; every file is checked here, before any training.
@@ -147,20 +187,34 @@ class Cache:
         num_classes: int,
         needs_label: bool = True,
         dtype: str = "float32",
+        check: Callable[[Path, Sample], None] | None = None,
     ):
         self._dtype = dtype
         self._paths = list(paths)
         self._how = {"ndim": ndim, "num_classes": num_classes, "needs_label": needs_label}
         self._kept: list[Sample | None] = []
         total = kept = 0
-        for path in tqdm(
-            self._paths, desc=f"reading {what}", unit="file", leave=False, dynamic_ncols=True, disable=None
-        ):
+
+        def read(path: Path) -> Sample:
             sample = self._read(path)
-            total += sample.num_bytes
-            keep = total <= bound_gb * 2**30
-            kept += sample.num_bytes if keep else 0
-            self._kept.append(sample if keep else None)
+            if check is not None:
+                check(path, sample)
+            return sample
+
+        with ThreadPoolExecutor(READERS) as pool:
+            samples = pool.map(read, self._paths)
+            try:
+                for sample in tqdm(
+                    samples, desc=f"reading {what}", total=len(self), unit="file", leave=False, dynamic_ncols=True,
+                    disable=None,
+                ):  # fmt: skip
+                    total += sample.num_bytes
+                    keep = total <= bound_gb * 2**30
+                    kept += sample.num_bytes if keep else 0
+                    self._kept.append(sample if keep else None)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         LOGGER.info(
             "%d %s: %.2f of %.2f GiB kept in memory (bound %g)", len(self), what, kept / 2**30, total / 2**30, bound_gb
         )

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
+from dataloaders.checks import inside
+from dataloaders.datasets import DataSet
+from dataloaders.preprocessing import Preprocessing
 from sdcl.errors import UserError
-
-CLASS_NAMES = ("pancreas",)  # class 1
 
 
 def path_of(root_path: Path, name: str) -> Path:
-    """Return a case's file."""
-    return root_path / "data" / f"{name}.h5"
+    """Return a case's file; see inside()."""
+    return inside(root_path / "data", f"{name}.h5")
 
 
 def check_root(root_path: Path) -> None:
@@ -21,6 +22,17 @@ def check_root(root_path: Path) -> None:
     if not any((root_path / "data").glob("*.h5")):
         raise UserError(
             f"no Pancreas data in {root_path.resolve()} (--root_path): expected data/data0001.h5 and so on there, "
-            "made from Pancreas-CT, see Datasets/README.md; "
+            "made from Pancreas-CT, see docs/data.md; "
             "`python dataloaders/phantom.py --dataset pancreas --root_path <folder>` makes a synthetic set to try."
         )
+
+
+DATA_SET = DataSet(
+    name="pancreas",
+    class_names=("pancreas",),  # class 1
+    preprocessing=Preprocessing("ct", spacing_mm=(1.0, 1.0, 1.0)),
+    path_of=path_of,
+    check_root=check_root,
+    trained_on_crops=True,
+    is_organ_ct=True,
+)

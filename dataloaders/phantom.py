@@ -5,17 +5,18 @@ real ones hard (neighbours of the same intensity, bias field, blur, noise), so t
 yet they are small enough to train on with a CPU.
 """
 
-import os
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import h5py
+import nibabel
 import numpy as np
 
+from dataloaders.convert import write_case
 from dataloaders.phantom_anatomy import draw_atrium, draw_heart, draw_pancreas
+from sdcl.atomic import write_text
 from sdcl.config import run_script
 from sdcl.errors import UserError
 
@@ -27,8 +28,10 @@ CASE_ALPHABET = [*string.ascii_uppercase, *string.digits]
 class Config:
     """Write a synthetic data set in the real files' format, for the demo and for trying things out."""
 
-    dataset: Literal["acdc", "la", "pancreas"]  # which data set's format
-    root_path: Path  # folder that receives data/ and data_split/
+    dataset: Literal[
+        "acdc", "la", "pancreas", "nifti"
+    ]  # which data set's format; nifti: raw scans, as your own would be
+    root_path: Path  # folder that receives data/ and data_split/ (nifti: images/ and labels/)
     seed: int = 0  # the same seed gives the same data
 
 
@@ -68,9 +71,9 @@ def write_acdc(
         frames_of.append([f"{name}_frame{frame:02d}" for frame in (1, 2)])
         slices_of.append([f"{frame}_slice_{k + 1}" for frame in frames_of[-1] for k in range(slices)])
         for frame, (image, label) in zip(frames_of[-1], volumes, strict=True):
-            _write_case(root / "data" / f"{frame}.h5", image, label)
+            write_case(root / "data" / f"{frame}.h5", image, label)
             for k in range(slices if patient < train_patients else 0):
-                _write_case(root / "data" / "slices" / f"{frame}_slice_{k + 1}.h5", image[k], label[k])
+                write_case(root / "data" / "slices" / f"{frame}_slice_{k + 1}.h5", image[k], label[k])
     first_test = train_patients + val_patients
     lists = {
         "train": frames_of[:train_patients],
@@ -152,6 +155,40 @@ def write_pancreas(
     return _write_cases(root_path, train_cases, test_cases, labelled_cases, seed, draw)
 
 
+def write_nifti(
+    root_path: Path | str,
+    *,
+    cases: int = 8,
+    labelled_cases: int = 5,
+    size: tuple[int, int, int] = (56, 48, 40),
+    seed: int = 0,
+) -> Path:
+    """Write atria as raw scans and labels in NIfTI, with voxels of 1.25 mm, as somebody's own data might be.
+
+    Args:
+        root_path: folder that receives `images/case_01.nii.gz` and so on, and `labels/` of the first ones.
+        cases: how many there are.
+        labelled_cases: how many of them have a label.
+        size: voxels along x, y and z.
+        seed: any non-negative integer; case k depends on `seed`, k and `size` alone.
+
+    Returns:
+        `root_path`; images are float32 (X, Y, Z), labels uint8 0 or 1.
+
+    Raises:
+        UserError: `root_path` holds files that this module did not write.
+        ValueError: more labelled cases than cases.
+    """
+    root = _claim(root_path, labelled_cases, cases)
+    affine = np.diag([-1.25, -1.25, 1.25, 1.0])
+    for case in range(cases):
+        image, label = draw_atrium(_case_rng(seed, case), size, 2)
+        for folder, array in (("images", image), ("labels", label))[: 1 + (case < labelled_cases)]:
+            (root / folder).mkdir(exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(array, affine), root / folder / f"case_{case + 1:02d}.nii.gz")
+    return root
+
+
 def _case_rng(seed: int, case: int) -> np.random.Generator:
     """Return a case's own generator, so that no case depends on the others."""
     return np.random.default_rng(np.random.SeedSequence([seed, case]))
@@ -163,23 +200,12 @@ def _claim(root_path: Path | str, labelled: int, train: int) -> Path:
         raise ValueError(f"{labelled} labelled of {train} training cases is not possible.")
     root = Path(root_path)
     # A link may lead to a folder of real data, so it counts; empty folders do not.
-    found = (path for part in ("data", "data_split") for path in (root / part).rglob("*"))
+    found = (path for part in ("data", "data_split", "images", "labels") for path in (root / part).rglob("*"))
     taken = next((path for path in found if path.is_symlink() or not path.is_dir()), None)
     if taken and not (root / MARKER).exists():
         raise UserError(f"{taken} is there already and is not synthetic; choose another --root_path.")
-    root.mkdir(parents=True, exist_ok=True)
-    (root / MARKER).write_text("Synthetic data, written by dataloaders/phantom.py, which may overwrite it.\n")
+    write_text(root / MARKER, "Synthetic data, written by dataloaders/phantom.py, which may overwrite it.\n")
     return root
-
-
-def _write_case(path: Path, image: np.ndarray, label: np.ndarray) -> None:
-    """Write one HDF5 file that appears only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.part")
-    with h5py.File(unfinished, "w") as file:
-        file.create_dataset("image", data=image.astype(np.float32), compression="gzip")
-        file.create_dataset("label", data=label.astype(np.uint8), compression="gzip")
-    os.replace(unfinished, path)
 
 
 def _write_cases(
@@ -190,7 +216,7 @@ def _write_cases(
     names = []
     for case in range(train + test):
         name, file, image, label = draw(_case_rng(seed, case), case)
-        _write_case(root / "data" / file, image, label)
+        write_case(root / "data" / file, image, label)
         names.append(name)
     lists = {
         "train": names[:train],
@@ -205,13 +231,16 @@ def _write_cases(
 def _write_lists(root: Path, suffix: str, lists: dict[str, list[str]]) -> None:
     """Write each list as `data_split/<key><suffix>`, one name a line."""
     folder = root / "data_split"
-    folder.mkdir(exist_ok=True)
     for key, names in lists.items():
-        (folder / f"{key}{suffix}").write_text("".join(f"{name}\n" for name in names))
+        write_text(folder / f"{key}{suffix}", "".join(f"{name}\n" for name in names))
 
 
 def main(config: Config) -> None:
     """Write the data set that the command line names and say so in one line."""
+    if config.dataset == "nifti":
+        root = write_nifti(config.root_path, seed=config.seed)
+        print(f"Wrote synthetic scans and labels (seed {config.seed}) to {root}/images and {root}/labels.")
+        return
     write = {"acdc": write_acdc, "la": write_la, "pancreas": write_pancreas}[config.dataset]
     root = write(config.root_path, seed=config.seed)
     lists = [file for file in (root / "data_split").iterdir() if file.stem in ("train", "val", "test")]

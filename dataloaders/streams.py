@@ -21,6 +21,10 @@ class TrainingSet(Protocol):
         """Count the cases."""
         ...
 
+    def name(self, index: int) -> str:
+        """Return a case's name, for messages."""
+        ...
+
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         """Return image (*S) float32 and label (*S) uint8 of a case; all randomness comes from rng."""
         ...
@@ -95,20 +99,23 @@ class Streams:
         with ThreadPoolExecutor(1, thread_name_prefix="streams") as pool:
             ahead: deque = deque()
             for iteration in range(start, stop):
-                ahead.append(pool.submit(self.batch, iteration))
+                ahead.append(pool.submit(self._pinned, iteration))
                 if len(ahead) > PREFETCHED:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
+    def _pinned(self, iteration: int) -> dict[str, torch.Tensor]:
+        """Prepare a batch in memory that a GPU, if there is one, copies from by itself."""
+        batch = self.batch(iteration)
+        return {name: t.pin_memory() for name, t in batch.items()} if torch.cuda.is_available() else batch
+
     def batch(self, iteration: int) -> dict[str, torch.Tensor]:
         """Prepare one iteration's batch; see batches()."""
-        epoch, position = divmod(iteration, self.iterations_per_epoch)
         batch = {}
-        for kind, (cases, repeat) in self._sets.items():
+        for kind, (cases, _) in self._sets.items():
             for direction in "ab":
-                order = self._order(len(cases), repeat, epoch, kind + direction)
-                chosen = order[position * self._batch_size : (position + 1) * self._batch_size]
+                chosen = self._chosen(iteration, kind, direction)
                 samples = [
                     cases.sample(int(index), sample_rng(*self._seed, kind + direction, iteration, place))
                     for place, index in enumerate(chosen)
@@ -117,6 +124,21 @@ class Streams:
                 if kind == "x":
                     batch[f"y_{direction}"] = torch.from_numpy(np.stack([label for _, label in samples]))
         return batch
+
+    def names(self, iteration: int) -> dict[str, list[str]]:
+        """Return the names of the cases in an iteration's batch, by stream, such as "x_a"."""
+        return {
+            f"{kind}_{direction}": [cases.name(int(index)) for index in self._chosen(iteration, kind, direction)]
+            for kind, (cases, _) in self._sets.items()
+            for direction in "ab"
+        }
+
+    def _chosen(self, iteration: int, kind: str, direction: str) -> np.ndarray:
+        """Return the indices of the cases that a stream reads for an iteration."""
+        epoch, position = divmod(iteration, self.iterations_per_epoch)
+        cases, repeat = self._sets[kind]
+        order = self._order(len(cases), repeat, epoch, kind + direction)
+        return order[position * self._batch_size : (position + 1) * self._batch_size]
 
     def _order(self, count: int, repeat: int, epoch: int, stream: str) -> np.ndarray:
         """Return the order in which a stream reads its repeated list in an epoch."""

@@ -1,20 +1,37 @@
-"""Augmentation of slices, each a map of indices that scipy itself makes."""
-
-from functools import lru_cache
+"""Augmentation of slices, each a map of indices that shows scipy's very pixels."""
 
 import numpy as np
-from scipy import ndimage
+from scipy import special
 
-from sdcl.inference import nearest_zoom
+from sdcl.inference import zoom_index
 
 OUTSIDE = -1  # index of pixels that a rotation brings in from beyond the image; they become 0
 
 
-@lru_cache(maxsize=256)  # at 256x216 a map takes 0.2 MiB
-def _rotation_index(shape: tuple[int, int], angle_deg: int) -> np.ndarray:
-    """Return for each pixel of the rotated image the flat index of the pixel that it shows."""
-    numbered = np.arange(1, shape[0] * shape[1] + 1, dtype=np.int32).reshape(shape)
-    return ndimage.rotate(numbered, angle_deg, order=0, reshape=False, mode="constant", cval=0) - 1
+def _rotated(shape: tuple[int, int], angle_deg: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return which pixels, by flat index, scipy.ndimage.rotate of order 0 shows at some rows and columns.
+
+    The coordinates come of the same operations in the same order as in scipy, so that they round alike.
+
+    Args:
+        shape: (H, W) of the image, which the rotation keeps.
+        angle_deg: whole degrees.
+        rows: of the rotated image (H').
+        columns: of the rotated image (W').
+
+    Returns:
+        int32 (H', W'), OUTSIDE where no pixel of the image lies.
+    """
+    cosine, sine = special.cosdg(angle_deg), special.sindg(angle_deg)
+    matrix = np.array([[cosine, sine], [-sine, cosine]])
+    centre = (np.array(shape) - 1) / 2
+    offset = centre - matrix @ centre
+    index, is_inside = np.int32(0), True
+    for axis, side in enumerate(shape):
+        place = np.add.outer(offset[axis] + matrix[axis, 0] * rows, matrix[axis, 1] * columns)
+        is_inside = is_inside & (place >= 0) & (place <= side - 1)
+        index = index * np.int32(side) + (place + 0.5).astype(np.int32)  # rounds down what is inside
+    return np.where(is_inside, index, np.int32(OUTSIDE))
 
 
 def augmentation_index(
@@ -41,15 +58,21 @@ def augmentation_index(
 
     Source: docs/method.md, "Order of the data", ACDC's augmentation.
     """
-    index = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
+    numbers = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
+    angle_deg = None
     if rng.random() < probability:
-        index = np.rot90(index, rng.integers(4))
-        index = np.flip(index, rng.integers(2))
+        numbers = np.flip(np.rot90(numbers, rng.integers(4)), rng.integers(2))
     elif rng.random() < probability and max_angle_deg:
-        index = _rotation_index(shape, int(rng.integers(-max_angle_deg, max_angle_deg)))
-    return nearest_zoom(index, size, fill=OUTSIDE)
+        angle_deg = int(rng.integers(-max_angle_deg, max_angle_deg))
+    rows, columns = (zoom_index(side, out) for side, out in zip(numbers.shape, size, strict=True))
+    if angle_deg is None:  # the map is a sum of one number a row and one a column
+        index = numbers[rows, 0][:, None] + (numbers[0, columns] - numbers[0, 0])
+    else:
+        index = _rotated(shape, angle_deg, rows, columns)
+    index[rows < 0] = index[:, columns < 0] = OUTSIDE
+    return index
 
 
 def apply_index(array: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Show a slice (H, W) through a map of augmentation_index; pixels from outside are 0."""
-    return np.append(array.ravel(), array.dtype.type(0))[index]  # OUTSIDE, -1, reads the appended 0
+    return np.append(array.ravel(), array.dtype.type(0)).take(index)  # OUTSIDE, -1, reads the appended 0

@@ -1,13 +1,15 @@
 """Cropped 3D training volumes and whole evaluation volumes; what LA and Pancreas share."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 
-from dataloaders.files import Cache, read_list, read_sample, read_spacing
+from dataloaders.checks import check_apart
+from dataloaders.datasets import DataSet
+from dataloaders.files import Cache, Sample, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
 from sdcl.errors import UserError
 from sdcl.evaluation import Case, Decision, Task
@@ -62,13 +64,14 @@ class CroppedVolumes:
     """Training volumes, decoded once, cropped at each reading.
 
     Args:
-        paths: the files.
+        paths: the files, by the case's name.
         patch_size: sides of the samples, in voxels.
         crop: "random" or "centre".
         num_classes: labels must lie in [0, num_classes).
         cache_gb: bound of the memory for decoded volumes, in GiB.
         cache_dtype: "float32", or "float16" for half the memory at 3 decimal digits.
         labelled: without it labels are neither needed nor read.
+        check: what else to refuse of a labelled file; raises UserError.
 
     Raises:
         UserError: a file is missing or wrong.
@@ -76,7 +79,7 @@ class CroppedVolumes:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Mapping[str, Path],
         *,
         patch_size: Sequence[int],
         crop: Crop,
@@ -84,21 +87,28 @@ class CroppedVolumes:
         cache_gb: float,
         cache_dtype: Literal["float32", "float16"],
         labelled: bool,
+        check: Callable[[Path, Sample], None] | None = None,
     ):
         self._patch_size, self._crop = tuple(patch_size), crop
+        self._names = list(paths)
         self._cache = Cache(
-            paths,
+            list(paths.values()),
             what=f"{'labelled' if labelled else 'unlabelled'} volumes",
             bound_gb=cache_gb,
             ndim=3,
             num_classes=num_classes,
             needs_label=labelled,
             dtype=cache_dtype,
+            check=check,
         )
 
     def __len__(self) -> int:
         """Count the volumes."""
         return len(self._cache)
+
+    def name(self, index: int) -> str:
+        """Return a case's name."""
+        return self._names[index]
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         """Return a crop: image (X, Y, Z) float32 and label (X, Y, Z) uint8, or None without labels."""
@@ -109,14 +119,14 @@ class CroppedVolumes:
 
 
 def read_volumes(
-    names: Sequence[str], path_of: Callable[[str], Path], num_classes: int, spacing: Sequence[float] | None = None
+    names: Sequence[str], root_path: Path, data_set: DataSet, spacing: Sequence[float] | None = None
 ) -> list[Case]:
     """Read whole labelled volumes.
 
     Args:
         names: cases.
-        path_of: a case's file.
-        num_classes: labels must lie in [0, num_classes).
+        root_path: the data set's folder.
+        data_set: where its files are, its classes, what its labels are checked for.
         spacing: voxel sides in mm; None: each file's own attribute `spacing`, where it has one.
 
     Raises:
@@ -124,8 +134,11 @@ def read_volumes(
     """
     cases = []
     for name in names:
-        sample = read_sample(path_of(name), ndim=3, num_classes=num_classes)
-        cases.append(Case(name, sample.image, sample.label, tuple(spacing) if spacing else read_spacing(path_of(name))))
+        path = data_set.path_of(root_path, name)
+        sample = read_sample(path, ndim=3, num_classes=data_set.num_classes)
+        data_set.check_label(path, sample)
+        sides = tuple(spacing) if spacing else read_spacing(path)
+        cases.append(Case(name, sample.image, sample.label, sides, None if spacing else read_affine(path)))
     return cases
 
 
@@ -167,7 +180,7 @@ def check_windows(stride: Sequence[int], patch_size: Sequence[int]) -> None:
 
 
 def check_3d(config: Any) -> None:
-    """Refuse settings of LA and Pancreas that contradict each other.
+    """Refuse settings of a 3D data set that contradict each other.
 
     Raises:
         UserError: names the flags.
@@ -175,28 +188,21 @@ def check_3d(config: Any) -> None:
     if config.connectivity not in (6, 18, 26):
         raise UserError(f"--connectivity is {config.connectivity}: volumes know 6, 18 or 26 neighbours.")
     check_windows(config.stride, config.patch_size)
-    if config.select == "val" and not config.val_cases:
+    has_list = (config.root_path / "data_split" / "val.txt").exists()
+    if config.select == "val" and not (config.val_cases or has_list):
         raise UserError("--select val needs cases to validate on: give --val_cases, or --select last or test.")
+    if config.val_cases and has_list:
+        raise UserError(f"--val_cases holds out training cases, but {config.root_path} has a val.txt already: use one.")
     if config.select == "test" and config.val_cases:
         raise UserError("--select test and --val_cases contradict each other: give --select val, or no --val_cases.")
 
 
-def train_volumes(
-    config: Any,
-    name: str,
-    class_names: Sequence[str],
-    check_root: Callable[[Path], None],
-    path_of: Callable[[Path, str], Path],
-    self_val_at: Collection[int],
-) -> None:
-    """Do what the training scripts of LA and Pancreas do: read and check the data, train both stages.
+def train_volumes(config: Any, data_set: DataSet, self_val_at: Collection[int]) -> None:
+    """Do what the training scripts of 3D data sets do: read and check the data, train both stages.
 
     Args:
         config: the script's header.
-        name: of the data set.
-        class_names: of the foreground classes.
-        check_root: refuses a folder without the data set.
-        path_of: maps the data set's folder and a case's name to its file.
+        data_set: what to train on.
         self_val_at: iterations of self-training after which to validate, beside the last.
 
     Raises:
@@ -204,80 +210,76 @@ def train_volumes(
     """
 
     def check(config: Any) -> None:
-        check_root(config.root_path)
+        data_set.check_root(config.root_path)
         check_3d(config)
 
     device = begin(config, check)
-    num_classes = len(class_names) + 1
+    num_classes = data_set.num_classes
 
     def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
         return sliding_window(
             networks, volume, config.patch_size, config.stride, num_classes, config.window_batch, config.precision
         )
 
-    make_streams, cases = _training_data(config, path_of, num_classes)
+    make_streams, lists, cases, facts = _training_data(config, data_set)
     train(
         config,
-        Task(name, class_names, infer, Decision(config.decision_rule), PLANES),
+        Task(data_set.name, data_set.class_names, infer, Decision(config.decision_rule), PLANES),
         device,
         make_streams=make_streams,
+        lists=lists,
         cases=cases,
         validated_on="test" if config.select == "test" else "val",
         pre_val_at=validation_iterations(config.pre_val_every, config.pre_val_every, config.pre_iterations),
         self_val_at=self_val_at,
+        facts=facts,
     )
 
 
-def test_volumes(
-    config: Any,
-    name: str,
-    class_names: Sequence[str],
-    check_root: Callable[[Path], None],
-    path_of: Callable[[Path, str], Path],
-) -> None:
-    """Do what the test scripts of LA and Pancreas do: score a run on the cases of test.txt; see train_volumes()."""
-    device = begin(config, lambda config: check_root(config.root_path))
-    folder, trained = find_run(config, name)
-    check_windows(config.stride, trained["patch_size"])
-    num_classes = len(class_names) + 1
+def test_volumes(config: Any, data_set: DataSet, split: str = "test") -> None:
+    """Do what the test scripts of 3D data sets do: score a run on the cases of a split's list; see train_volumes()."""
+    device = begin(config, lambda config: data_set.check_root(config.root_path))
+    folder, trained = find_run(config, data_set.name)
+    stride = config.stride or trained["stride"] or [max(side // 2, 1) for side in trained["patch_size"]]
+    check_windows(stride, trained["patch_size"])
+    num_classes = data_set.num_classes
 
     def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
         return sliding_window(
-            networks, volume, trained["patch_size"], config.stride, num_classes, config.window_batch,
+            networks, volume, trained["patch_size"], stride, num_classes, config.window_batch,
             config.precision, config.window_weighting, config.tta,
         )  # fmt: skip
 
     def read_cases() -> list[Case]:
-        names = read_list(config.root_path / "data_split" / "test.txt")
-        return read_volumes(names, lambda case: path_of(config.root_path, case), num_classes, config.spacing)
+        names = read_list(config.root_path / "data_split" / f"{split}.txt")
+        return read_volumes(names, config.root_path, data_set, config.spacing)
 
     decision = Decision(config.decision_rule, WIDEST_CONNECTIVITY if config.largest_component else None)
-    task = Task(name, class_names, infer, decision, PLANES)
-    test(config, task, device, folder, trained, read_cases, "test", nifti=config.save_nifti)
+    task = Task(data_set.name, data_set.class_names, infer, decision, PLANES)
+    test(config, task, device, folder, trained, read_cases, split, nifti=config.save_nifti)
 
 
 def _training_data(
-    config: Any, path_of: Callable[[Path, str], Path], num_classes: int
-) -> tuple[Callable[[bool], Streams], list[Case]]:
-    """Read what a run of LA or Pancreas needs, and check it all.
+    config: Any, data_set: DataSet
+) -> tuple[Callable[[bool], Streams], dict[str, list[str]], list[Case], dict[str, Any]]:
+    """Read what a run on a 3D data set needs, and check it all.
 
     Args:
         config: the training script's header.
-        path_of: maps the data set's folder and a case's name to its file.
-        num_classes: labels must lie in [0, num_classes).
+        data_set: what to train on.
 
     Returns:
-        What makes the streams of pre-training (False) and of self-training (True), and the volumes to validate on:
-        those of test.txt for `--select test`, else those held out by `--val_cases`, maybe none.
+        What makes the streams of pre-training (False) and of self-training (True); the names of both kinds of cases;
+        the volumes to validate on: those of test.txt for `--select test`, else those of val.txt, else those held out by
+        `--val_cases`, maybe none; and what config.json keeps of the data set.
 
     Raises:
         UserError: a list or file is missing or wrong.
     """
     root, lists = config.root_path, config.root_path / "data_split"
-    train, test = read_list(lists / "train.txt"), read_list(lists / "test.txt") if config.select == "test" else []
-    both = sorted(set(train) & set(test))
-    if both:
-        raise UserError(f"{lists / 'train.txt'} and test.txt both name {both[0]}: take it out of one of them.")
+    train, test, val = read_list(lists / "train.txt"), lists / "test.txt", lists / "val.txt"
+    others = {path: read_list(path) for path in (test, val) if path.exists() or (path, config.select) == (test, "test")}
+    check_apart(train, others, lists / "train.txt")
     labelled, unlabelled, held_out = split_labelled(train, config.labelnum, config.val_cases)
     if not unlabelled and config.self_iterations:
         raise UserError(
@@ -287,8 +289,9 @@ def _training_data(
 
     def volumes(names: Sequence[str], crop: Crop, has_labels: bool) -> CroppedVolumes:
         return CroppedVolumes(
-            [path_of(root, name) for name in names], patch_size=config.patch_size, crop=crop, num_classes=num_classes,
-            cache_gb=config.cache_gb, cache_dtype=config.cache_dtype, labelled=has_labels,
+            {name: data_set.path_of(root, name) for name in names}, patch_size=config.patch_size, crop=crop,
+            num_classes=data_set.num_classes, cache_gb=config.cache_gb, cache_dtype=config.cache_dtype,
+            labelled=has_labels, check=data_set.check_label,
         )  # fmt: skip
 
     labelled_set = volumes(labelled, "random", True)
@@ -297,4 +300,8 @@ def _training_data(
     def make_streams(with_unlabelled: bool) -> Streams:
         return Streams.of(config, labelled_set, unlabelled_set if with_unlabelled else None)
 
-    return make_streams, read_volumes(test or held_out, lambda name: path_of(root, name), num_classes)
+    used = labelled + (unlabelled if config.self_iterations else [])
+    facts = data_set.facts(config.decision_rule, [data_set.path_of(root, name) for name in used])
+    scored = others[test] if config.select == "test" else others.get(val, held_out)
+    names = {"labelled": labelled, "unlabelled": unlabelled}
+    return make_streams, names, read_volumes(scored, root, data_set), facts

@@ -1,5 +1,6 @@
 """LA and Pancreas: crops, splits, sliding windows, scripts, and more than two classes."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -21,6 +22,7 @@ from dataloaders import la, pancreas
 from dataloaders.files import read_list, sample_rng
 from dataloaders.phantom import write_la
 from dataloaders.volumes import CroppedVolumes, crop_corner, cropped, read_volumes, split_labelled
+from sdcl import inference
 from sdcl.config import parse
 from sdcl.errors import UserError
 from sdcl.evaluation import Decision, Task
@@ -73,7 +75,7 @@ def test_crops_of_a_case_follow_the_generator_and_image_and_label_agree(tmp_path
     label = (np.arange(8 * 9 * 10).reshape(8, 9, 10) % 2).astype(np.uint8)
     path = write_h5(tmp_path / "a.h5", image=label.astype(np.float32), label=label)
     how = {"patch_size": (4, 4, 4), "crop": "random", "num_classes": 2, "cache_gb": 1, "labelled": True}
-    volumes = CroppedVolumes([path], cache_dtype="float16", **how)
+    volumes = CroppedVolumes({"a": path}, cache_dtype="float16", **how)
     crops = [volumes.sample(0, sample_rng(k))[0] for k in range(30)]
     for k in range(30):
         image, target = volumes.sample(0, sample_rng(k))
@@ -139,13 +141,33 @@ def plain_window(network, volume, patch, stride):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(3, 20), min_size=3, max_size=3), st.lists(st.integers(1, 8), min_size=3, max_size=3),
-       st.integers(1, 7))  # fmt: skip
-def test_windows_of_volumes_larger_than_equal_to_and_smaller_than_the_patch(shape, stride, batch_size):
+       st.integers(1, 7), st.sampled_from([1, 13, 256]))  # fmt: skip
+def test_windows_of_volumes_larger_than_equal_to_and_smaller_than_the_patch(shape, stride, batch_size, block_side):
     volume = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     network = golden_network(1)
-    (result,) = sliding_window([network], volume, (8, 8, 10), stride, 2, batch_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "BLOCK_SIDE", block_side)
+        (result,) = sliding_window([network], volume, (8, 8, 10), stride, 2, batch_size)
     assert result.shape == (2, *shape) and result.dtype == np.float32
     np.testing.assert_allclose(result, plain_window(network, volume, (8, 8, 10), stride), atol=1e-5)
+
+
+def test_what_the_device_sums_is_bounded(monkeypatch):
+    """Of a volume three times as long on every side the device holds sums of 20 voxels a side at most."""
+    sides, zeros = [], torch.zeros
+    monkeypatch.setattr(inference, "BLOCK_SIDE", 20)
+    monkeypatch.setattr(torch, "zeros", lambda *size, **how: sides.extend(size[1:]) or zeros(*size, **how))
+    sliding_window([golden_network(1)], np.zeros((60, 60, 60), np.float32), (8, 8, 8), (4, 4, 4), 2)
+    assert len(sides) >= 3 * 27 and max(sides) <= 20
+
+
+@pytest.mark.parametrize(
+    "shape, stride, message",
+    [((9, 9), (4, 4, 4), "three sides"), ((9, 9, 9), (9, 4, 4), "leave gaps"), ((9, 9, 9), (4, 4, 0), "leave gaps")],
+)
+def test_a_grid_that_leaves_gaps_is_refused(shape, stride, message):
+    with pytest.raises(ValueError, match=message):
+        sliding_window([golden_network(1)], np.zeros(shape, np.float32), (8, 8, 8), stride, 2)
 
 
 def test_the_published_grid():
@@ -343,12 +365,13 @@ def test_bad_settings(name, kind, request, tmp_path):
     assert message in str(error.value) and not list(tmp_path.iterdir())
 
 
-IMAGE = np.zeros((20, 20, 20), np.float32)
+IMAGE = np.arange(8000, dtype=np.float32).reshape(20, 20, 20)
+LABEL = np.full(IMAGE.shape, 255.0)
 BAD_CASES = {
     "missing": (None, "does not exist: restore it, or take its name out of the list"),
     "two dimensions": ({"image": IMAGE[0], "label": IMAGE[0]}, r"shape \(20, 20\), it needs 3 dimensions"),
     "nan": ({"image": IMAGE * np.nan, "label": IMAGE}, "nan or infinite"),
-    "not binary": ({"image": IMAGE, "label": IMAGE + 255}, "`label` holds 255.0, outside the classes 0 to 1"),
+    "not binary": ({"image": IMAGE, "label": LABEL}, "`label` holds 255.0, outside the classes 0 to 1"),
 }
 
 
@@ -382,7 +405,7 @@ def test_three_classes_from_data_to_table(tmp_path):
     names = read_list(root / "data_split" / "train.txt")
     how = {"patch_size": (32, 16, 16), "crop": "random", "num_classes": 3, "cache_gb": 1, "cache_dtype": "float32"}
     labelled, unlabelled = (
-        CroppedVolumes([la.path_of(root, n) for n in part], labelled=has, **how)
+        CroppedVolumes({n: la.path_of(root, n) for n in part}, labelled=has, **how)
         for part, has in ((names[:2], True), (names[2:], False))
     )
     config = SimpleNamespace(
@@ -395,13 +418,14 @@ def test_three_classes_from_data_to_table(tmp_path):
     def infer(networks, volume):
         return sliding_window(networks, volume, (32, 16, 16), (16, 16, 16), 3)
 
-    cases = read_volumes(read_list(root / "data_split" / "test.txt"), lambda n: la.path_of(root, n), 3)
+    three = dataclasses.replace(la.DATA_SET, class_names=("body", "veins"))
+    cases = read_volumes(read_list(root / "data_split" / "test.txt"), root, three)
     assert {0, 1, 2} == set(np.unique(cases[0].label))
     streams = {"batch_size": 2, "labelled_repeat": 2, "unlabelled_repeat": 4, "seed": 0}
     train(
         config, Task("la", ("body", "veins"), infer, planes=(2, 1, 0)), torch.device("cpu"),
         make_streams=lambda both: Streams(labelled, unlabelled if both else None, **streams),
-        cases=cases, validated_on="val", pre_val_at=(), self_val_at=(),
+        lists={"train": names}, cases=cases, validated_on="val", pre_val_at=(), self_val_at=(), facts={},
     )  # fmt: skip
     assert (tmp_path / "models" / "la_three_2_labeled" / "self_train" / "best_mean.pth").exists()
 

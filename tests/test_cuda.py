@@ -70,3 +70,18 @@ def test_volumes_are_predicted_as_on_the_cpu():
         (cpu,) = predict([network], volume, *arguments, 2)
         (gpu,) = predict([network.to("cuda")], volume, *arguments, 2)
         np.testing.assert_allclose(cpu, gpu, atol=1e-3)
+
+
+def test_no_step_waits_for_the_device():
+    learners = make_learners(*(build_network(name, 2).to("cuda") for name in ("unet", "resunet")), base_lr=1e-3)
+    add_teacher(learners)
+    batch = {key: torch.randn(2, 1, 32, 48).to("cuda") for key in ("x_a", "x_b", "u_a", "u_b")}
+    batch |= {key: torch.randint(2, (2, 32, 48), dtype=torch.uint8).to("cuda") for key in ("y_a", "y_b")}
+    mask = torch.ones(32, 48).bool().to("cuda")
+    self_train_step(learners, batch, mask, method())  # the first one makes Adam's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pretrain_step(learners, batch, mask, method())
+        self_train_step(learners, batch, mask, method())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

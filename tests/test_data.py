@@ -5,10 +5,11 @@ import pytest
 from helpers import ROOT, write_h5
 from scipy import ndimage
 
-from dataloaders.acdc import AcdcSlices, check_root, read_volumes, split_by_patients
+from dataloaders.acdc import DATA_SET, check_root
 from dataloaders.files import Cache, read_list, read_sample, sample_rng
+from dataloaders.slices import Slices, read_volumes, split_by_patients
 from dataloaders.streams import Streams
-from dataloaders.transforms import apply_index, augmentation_index
+from dataloaders.transforms import _rotated, apply_index, augmentation_index
 from sdcl.errors import UserError
 
 LISTS = ROOT / "Datasets"
@@ -30,16 +31,17 @@ def test_the_published_lists():
         assert not set(split["train"]) & set(split["test"])
     slices = read_list(LISTS / "acdc" / "data_split" / "train_slices.list")
     for patients, labelled in zip((1, 3, 7, 14, 21, 28, 35, 70), (32, 68, 136, 256, 396, 512, 664, 1312), strict=True):
-        first, rest = split_by_patients(slices, patients)
+        first, rest = split_by_patients(slices, patients, DATA_SET.patient_of)
         assert first == slices[:labelled] and rest == slices[labelled:]
-    assert split_by_patients(slices, 7)[0] == read_list(LISTS / "acdc" / "data_split" / "train_lab.list")
+    published = read_list(LISTS / "acdc" / "data_split" / "train_lab.list")
+    assert split_by_patients(slices, 7, DATA_SET.patient_of)[0] == published
 
 
 @pytest.mark.parametrize("labelnum", [0, -1, 71])
 def test_labelnum_that_no_list_has(labelnum):
     slices = read_list(LISTS / "acdc" / "data_split" / "train_slices.list")
     with pytest.raises(UserError, match=f"--labelnum is {labelnum}: choose 1 to 70"):
-        split_by_patients(slices, labelnum)
+        split_by_patients(slices, labelnum, DATA_SET.patient_of)
 
 
 def test_lists_from_other_systems(tmp_path):
@@ -121,11 +123,11 @@ def test_the_cache_keeps_to_its_bound_and_reads_the_same(tmp_path):
 def test_slices_are_found_in_either_place(acdc_phantom, tmp_path):
     names = read_list(acdc_phantom / "data_split" / "train_lab.list")
     how = {"size": (32, 32), "num_classes": 4, "cache_gb": 1, "labelled": True}
-    nested = AcdcSlices(acdc_phantom, names, **how)
+    nested = Slices(acdc_phantom, names, **how)
     (tmp_path / "data").mkdir()
     for name in names:
         (tmp_path / "data" / f"{name}.h5").write_bytes((acdc_phantom / "data" / "slices" / f"{name}.h5").read_bytes())
-    flat = AcdcSlices(tmp_path, names, **how)
+    flat = Slices(tmp_path, names, **how)
     for k in range(len(names)):
         for one, two in zip(nested.sample(k, sample_rng(k)), flat.sample(k, sample_rng(k)), strict=True):
             np.testing.assert_array_equal(one, two)
@@ -134,7 +136,7 @@ def test_slices_are_found_in_either_place(acdc_phantom, tmp_path):
 def test_a_missing_data_set_says_where_and_what(tmp_path):
     with pytest.raises(UserError) as error:
         check_root(tmp_path / "none")
-    for part in (str(tmp_path / "none"), "--root_path", "data/slices/", "Datasets/README.md", "phantom.py"):
+    for part in (str(tmp_path / "none"), "--root_path", "data/slices/", "docs/data.md", "phantom.py"):
         assert part in str(error.value)
 
 
@@ -173,6 +175,16 @@ def test_augmentation_shows_the_pixels_of_scipy(shape, kind):
     np.testing.assert_array_equal(apply_index(image, augmentation_index(shape, (24, 48), rng)), expected)
 
 
+@pytest.mark.parametrize("shape", [(37, 50), (64, 64)])
+def test_rotations_by_any_angle_show_the_pixels_of_scipy(shape):
+    """Also those by 45 degrees, where many coordinates lie halfway between two pixels."""
+    numbered = np.arange(1, shape[0] * shape[1] + 1, dtype=np.int32).reshape(shape)
+    for angle in range(-180, 180):
+        expected = ndimage.rotate(numbered, angle, order=0, reshape=False)
+        shown = apply_index(numbered, _rotated(shape, angle, np.arange(shape[0]), np.arange(shape[1])))
+        np.testing.assert_array_equal(shown, expected)
+
+
 def test_kinds_of_augmentation_come_as_often_as_published():
     square = np.arange(20 * 20).reshape(20, 20)
     flips = {np.flip(np.rot90(square, k), axis).tobytes() for k in range(4) for axis in (0, 1)}
@@ -193,6 +205,9 @@ class Numbers:
 
     def __len__(self):
         return self.count
+
+    def name(self, index):
+        return f"case{index}"
 
     def sample(self, index, rng):
         return np.full((2, 2), index + rng.random() / 2, np.float32), np.full((2, 2), index, np.uint8)

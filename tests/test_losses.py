@@ -1,4 +1,5 @@
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from helpers import GOLDEN, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdcl import losses as losses_module
 from sdcl.losses import discrepancy, mixed_losses
 
 CASES = json.loads((GOLDEN / "losses.json").read_text())
@@ -75,6 +77,48 @@ def test_agrees_with_the_textbook(batch, dice, unlabelled_image):
         gradients.append(torch.autograd.grad(total, z)[0].double())
     np.testing.assert_allclose(values[0], values[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(batches(), st.sampled_from(["sample", "batch"]), st.integers(1, 40))
+def test_chunks_of_any_length_give_the_textbooks_float64(batch, dice, chunk):
+    """Exact to float64's rounding, however the voxels are cut."""
+    logits, other, image_label, patch_label, mask = batch
+    where = discrepancy(logits, other)
+    results = []
+    with mock.patch.object(losses_module, "CORE_CHUNK", chunk):
+        for function in (mixed_losses, textbook.mixed_losses):
+            z = logits.double().requires_grad_()
+            losses = function(z, image_label, patch_label, mask, **weights(True), dice=dice, discrepancy=where)
+            total = sum(k * losses[name] for k, name in enumerate(NAMES, start=1))
+            results.append([*(losses[name] for name in NAMES), torch.autograd.grad(total, z)[0]])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+
+
+def test_the_hand_derived_gradient_is_the_numerical_one():
+    generator = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 2, 3, 4, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randint(3, (2, 2, 4, 3), generator=generator, dtype=torch.uint8)
+    mask = torch.arange(12).view(4, 3) % 3 > 0
+    where = discrepancy(logits, other)
+    for dice in DICE.values():
+        torch.autograd.gradcheck(
+            lambda z, dice=dice: tuple(
+                mixed_losses(z, *labels, mask, **weights(True), dice=dice, discrepancy=where).values()
+            ),
+            logits.clone().requires_grad_(),
+        )
+
+
+def test_many_classes_are_counted_beyond_a_byte():
+    classes = 60
+    logits = torch.randn(1, classes, 9, 9, requires_grad=True)
+    labels = torch.randint(classes, (2, 1, 9, 9), dtype=torch.uint8)
+    mask, where = torch.eye(9).bool(), torch.rand(1, 9, 9) > 0.5
+    call = {**weights(False), "dice": "sample", "discrepancy": where}
+    ours, theirs = (f(logits, *labels, mask, **call) for f in (mixed_losses, textbook.mixed_losses))
+    for name in NAMES:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
 def test_by_hand():
@@ -152,3 +196,9 @@ def test_arguments_that_do_not_fit(change, message):
     call = {"logits": torch.zeros(2, 3, 4, 4), "image_label": label, "patch_label": label, "mask": torch.ones(4, 4)}
     with pytest.raises(ValueError, match=message):
         mixed_losses(**(call | {"image_weight": 1, "patch_weight": 1, "dice": "batch"} | change))
+
+
+def test_labels_beyond_the_classes_are_refused():
+    label = torch.full((1, 4, 4), 2, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="labels must lie in"):
+        mixed_losses(torch.zeros(1, 2, 4, 4), label, label, None, image_weight=1, patch_weight=1, dice="batch")

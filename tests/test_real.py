@@ -6,7 +6,7 @@ import pytest
 from helpers import ROOT
 from medpy.metric import binary
 
-from dataloaders import acdc, la
+from dataloaders import acdc, la, slices
 from dataloaders.files import read_list, read_sample
 from sdcl.metrics import case_metrics
 
@@ -26,12 +26,12 @@ def test_metrics_of_a_real_prediction_are_medpys():
 
 def test_real_acdc_reads_as_the_lists_say():
     names = read_list(DATA / "acdc" / "data_split" / "train_slices.list")
-    labelled, unlabelled = acdc.split_by_patients(names, 7)
+    labelled, unlabelled = slices.split_by_patients(names, 7, acdc.DATA_SET.patient_of)
     assert (len(labelled), len(unlabelled)) == (136, 1176)
-    slices = acdc.AcdcSlices(DATA / "acdc", labelled, size=(256, 256), num_classes=4, cache_gb=1, labelled=True)
-    image, label = slices.sample(0, np.random.default_rng(0))
+    chosen = slices.Slices(DATA / "acdc", labelled, size=(256, 256), num_classes=4, cache_gb=1, labelled=True)
+    image, label = chosen.sample(0, np.random.default_rng(0))
     assert image.shape == label.shape == (256, 256) and 0 <= image.min() <= image.max() <= 1
-    assert len(acdc.read_volumes(DATA / "acdc", "val", 4)) == 20
+    assert len(slices.read_volumes(DATA / "acdc", "val", 4)) == 20
 
 
 def test_real_la_reads():

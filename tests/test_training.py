@@ -43,7 +43,8 @@ def test_three_golden_steps_of_self_training():
     mask = torch.from_numpy(arrays["mask"])
     for network in learners.networks.values():
         network.train()
-    for i, (expected, tolerance) in enumerate(zip(figures["rows"], (1e-4, 3e-4, 1e-3), strict=True)):
+    # Adam's first steps divide rounding errors by themselves: processors differ by up to 3e-3 at the third step.
+    for i, (expected, tolerance) in enumerate(zip(figures["rows"], (1e-5, 3e-3, 6e-3), strict=True)):
         batch = {key: torch.from_numpy(arrays[f"{i}/{key}"]) for key in ("x_a", "x_b", "u_a", "u_b", "y_a", "y_b")}
         losses = self_train_step(learners, batch, mask, method())
         for number, role in (("1", "student_a"), ("2", "student_b")):
@@ -54,13 +55,16 @@ def test_three_golden_steps_of_self_training():
         assert losses["discrepancy"].item() == pytest.approx(expected["diff"], rel=tolerance)
     with torch.no_grad():
         output = learners.networks["teacher"].eval()(torch.from_numpy(arrays["eval_input"])).numpy()
-    np.testing.assert_allclose(strided(output, 64), figures["teacher_eval"], atol=1e-3 * output.std())
+    np.testing.assert_allclose(strided(output, 64), figures["teacher_eval"], atol=6e-3 * output.std())
 
 
 class TinyStreams:
     """Random batches of 32x32, two labelled and two unlabelled."""
 
     iterations_per_epoch = 3
+
+    def names(self, iteration):
+        return {"x_a": [f"case{iteration}"], "x_b": ["other"]}
 
     def batches(self, start, stop):
         for i in range(start, stop):
@@ -118,7 +122,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, stage, when):
         first, second = ((tmp_path / run / part / "metrics.csv").read_text() for run in ("whole", "stopped"))
         assert first == second
         names = sorted(path.name for path in (tmp_path / "whole" / part).glob("*.pth"))
-        assert names == ["best_mean.pth", "best_student_a.pth", "best_student_b.pth", "last.pth"]
+        assert names == ["best_mean.pth", "best_student_a.pth", "best_student_b.pth", "last.pth", "last_previous.pth"]
         for name in names:
             one, two = (checkpoints.load(tmp_path / run / part / name) for run in ("whole", "stopped"))
             assert one["iteration"] == two["iteration"] and one["best"] == two["best"], name
@@ -228,8 +232,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
                     batch["x_a"][0, 0, 0, 0] = math.nan
                 yield batch
 
-    with pytest.raises(UserError, match="became nan or infinite at iteration 3 of pre_train"):
-        train(tmp_path, method(save_every=2), streams=Poisoned())
+    wrong = r"student_a/dice.*student_b/grad_norm became nan or infinite at iteration 3 of pre_train, on the cases "
+    with pytest.raises(UserError, match=wrong + "x_a: case2; x_b: other: lower"):
+        train(tmp_path, method(save_every=2, log_every=4), streams=Poisoned())
     assert checkpoints.load(tmp_path / "pre_train" / "last.pth")["iteration"] == 2
 
 
@@ -238,10 +243,26 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
     train(tmp_path, settings)
     shutil.rmtree(tmp_path / "self_train")
     learners = make_learners(build_network("unet", 3), build_network("unet", 3), 1e-3)
-    with pytest.raises(UserError, match="last.pth does not fit these networks"):
+    with pytest.raises(UserError, match="last.pth does not fit a UNet: it has another shape for decoder"):
         pretrain(
             learners, TinyStreams(), tmp_path, settings, validate=score, validate_at=(), validated_on="val", config={}
         )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"stage": "self_train"}, {"iteration": "2"}, {"iteration": -1}, {"best": {"mean": {"dice": "1", "iteration": 1}}},
+     {"best": {"x": {"dice": 1.0, "iteration": 1}}}, {"networks": 3}, {"optimisers": {}}, {"config": None}],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path, change):
+    settings = method(pre_iterations=1)
+    common = {"validate": None, "validate_at": (), "validated_on": "val", "config": {}}
+    (tmp_path / "pre_train").mkdir()
+    path = tmp_path / "pre_train" / "last.pth"
+    state = tiny_learners().state() | {"stage": "pre_train", "config": {}, "iteration": 2}
+    checkpoints.save(state | change, path)
+    with pytest.raises(UserError, match="last.pth is not a whole checkpoint of pre_train: restore a copy of it, or"):
+        pretrain(tiny_learners(), TinyStreams(), tmp_path, settings, **common)
 
 
 @pytest.mark.parametrize("shape", [(32, 16), (32, 16, 16)])

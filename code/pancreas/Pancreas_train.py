@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.pancreas import CLASS_NAMES, check_root, path_of
+from dataloaders.pancreas import DATA_SET
 from dataloaders.volumes import train_volumes
 from sdcl.config import run_script
 from sdcl.training import validation_iterations
@@ -33,9 +33,11 @@ class Config:
     cache_gb: float = 8.0  # memory for decoded volumes of each list, GiB; beyond it files are read again each time
     log_every: int = 20  # iterations between readings of the losses
     save_every: int = 100  # iterations between checkpoints, beside those at each validation
+    save_minutes: float = 10.0  # minutes between checkpoints, whichever comes first; 0: iterations alone count
 
     # --- arithmetic ---
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; losses are in float32 always
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks; losses are in float32 always
+    compile: bool = False  # let torch.compile fuse the networks' layers; the first iterations then take minutes
     cache_dtype: Literal["float32", "float16"] = "float32"  # of decoded volumes; float16 keeps 3 decimal digits
     deterministic: bool = False  # the same bits in each run on a GPU too, slower
 
@@ -83,7 +85,7 @@ def main(config: Config) -> None:
     early = validation_iterations(config.self_val_every, config.self_val_every, config.late_val_from - 1)
     late = validation_iterations(config.late_val_from, config.late_val_every, config.self_iterations)
     self_val_at = {*early, *late}
-    train_volumes(config, "pancreas", CLASS_NAMES, check_root, path_of, self_val_at)
+    train_volumes(config, DATA_SET, self_val_at)
 
 
 if __name__ == "__main__":

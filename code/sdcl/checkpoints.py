@@ -1,7 +1,9 @@
 """Checkpoints: written whole or not at all, read without executing anything, matched by name."""
 
-import contextlib
 import os
+import shutil
+import warnings
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdcl.archive import DamagedError, check_archive, check_payload
+from sdcl.atomic import flush_file, replacing
 from sdcl.errors import UserError
 
+LAST, PREVIOUS = "last.pth", "last_previous.pth"  # a stage's two latest checkpoints
 PREFIX = "module."  # what DataParallel puts before each name
 
 
@@ -37,32 +42,51 @@ class LoadReport:
         return f"{self.path}: {len(self.loaded)} tensors loaded{rest}"
 
 
-def save(payload: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that it appears only when complete; the one it replaces stays until then.
+@dataclass(frozen=True)
+class LastCheckpoint:
+    """A stage's last checkpoint that can be read.
+
+    Attributes:
+        payload: what save() was given.
+        path: the file that it was read from.
+        damaged: what was wrong with later ones, a sentence; "" where this is the last.
+    """
+
+    payload: dict[str, Any]
+    path: Path
+    damaged: str = ""
+
+
+def save(payload: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+    """Write a checkpoint so that it appears only when it is complete and has been read back.
 
     Args:
         payload: tensors, numbers, text, and dicts, lists of them.
-        path: the file.
+        path: the file; the one that it replaces stays until then.
+        previous: where to keep the one that it replaces; at any instant one of the two is there and whole.
 
     Raises:
         UserError: the disk refuses the file.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path} cannot be written ({error}): free some space or choose another folder.") from error
+        with replacing(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(payload, file)
+            check_archive(temporary)
+            if previous is not None and path.exists():
+                flush_file(temporary)
+                os.replace(path, previous)
+    except (OSError, RuntimeError, DamagedError) as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # PyTorch hides the disk's own
+        free_mib = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
+        raise UserError(
+            f"{path} cannot be written ({cause}; {free_mib:.0f} MiB are free there): free some space or choose another "
+            "folder, and give the same command again."
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU with `weights_only`, which executes nothing from the file.
+    """Read a checkpoint onto the CPU, after checking its checksums, and execute nothing from it.
 
     Raises:
         UserError: the file is missing, damaged, or holds more than tensors and plain values.
@@ -70,8 +94,12 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: train first, or give the path of a checkpoint.")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the reader fail in many ways; all of them mean the same
+        archive_bytes = check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PyTorch finds odd is refused or harmless
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+        check_payload(payload, archive_bytes)
+    except Exception as error:  # a hostile file makes the reader fail in many ways; all of them mean the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{path} is not a checkpoint that can be read safely ({reason[:120]}): copy it again, or save it "
@@ -80,6 +108,55 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise UserError(f"{path} holds a {type(payload).__name__}, not a dict of tensors: save a state dict.")
     return payload
+
+
+def load_last(folder: Path) -> LastCheckpoint | None:
+    """Read a stage's last checkpoint, or the one before it where the last is damaged or missing.
+
+    Args:
+        folder: a run's pre_train/ or self_train/.
+
+    Returns:
+        None where the stage has saved nothing yet.
+
+    Raises:
+        UserError: there are checkpoints, and none of them can be read.
+    """
+    damaged = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            return LastCheckpoint(load(path), path, " ".join(damaged))
+        except UserError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise UserError(
+            f"no checkpoint in {folder} can be read ({damaged[0].split(': ')[0]}): restore a copy, "
+            "or remove that folder to repeat the stage."
+        )
+    return None
+
+
+def check_best(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a stage whose best checkpoints are lost or damaged: its best scores would have no weights.
+
+    Args:
+        folder: a run's pre_train/ or self_train/.
+        names: predictors that have a best score.
+
+    Raises:
+        UserError: names the first such file.
+    """
+    for path in (folder / f"best_{name}.pth" for name in names):
+        try:
+            check_archive(path)
+        except (OSError, DamagedError) as error:
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+            raise UserError(
+                f"{path} {reason} although the run selected it: restore a copy, or remove the folder {folder} "
+                "to repeat the stage, which gives the same numbers."
+            ) from None
 
 
 def load_weights(network: nn.Module, path: Path | str, role: str | None = None) -> LoadReport:
@@ -106,7 +183,7 @@ def load_weights(network: nn.Module, path: Path | str, role: str | None = None) 
     wanted = network.state_dict()
     unused = getattr(network, "unused_names", None)  # only some networks' published files hold such
     left_out = tuple(name for name in state if name not in wanted and unused and unused.fullmatch(name))
-    _check_names(state, wanted, left_out, path, type(network).__name__)
+    check_state(state, network, path, left_out)
     network.load_state_dict({name: state[name] for name in wanted})
     iteration = payload.get("iteration")
     return LoadReport(path, tuple(wanted), left_out, iteration if isinstance(iteration, int) else None)
@@ -116,6 +193,8 @@ def _find_state(payload: dict[str, Any], network: nn.Module, path: Path, role: s
     """Return the state dict inside a checkpoint's container."""
     if "networks" in payload:
         states = payload["networks"]
+        if not isinstance(states, dict) or not all(isinstance(r, str) and _is_state(states[r]) for r in states):
+            raise UserError(f"{path} holds no networks by role: choose a checkpoint of this repository.")
         if role is None:
             fitting = [r for r in states if r != "teacher" and states[r].keys() == network.state_dict().keys()]
             if len(fitting) != 1:
@@ -128,25 +207,83 @@ def _find_state(payload: dict[str, Any], network: nn.Module, path: Path, role: s
             raise UserError(f"{path} holds no {role}, only {', '.join(states)}: choose one of these.")
         return states[role]
     state = payload.get("net", payload)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not _is_state(state):
         raise UserError(f"{path} is neither a state dict nor a container with 'net' or 'networks': save one of these.")
     return state
 
 
-def _check_names(
-    state: dict[str, Any], wanted: dict[str, Any], left_out: tuple[str, ...], path: Path, kind: str
-) -> None:
-    """Refuse a state dict with missing or foreign names, or other shapes."""
-    missing = [name for name in wanted if name not in state]
-    foreign = [name for name in state if name not in wanted and name not in left_out]
-    misshapen = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
-    for names, problem in ((missing, "lacks"), (foreign, "has the unknown"), (misshapen, "has another shape for")):
+def check_state(state: Any, network: nn.Module, path: Path, left_out: Collection[str] = ()) -> None:
+    """Refuse a state dict with missing or foreign names, other shapes or types, or values that are not finite.
+
+    Args:
+        state: what a file holds for the network.
+        network: whose names and shapes are wanted.
+        path: the file, for the message.
+        left_out: names that may be there.
+
+    Raises:
+        UserError: names the first three that do not fit.
+    """
+    kind, wanted = type(network).__name__, network.state_dict()
+    if not _is_state(state):
+        raise UserError(f"{path} holds no tensors by name for a {kind}: choose a checkpoint of this repository.")
+    present = [name for name in wanted if name in state]
+    problems = {
+        "lacks": [name for name in wanted if name not in state],
+        "has the unknown": [name for name in state if name not in wanted and name not in left_out],
+        "has another shape for": [name for name in present if state[name].shape != wanted[name].shape],
+        "has another type of number for": [
+            name for name in present if state[name].is_floating_point() != wanted[name].is_floating_point()
+        ],
+        "has nan or infinite values in": [name for name in present if not bool(torch.isfinite(state[name]).all())],
+    }
+    for problem, names in problems.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             detail = ""
-            if names is misshapen:
+            if "shape" in problem:
                 detail = f" ({tuple(state[names[0]].shape)} where {tuple(wanted[names[0]].shape)} is needed)"
             raise UserError(
                 f"{path} does not fit a {kind}: it {problem} {', '.join(names[:3])}{more}{detail}; "
                 "choose the checkpoint of this network and number of classes."
             )
+
+
+def check_optimiser(values: Any, optimiser: torch.optim.Optimizer, path: Path) -> None:
+    """Refuse the state of another optimiser: other parameters, shapes, or values that are not finite.
+
+    Args:
+        values: what a file holds for the optimiser, as from its state_dict().
+        optimiser: whose parameters are wanted.
+        path: the file, for the message.
+
+    Raises:
+        UserError: the state does not fit.
+    """
+    shapes = [parameter.shape for group in optimiser.param_groups for parameter in group["params"]]
+    state = values.get("state") if isinstance(values, dict) else None
+    fits = isinstance(state, dict) and (not state or set(state) == set(range(len(shapes))))
+    if not fits or not all(_is_moments(moments, shapes[index]) for index, moments in state.items()):
+        raise UserError(
+            f"{path} does not fit: its optimiser's state is not that of these networks; restore a copy of it, "
+            "or choose another --exp to train anew."
+        )
+
+
+def _is_moments(moments: Any, shape: torch.Size) -> bool:
+    """Tell whether this is Adam's state of one parameter."""
+    if not _is_state(moments) or set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
+        return False
+    return all(
+        value.shape == (torch.Size() if name == "step" else shape)
+        and value.is_floating_point()
+        and bool(torch.isfinite(value).all())
+        for name, value in moments.items()
+    )
+
+
+def _is_state(state: Any) -> bool:
+    """Tell whether this is a dict of tensors by name."""
+    return isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    )

@@ -6,15 +6,17 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import tyro
+from torch import nn
 
 from sdcl.errors import UserError
 from sdcl.mixing import box_size
+from sdcl.runs import LOGGER
 
 Config = TypeVar("Config")
 POSITIVE_FIELDS = (
@@ -24,6 +26,7 @@ POSITIVE_FIELDS = (
 NON_NEGATIVE_FIELDS = (
     "pre_iterations", "self_iterations", "u_weight", "mse_weight", "kl_weight", "seed", "gpu", "cache_gb", "val_cases",
     "pre_val_from", "pre_val_every", "self_val_every", "late_val_from", "max_angle_deg",
+    "save_minutes",
 )  # fmt: skip
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of mallopt's parameters, from malloc.h
 SIDE_DIVISOR = 16  # every network halves its input four times
@@ -42,6 +45,10 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         sys.exit(f"error: {error}")
     except torch.cuda.OutOfMemoryError:
         sys.exit("error: the GPU's memory is full: lower --batch_size, --patch_size or, in 3D, --window_batch.")
+    except RuntimeError as error:
+        if "deterministic" not in str(error) or "use_deterministic_algorithms" not in str(error):
+            raise
+        sys.exit(f"error: --deterministic: {str(error).split(', but')[0].strip()}: run without it, or on --device cpu.")
     except OSError as error:
         sys.exit(f"error: {error}: check that path, its permissions and the space on its disk.")
     except KeyboardInterrupt:
@@ -97,6 +104,10 @@ def check_common(config: Any) -> None:
         raise UserError(f"--ema_decay is {config.ema_decay}: it must lie in [0, 1].")
     if hasattr(config, "augment_probability") and not 0 <= config.augment_probability <= 1:
         raise UserError(f"--augment_probability is {config.augment_probability}: it must lie in [0, 1].")
+    if getattr(config, "spacing", None) and not all(math.isfinite(side) and side > 0 for side in config.spacing):
+        raise UserError(f"--spacing is {' '.join(map(str, config.spacing))}: every side must be above 0 mm.")
+    if not hasattr(config, "patch_size"):
+        return
     if any(side <= 0 or side % SIDE_DIVISOR for side in config.patch_size):
         raise UserError(
             f"--patch_size is {' '.join(map(str, config.patch_size))}: every side must be a multiple of "
@@ -109,8 +120,6 @@ def check_common(config: Any) -> None:
             box_size(config.patch_size, config.mask_fraction)
         except ValueError as error:
             raise UserError(f"--mask_fraction is {config.mask_fraction}: {error}.") from None
-    if getattr(config, "spacing", None) and not all(math.isfinite(side) and side > 0 for side in config.spacing):
-        raise UserError(f"--spacing is {' '.join(map(str, config.spacing))}: every side must be above 0 mm.")
 
 
 def select_device(device: str, gpu: int) -> torch.device:
@@ -129,16 +138,44 @@ def select_device(device: str, gpu: int) -> torch.device:
     return torch.device("cuda", gpu)
 
 
-def set_arithmetic(deterministic: bool) -> None:
-    """Make float32 mean float32 on a GPU (no TF32), and with `deterministic` each run give the same bits.
+def set_arithmetic(deterministic: bool, precision: str = "fp32") -> None:
+    """Make float32 mean float32 on a GPU, and with `deterministic` each run give the same bits.
 
-    Without it cuDNN picks the fastest kernels.
+    Without it cuDNN picks the fastest kernels. "tf32" rounds the factors of convolutions to TF32; those of matrix
+    products, such as the losses' sums, stay in float32.
     """
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 seconds
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Tell whether a device has arithmetic for bfloat16; a CPU without it is some hundred times slower in it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every version of PyTorch
+    return is_supported is None or bool(is_supported())
+
+
+def compile_networks(networks: Iterable[nn.Module], device: torch.device) -> None:
+    """Let torch.compile fuse what networks do, under their parameters' own names; say so where it does not work.
+
+    Args:
+        networks: changed in place; each is compiled when it is first called, which takes a minute or so.
+        device: that they are on.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # whatever a missing or broken compiler raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        LOGGER.info("NOTE: --compile finds no working compiler (%s): the run goes on without it.", reason)
+        return
+    for network in networks:
+        network.compile()
 
 
 def keep_freed_memory() -> None:

@@ -1,7 +1,9 @@
 """Scoring predictors on cases in one pass, and the tables that come of it."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -39,12 +41,14 @@ class Case:
         image: (*S) float32.
         label: (*S) uint8, the reference.
         spacing: voxel sides in mm, where known.
+        affine: (4, 4), from indices to mm (RAS+), where known.
     """
 
     name: str
     image: np.ndarray
     label: np.ndarray
     spacing: tuple[float, ...] | None = None
+    affine: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -197,22 +201,32 @@ def evaluate(
     Returns:
         A row for each predictor, case and class.
     """
-    rows: list[CaseRow] = []
-    for case in cases:
-        outputs = task.infer(predictors.networks, case.image)
-        probabilities = {
-            name: np.mean([outputs[i] for i in members], axis=0) if len(members) > 1 else outputs[members[0]]
-            for name, members in predictors.members.items()
-        }
-        label_maps = {name: task.decision(p) for name, p in probabilities.items()}
-        for name, label_map in label_maps.items():
-            rows += [
-                _score(name, case, structure, label_map == c, case.label == c, distances)
-                for c, structure in enumerate(task.class_names, start=1)
-            ]
-        if on_case is not None:
-            on_case(case, label_maps, probabilities)
-    return rows
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="metrics") as pool:
+        scored: list[Future[CaseRow]] = []
+        try:
+            for case in cases:
+                label_maps, probabilities = _predict(predictors, case, task)
+                # Scored by other threads while the networks go on with the next case.
+                scored += [
+                    pool.submit(_score, name, case, structure, label_map == c, case.label == c, distances)
+                    for name, label_map in label_maps.items()
+                    for c, structure in enumerate(task.class_names, start=1)
+                ]
+                if on_case is not None:
+                    on_case(case, label_maps, probabilities)
+            return [row.result() for row in scored]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the rest
+
+
+def _predict(predictors: Predictors, case: Case, task: Task) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return each predictor's label map (*S) and probabilities (C, *S) of one case."""
+    outputs = task.infer(predictors.networks, case.image)
+    probabilities = {
+        name: np.mean([outputs[i] for i in members], axis=0) if len(members) > 1 else outputs[members[0]]
+        for name, members in predictors.members.items()
+    }
+    return {name: task.decision(p) for name, p in probabilities.items()}, probabilities
 
 
 def _score(

@@ -1,13 +1,22 @@
 """What every data set's scripts do around the loops: prepare, train both stages, test."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sdcl.checkpoints import load_weights
-from sdcl.config import as_dict, check_common, describe, keep_freed_memory, select_device, set_arithmetic
+from sdcl.atomic import claimed
+from sdcl.checkpoints import LAST, load_weights
+from sdcl.config import (
+    as_dict,
+    check_common,
+    computes_bf16,
+    describe,
+    keep_freed_memory,
+    select_device,
+    set_arithmetic,
+)
 from sdcl.errors import UserError
 from sdcl.evaluation import PREDICTORS, STUDENTS, Case, Predictors, Task, load_predictors
 from sdcl.networks import build_network
@@ -30,11 +39,22 @@ def begin(config: Any, check: Callable[[Any], None]) -> torch.device:
     device = select_device(config.device, config.gpu)
     check_common(config)
     check(config)
-    set_arithmetic(getattr(config, "deterministic", False))
+    precision = getattr(config, "precision", "fp32")
+    set_arithmetic(getattr(config, "deterministic", False), precision)
     if device.type == "cpu":
         keep_freed_memory()
+    if precision == "bf16" and not computes_bf16(device):
+        LOGGER.info("NOTE: %s has no bfloat16 arithmetic: --precision fp32 is many times faster here.", device)
     LOGGER.info("%s\nComputing on %s, with\n%s", type(config).__doc__.splitlines()[0], device, describe(config))
     return device
+
+
+def place(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Move a network to a device, in the memory layout that its convolutions are fastest in there."""
+    is_2d = any(isinstance(module, torch.nn.Conv2d) for module in network.modules())
+    # Tensor cores read channels last. InstanceNorm copies to channels first, so 3D networks are left alone.
+    channels_last = is_2d and device.type == "cuda"
+    return network.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
 def train(
@@ -43,10 +63,12 @@ def train(
     device: torch.device,
     *,
     make_streams: Callable[[bool], Streams],
+    lists: Mapping[str, Sequence[str]],
     cases: Sequence[Case],
     validated_on: str,
     pre_val_at: Collection[int],
     self_val_at: Collection[int],
+    facts: dict[str, Any],
 ) -> None:
     """Train both stages of a run, from where its folder left it.
 
@@ -55,37 +77,41 @@ def train(
         task: what the data set fixes.
         device: where to compute.
         make_streams: makes the streams of pre-training (False) or, with the unlabelled ones, of self-training (True).
+        lists: names of the cases that the run reads, by what they are for: a run does not go on with others.
         cases: volumes to validate on; none: nothing is validated or selected.
         validated_on: their name, "val" or "test".
         pre_val_at: iterations of pre-training after which to validate, beside the last.
         self_val_at: the same for self-training.
+        facts: what config.json keeps of the data set, under "task".
 
     Raises:
-        UserError: see open_run(), pretrain() and self_train().
+        UserError: see claimed(), open_run(), pretrain() and self_train().
     """
     torch.manual_seed(config.seed)
-    students = (build_network(name, task.num_classes).to(device) for name in (config.student_a, config.student_b))
+    names = (config.student_a, config.student_b)
+    students = [place(build_network(name, task.num_classes), device) for name in names]
     learners = make_learners(*students, config.base_lr)
     folder = run_folder(config.models_path, task.name, config.exp, config.labelnum)
     stages = [make_streams(False)] if config.pretrained is None else [None]
     stages += [make_streams(True)] if config.self_iterations else [None]  # both before any training, for their refusals
     _check_stages(config, folder)
-    open_run(folder, as_dict(config), device)
     common = {"method": config, "validate": validator(cases, task), "validated_on": validated_on}
     common["config"] = as_dict(config)
-    if stages[0] is not None:
-        pretrain(learners, stages[0], folder, validate_at=pre_val_at, **common)
-    if stages[1] is not None:
-        start = "last" if config.select == "last" else "best"
-        self_train(
-            learners,
-            stages[1],
-            folder,
-            validate_at=self_val_at,
-            start_from=start,
-            pretrained=config.pretrained,
-            **common,
-        )
+    with claimed(folder):
+        open_run(folder, as_dict(config), {**lists, "validation": [case.name for case in cases]}, device, facts)
+        if stages[0] is not None:
+            pretrain(learners, stages[0], folder, validate_at=pre_val_at, **common)
+        if stages[1] is not None:
+            start = "last" if config.select == "last" else "best"
+            self_train(
+                learners,
+                stages[1],
+                folder,
+                validate_at=self_val_at,
+                start_from=start,
+                pretrained=config.pretrained,
+                **common,
+            )
     stage = "" if stages[1] is not None else " --stage pre_train"
     where = f"--models_path {config.models_path} --exp {config.exp} --labelnum {config.labelnum}{stage}"
     LOGGER.info("done: %s; the test script scores it with %s", folder, where)
@@ -104,7 +130,7 @@ def _check_stages(config: Any, folder: Path) -> None:
                 f"--pretrained {config.pretrained} was trained with {name} {other.get(name)}, not "
                 f"{getattr(config, name)}: choose a run of the same --{name}."
             )
-    needed = ["last.pth"] if config.select == "last" else [f"best_{role}.pth" for role in STUDENTS]
+    needed = [LAST] if config.select == "last" else [f"best_{role}.pth" for role in STUDENTS]
     for name in needed:
         if not (config.pretrained / "pre_train" / name).exists():
             raise UserError(
@@ -157,7 +183,7 @@ def test(
     """
 
     def make_student(role: str) -> torch.nn.Module:
-        return build_network(trained[role], task.num_classes).to(device)
+        return place(build_network(trained[role], task.num_classes), device)
 
     files = dict(zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True))
     selected_on = None if all(files.values()) else "test" if trained["select"] == "test" else "val"
@@ -172,7 +198,9 @@ def test(
     facts = {"split": split, "selected_on": selected_on, "config": used, "environment": environment(device)}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     name = "_".join([config.stage if selected_on else "weights", split, *_options(config)])
-    test_report(folder / "test" / name, predictors, read_cases(), task, config.protocol, facts, nifti)
+    cases, results = read_cases(), folder / "test" / name
+    with claimed(results):
+        test_report(results, predictors, cases, task, config.protocol, facts, nifti)
     if selected_on == split:
         LOGGER.info("NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", split)
 

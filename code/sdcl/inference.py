@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations, product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 Weighting = Literal["constant", "gaussian"]
 GAUSSIAN_SIGMA = 1 / 8  # of the window's side
+BLOCK_SIDE = 256  # voxels; an LA or Pancreas volume is one block
 
 
 @lru_cache(maxsize=1024)
-def _zoom_index(side: int, size: int) -> np.ndarray:
+def zoom_index(side: int, size: int) -> np.ndarray:
     """Return which of `side` positions each of `size` shows under scipy.ndimage.zoom of order 0; -1 for none.
 
     Asking scipy to zoom the positions themselves makes the same choice at ties, and at the far end, where for some
@@ -36,7 +37,7 @@ def nearest_zoom(array: np.ndarray, size: Sequence[int], fill: float | np.ndarra
     Returns:
         (..., H', W') of the same dtype.
     """
-    rows, columns = (_zoom_index(side, out) for side, out in zip(array.shape[-2:], size, strict=True))
+    rows, columns = (zoom_index(side, out) for side, out in zip(array.shape[-2:], size, strict=True))
     zoomed = array[..., rows[:, None], columns]
     zoomed[..., rows < 0, :] = fill
     zoomed[..., :, columns < 0] = fill
@@ -49,7 +50,7 @@ def predict(networks: Sequence[nn.Module], images: Tensor, precision: str = "fp3
     Args:
         networks: each maps (N, 1, *S) to logits (N, C, *S).
         images: (N, 1, *S) float32, on the networks' device.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "tf32" (set_arithmetic() says what it does) or "bf16".
 
     Returns:
         Each network's probabilities, float32 (N, C, *S), on the device.
@@ -79,7 +80,7 @@ def slice_wise(
         size: (H', W') that the networks get, in pixels.
         num_classes: number of classes C.
         batch_size: slices that go through the networks together.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "tf32" (set_arithmetic() says what it does) or "bf16".
 
     Returns:
         For each network its probabilities, float32 (C, D, H, W).
@@ -136,25 +137,33 @@ def sliding_window(
 ) -> list[np.ndarray]:
     """Predict a volume window by window with 3D networks; one pass over the windows serves all of them.
 
-    The windows are summed in float32 on the networks' device, in a slab as thick as a window that moves along the
-    first axis, so that the device's memory does not depend on the volume's first side.
+    The windows are summed in float32 on the networks' device, a block of them at a time, and the blocks on the host. So
+    the device holds, for each network, at most C * BLOCK_SIDE**3 sums (a window's, where that is larger), whatever the
+    volume's size; the host holds the results and one padded copy of the volume.
 
     Args:
         networks: 3D networks on one device.
         volume: (X, Y, Z); padded with zeros to at least the patch, and cropped back.
         patch_size: the window's sides, in voxels.
-        stride: between windows, in voxels.
+        stride: between windows, in voxels; at most the patch.
         num_classes: number of classes C.
         batch_size: windows that go through the networks together.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "tf32" (set_arithmetic() says what it does) or "bf16".
         weighting: "constant", as published, or "gaussian", which trusts a window's centre more.
         tta: average over the eight flips of each window.
 
     Returns:
         For each network its probabilities, float32 (C, X, Y, Z).
 
+    Raises:
+        ValueError: the volume is not three-dimensional, or the strides do not fit the patch.
+
     Source: docs/method.md, "Schedule, selection, test", sliding window.
     """
+    if not len(volume.shape) == len(patch_size) == len(stride) == 3:
+        raise ValueError(f"volume {volume.shape}, patch {patch_size} and stride {stride} need three sides each")
+    if any(not 1 <= step <= patch for step, patch in zip(stride, patch_size, strict=True)):
+        raise ValueError(f"stride {stride} must lie between 1 and the patch {patch_size}, or windows leave gaps")
     pads = [max(patch - side, 0) for side, patch in zip(volume.shape, patch_size, strict=True)]
     padded = np.pad(volume.astype(np.float32, copy=False), [(pad // 2, pad - pad // 2) for pad in pads])
     device = device_of(networks)
@@ -162,35 +171,48 @@ def sliding_window(
     starts = [window_starts(*axis) for axis in zip(padded.shape, patch_size, stride, strict=True)]
     profiles = [window_profile(patch, weighting) for patch in patch_size]
     window_weight = torch.einsum("i,j,k->ijk", *profiles).to(device)
-    norms = [_axis_weight(*axis) for axis in zip(padded.shape, starts, profiles, strict=True)]
-    plane_weight = torch.outer(norms[1], norms[2]).to(device)
-    results = [np.empty((num_classes, *padded.shape), np.float32) for _ in networks]
-    slabs = [torch.zeros(num_classes, patch_size[0], *padded.shape[1:], device=device) for _ in networks]
     run = predict_flipped if tta else predict
-    places = list(product(*starts[1:]))
-    for x, next_x in zip(starts[0], [*starts[0][1:], padded.shape[0]], strict=True):
+    results = [np.zeros((num_classes, *padded.shape), np.float32) for _ in networks]
+    for block in product(*map(_blocks, starts, patch_size)):
+        corner = [axis[0] for axis in block]
+        sides = [axis[-1] - axis[0] + patch for axis, patch in zip(block, patch_size, strict=True)]
+        sums = [torch.zeros(num_classes, *sides, device=device) for _ in networks]
+        places = list(product(*block))
         for first in range(0, len(places), batch_size):
             chosen = places[first : first + batch_size]
-            windows = torch.stack([_window(image, (x, *place), patch_size) for place in chosen])[:, None].to(device)
-            for slab, probabilities in zip(slabs, run(networks, windows, precision), strict=True):
+            windows = torch.stack([_window(image, place, patch_size) for place in chosen])[:, None].to(device)
+            for total, probabilities in zip(sums, run(networks, windows, precision), strict=True):
                 for place, p in zip(chosen, probabilities, strict=True):
-                    _window(slab, (0, 0, *place), (num_classes, *patch_size)).add_(p * window_weight)
-        done = next_x - x  # planes that no later window covers
-        weight = norms[0][x:next_x].to(device)[:, None, None] * plane_weight
-        for slab, result in zip(slabs, results, strict=True):
-            result[:, x:next_x] = (slab[:, :done] / weight).cpu().numpy()
-            slab.copy_(torch.cat([slab[:, done:], torch.zeros_like(slab[:, :done])], dim=1))
+                    inner = [a - b for a, b in zip(place, corner, strict=True)]
+                    _window(total, (0, *inner), (num_classes, *patch_size)).add_(p * window_weight)
+        for total, result in zip(sums, results, strict=True):
+            _window(result, (0, *corner), total.shape)[...] += total.cpu().numpy()
+    norms = [_axis_weight(*axis).numpy() for axis in zip(padded.shape, starts, profiles, strict=True)]
+    for result in results:  # the grid is a product, so the weights' sum over windows is one too
+        for x, planes in enumerate(result.swapaxes(0, 1)):
+            planes /= norms[0][x] * np.multiply.outer(norms[1], norms[2])
     inside = tuple(slice(pad // 2, pad // 2 + side) for pad, side in zip(pads, volume.shape, strict=True))
     return [np.ascontiguousarray(result[(slice(None), *inside)]) for result in results]
 
 
+def _blocks(starts: Sequence[int], patch: int) -> list[list[int]]:
+    """Group the windows' starts along one axis so that the windows of a group span at most BLOCK_SIDE voxels."""
+    groups: list[list[int]] = []
+    for start in starts:
+        if groups and start + patch - groups[-1][0] <= BLOCK_SIDE:
+            groups[-1].append(start)
+        else:
+            groups.append([start])
+    return groups
+
+
 def _axis_weight(side: int, starts: Sequence[int], profile: Tensor) -> Tensor:
-    """Sum the windows' profiles along one axis: the grid is a product, so the sum over windows is one too."""
+    """Sum the windows' profiles along one axis."""
     weight = torch.zeros(side)
     for start in starts:
         weight[start : start + len(profile)] += profile
     return weight
 
 
-def _window(array: Tensor, start: Sequence[int], sides: Sequence[int]) -> Tensor:
+def _window(array: Any, start: Sequence[int], sides: Sequence[int]) -> Any:
     return array[tuple(slice(a, a + n) for a, n in zip(start, sides, strict=True))]

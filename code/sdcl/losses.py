@@ -1,14 +1,18 @@
 """The losses of one mixed batch: Dice, cross-entropy, and the two that act on the students' discrepancy."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 DiceOver = Literal["sample", "batch"]
-COUNT_EPSILON = 1e-16
 DICE_SMOOTH = {"sample": 1e-5, "batch": 1e-10}
+REGIONS = ("image", "patch")
+# Voxels that are worked on together: on a CPU so few a core that what is made of them stays in its cache.
+CORE_CHUNK, DEVICE_CHUNK = 2**15, 2**19
 
 
 def class_map(scores: Tensor) -> Tensor:
@@ -26,8 +30,9 @@ def class_map(scores: Tensor) -> Tensor:
     highest, *others = scores.detach().unbind(1)
     classes = torch.zeros_like(highest, dtype=torch.uint8)
     for c, score in enumerate(others, start=1):
-        classes.masked_fill_(score > highest, c)
-        highest = torch.maximum(highest, score)
+        classes = torch.maximum(classes, (score > highest).to(torch.uint8) * c)  # where() is slow on bytes
+        if c < len(others):
+            highest = torch.maximum(highest, score)
     return classes
 
 
@@ -77,58 +82,131 @@ def mixed_losses(
 
     Raises:
         ValueError: the shapes do not fit each other, or the kind of Dice is unknown.
+        RuntimeError: a label lies outside the classes (on a GPU later, at the next call that waits for it).
 
     Source: docs/method.md, "Losses of one mixed batch".
     """
     _check_shapes(logits, image_label, patch_label, mask, discrepancy, dice)
-    with torch.autocast(logits.device.type, enabled=False):  # reductions stay in float32
-        log_p = F.log_softmax(logits.float(), dim=1)  # (N, C, *S)
-        p = log_p.exp()
-        inside = torch.ones_like(image_label, dtype=torch.bool) if mask is None else mask.bool().expand_as(image_label)
-        target = torch.where(inside, image_label, patch_label)  # (N, *S)
-        index = target.long().unsqueeze(1)
-        log_p_target = log_p.gather(1, index).squeeze(1)  # (N, *S)
-        p_target = p.gather(1, index).squeeze(1)
-        losses = {"dice": logits.new_zeros((), dtype=torch.float32), "ce": logits.new_zeros((), dtype=torch.float32)}
-        regions = [(inside, image_weight)] if mask is None else [(inside, image_weight), (~inside, patch_weight)]
-        for region, weight in regions:
-            losses["dice"] = losses["dice"] + weight * _region_dice(p, p_target, target, region, dice)
-            losses["ce"] = losses["ce"] + weight * _masked_mean(-log_p_target, region)
-        if discrepancy is None:
-            return losses | {"mse": torch.zeros_like(losses["ce"]), "kl": torch.zeros_like(losses["ce"])}
-        weights = torch.where(inside, float(image_weight), float(patch_weight))
-        # mean_c (p_c - 1[t=c])^2 = (sum_c p_c^2 - 2 p_t + 1) / C: no one-hot tensor is needed.
-        squared_error = (p.square().sum(1) - 2 * p_target + 1) / p.shape[1]
+    with torch.autocast(logits.device.type, enabled=False):  # sums stay in float32
+        code, states = _codes(logits, image_label, patch_label, mask, discrepancy)
+        sums = _CodeSums.apply(logits.flatten(2), code.flatten(1), len(REGIONS) * states * logits.shape[1])
+        sums = sums.unflatten(2, (len(REGIONS), states, logits.shape[1]))  # (N, 3 C + 1, region, state, target)
+        return _losses_of_sums(sums, (image_weight, patch_weight), dice)
+
+
+def _codes(
+    logits: Tensor, image_label: Tensor, patch_label: Tensor, mask: Tensor | None, discrepancy: Tensor | None
+) -> tuple[Tensor, int]:
+    """Say all that the losses ask of a voxel beside its probabilities in one number: (region, state, target).
+
+    The region is 0 where the mask is 1 and else 1; the state 0 where the students agree, 1 where they disagree and this
+    one is right, 2 where it is wrong.
+
+    Returns:
+        (N, *S), uint8 while that can count them all, and the number of states: 1 without a discrepancy, else 3.
+    """
+    classes, states = logits.shape[1], 1 if discrepancy is None else 3
+    dtype = torch.uint8 if len(REGIONS) * states * classes <= 256 else torch.int32
+    target, code = image_label.to(dtype), 0
+    if mask is not None:
+        inside = mask.bool()
+        target = target * inside + patch_label.to(dtype) * ~inside  # where() is slow on bytes
+        code = (~inside).to(dtype) * (states * classes)
+    torch._assert_async(target.max() < classes, f"labels must lie in [0, {classes})")  # waits for no GPU
+    if discrepancy is not None:
         wrong = discrepancy & (class_map(logits) != target)
-        losses["mse"] = _masked_mean(weights * squared_error, discrepancy)
-        losses["kl"] = _masked_mean(weights * -log_p.mean(1), wrong)
-    return losses
+        code = code + (discrepancy.to(dtype) + wrong) * classes
+    return code + target, states
 
 
-def _masked_mean(values: Tensor, where: Tensor) -> Tensor:
-    """Average values (N, *S) over the voxels of where; 0 with a zero gradient if there are none."""
-    return torch.where(where, values, 0).sum() / (where.sum() + COUNT_EPSILON)
-
-
-def _region_dice(p: Tensor, p_target: Tensor, target: Tensor, region: Tensor, kind: DiceOver) -> Tensor:
-    """Dice loss of one region: the mean over classes (and samples, for "sample") of 1 - overlap / total.
+def _losses_of_sums(sums: Tensor, weights: tuple[float, float], dice: DiceOver) -> dict[str, Tensor]:
+    """Compute the losses from the sums over the voxels of each sample, region, state and target.
 
     Args:
-        p: probabilities (N, C, *S).
-        p_target: probabilities of the target class (N, *S).
-        target: (N, *S).
-        region: bool (N, *S).
-        kind: "sample" or "batch".
+        sums: (N, 3 C + 1, 2, 1 or 3, C), of p, p^2 and log p of each class, and the number of voxels.
+        weights: of the two regions.
+        dice: see mixed_losses().
     """
-    axes = tuple(range(1, target.ndim)) if kind == "sample" else tuple(range(target.ndim))
-    overlap, size = [], []
-    for c in range(p.shape[1]):
-        of_class = region & (target == c)
-        mass = p[:, c] if kind == "sample" else p[:, c].square()
-        overlap.append(torch.where(of_class, p_target, 0).sum(axes))
-        size.append(torch.where(region, mass, 0).sum(axes) + of_class.sum(axes))
-    smooth = DICE_SMOOTH[kind]
-    return (1 - (2 * torch.stack(overlap) + smooth) / (torch.stack(size) + smooth)).mean()
+    classes = sums.shape[-1]
+    count = sums[:, -1]  # (N, region, state, target)
+    # Each (N, region, state, target, class):
+    p, square, log_p = sums[:, :-1].unflatten(1, (3, classes)).movedim(2, -1).unbind(1)
+    p_target, log_p_target = (x.diagonal(dim1=-2, dim2=-1) for x in (p, log_p))  # (N, region, state, target)
+
+    def weigh(regions: Tensor) -> Tensor:
+        return weights[0] * regions[0] + weights[1] * regions[1]
+
+    # Dice: (N or 1, region, class); "batch" sums the samples too, and has squares in the denominator.
+    overlap, size = p_target.sum(2), count.sum(2) + (p if dice == "sample" else square).sum((2, 3))
+    if dice == "batch":
+        overlap, size = overlap.sum(0, keepdim=True), size.sum(0, keepdim=True)
+    smooth = DICE_SMOOTH[dice]
+    dice_loss = 1 - ((2 * overlap + smooth) / (size + smooth)).mean((0, 2))  # (region)
+    ce = -log_p_target.sum((0, 2, 3)) / count.sum((0, 2, 3)).clamp_min(1)  # (region)
+    # mean_c (p_c - 1[t=c])^2 = (sum_c p_c^2 - 2 p_t + 1) / C: no one-hot tensor is needed.
+    error = (square.sum(-1) - 2 * p_target + count)[:, :, 1:].sum((0, 2, 3)) / classes
+    entropy = -log_p[:, :, 2:].sum((0, 2, 3, 4)) / classes
+    return {
+        "dice": weigh(dice_loss),
+        "ce": weigh(ce),
+        "mse": weigh(error) / count[:, :, 1:].sum().clamp_min(1),  # with no voxel the sum is 0 too
+        "kl": weigh(entropy) / count[:, :, 2:].sum().clamp_min(1),
+    }
+
+
+class _CodeSums(torch.autograd.Function):
+    """Sum p, p^2 and log p over the voxels of each code: all that the losses need of a batch.
+
+    The full-size work is here and runs in chunks that stay in a core's cache; what is done with the sums is small and
+    left to autograd. Only the logits and the codes, a byte a voxel, wait for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, code: Tensor, codes: int) -> Tensor:
+        """Map logits (N, C, V) and codes (N, V) below `codes` to sums (N, 3 C + 1, codes), the last the count."""
+        ctx.save_for_backward(logits, code)
+        ctx.codes = codes
+        classes, sums = logits.shape[1], 0
+        for z, is_code in _chunks(logits, code, codes):
+            features = z.new_ones(len(z), 3 * classes + 1, z.shape[2])
+            p, square, log_p, _ = features.split(classes, 1)
+            log_p.copy_(F.log_softmax(z, 1))
+            torch.exp(log_p, out=p)
+            torch.mul(p, p, out=square)
+            sums = sums + features @ is_code.mT
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None]:
+        """Map the sums' gradient to the logits'."""
+        logits, code = ctx.saved_tensors
+        per_code = grad_sums[:, :-1].contiguous()  # (N, 3 C, codes)
+        grads = torch.empty_like(logits)
+        first = 0
+        for z, is_code in _chunks(logits, code, ctx.codes):
+            p = F.softmax(z, 1)
+            grad_p, grad_square, grad_log_p = (per_code @ is_code).chunk(3, 1)  # each (N, C, v)
+            # dp_k/dz_c = p_k (1[k=c] - p_c) and dlog p_k/dz_c = 1[k=c] - p_c
+            pull = grad_p.addcmul_(p, grad_square, value=2).mul_(p).add_(grad_log_p)
+            grads[..., first : first + z.shape[2]] = pull.addcmul_(p, pull.sum(1, keepdim=True), value=-1)
+            first += z.shape[2]
+        return grads, None, None
+
+
+def _chunks(logits: Tensor, code: Tensor, codes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (N, C, v), float32 at least, and with them one row a code: 1 where a voxel has it (N, codes, v).
+
+    The rows are overwritten by the next ones.
+    """
+    voxels = CORE_CHUNK * torch.get_num_threads() if logits.device.type == "cpu" else DEVICE_CHUNK
+    length = min(max(1, voxels // len(logits)), logits.shape[2])
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    numbers = torch.arange(codes, dtype=dtype, device=code.device)[:, None]
+    rows = numbers.new_empty(len(logits), codes, length)
+    for z, c in zip(logits.split(length, 2), code.split(length, 1), strict=True):
+        # Comparing floats into floats is many times as fast as into bools that are then converted.
+        yield z.to(dtype), torch.eq(c[:, None].to(dtype), numbers, out=rows[..., : z.shape[2]])
 
 
 def _check_shapes(

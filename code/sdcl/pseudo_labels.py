@@ -1,5 +1,8 @@
 """Pseudo-labels: the teacher's decision, cleaned to the largest connected component."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Literal
 
 import cc3d
@@ -48,19 +51,72 @@ def largest_components(labels: np.ndarray, connectivity: int) -> np.ndarray:
     """
     if connectivity not in CONNECTIVITIES.get(labels.ndim, ()):
         raise ValueError(f"connectivity {connectivity} is not one of {CONNECTIVITIES} (by number of dimensions)")
-    components = cc3d.connected_components(np.ascontiguousarray(labels), connectivity=connectivity)
-    sizes = np.bincount(components.ravel())
+    components = cc3d.connected_components(np.ascontiguousarray(labels), connectivity=connectivity).ravel()
+    foreground = np.flatnonzero(labels)  # a small part of most images: all the rest looks at it alone
+    members, classes = components[foreground], labels.ravel()[foreground]
+    sizes = np.bincount(members, minlength=1)
     class_of = np.zeros(len(sizes), labels.dtype)
-    class_of[components.ravel()] = labels.ravel()
+    class_of[members] = classes
     keep = np.zeros_like(class_of)
-    for c in np.unique(class_of[1:]):
-        members = np.flatnonzero(class_of == c)
-        largest = members[sizes[members] == sizes[members].max()]
-        if len(largest) > 1:
-            first = np.flatnonzero(np.isin(components.ravel(), largest))[0]
-            largest = components.ravel()[first : first + 1]
-        keep[largest[0]] = c
-    return keep[components]
+    for c in np.unique(classes):
+        candidates = np.flatnonzero(class_of == c)
+        largest = candidates[sizes[candidates] == sizes[candidates].max()]
+        first = members[np.isin(members, largest)][0] if len(largest) > 1 else largest[0]
+        keep[first] = c
+    result = np.zeros_like(labels, order="C")
+    result.ravel()[foreground] = keep[members]
+    return result
+
+
+class PendingLabels:
+    """Pseudo-labels that threads of the host clean while the caller goes on; the device is not waited for.
+
+    Only the losses need them, so the students' forward passes can run meanwhile.
+
+    Args:
+        logits: (N, C, *S), any float dtype, any device.
+        rule: see decide().
+        connectivity: see largest_components(); LA 26, Pancreas 18, ACDC 8.
+
+    Raises:
+        ValueError: see decide().
+    """
+
+    def __init__(self, logits: Tensor, rule: Rule, connectivity: int):
+        decision = decide(torch.softmax(logits.detach().float(), dim=1), rule)
+        self._device, self._copied = decision.device, None
+        if decision.is_cuda:
+            self._labels = torch.empty(decision.shape, dtype=torch.uint8, pin_memory=True)
+            self._labels.copy_(decision, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._labels = decision
+        self._work = [_cleaners().submit(self._clean, sample, connectivity) for sample in self._labels]
+
+    def _clean(self, sample: Tensor, connectivity: int) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()  # this thread waits for the teacher, the caller does not
+        labels = sample.numpy()
+        labels[...] = largest_components(labels, connectivity)
+
+    def result(self) -> Tensor:
+        """Wait for the cleaning and return the labels.
+
+        Returns:
+            uint8 tensor (N, *S) on the logits' device, without gradient.
+
+        Raises:
+            ValueError: see largest_components().
+        """
+        for work in self._work:
+            work.result()
+        return self._labels.to(self._device, non_blocking=True)
+
+
+@cache
+def _cleaners() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pseudo_labels")
 
 
 def pseudo_label(logits: Tensor, rule: Rule, connectivity: int) -> Tensor:
@@ -79,6 +135,4 @@ def pseudo_label(logits: Tensor, rule: Rule, connectivity: int) -> Tensor:
 
     Source: docs/method.md, "Pseudo-labels".
     """
-    decision = decide(torch.softmax(logits.detach().float(), dim=1), rule)
-    cleaned = [largest_components(sample, connectivity) for sample in decision.cpu().numpy()]
-    return torch.from_numpy(np.stack(cleaned)).to(logits.device)
+    return PendingLabels(logits, rule, connectivity).result()

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import nn
 
+from sdcl.atomic import replacing, write_text
 from sdcl.evaluation import (
     METRICS,
     PREDICTORS,
@@ -33,7 +34,7 @@ from sdcl.evaluation import (
     shown_metrics,
     summarise,
 )
-from sdcl.runs import LOGGER, write_csv, write_text
+from sdcl.runs import LOGGER, write_csv
 
 # Okabe and Ito's colour-blind-safe colours, by foreground class.
 CLASS_COLOURS = np.array([(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178)]) / 255
@@ -146,6 +147,73 @@ def save_case_figure(path: Path, cases: Sequence[tuple[str, Case, Sequence[np.nd
     _save_figure(figure, path)
 
 
+def save_label_figure(path: Path, cases: Sequence[Case], class_names: Sequence[str], is_xyz: bool) -> None:
+    """Draw labelled volumes with the contours of their labels, a row a case, across three planes or in three slices.
+
+    Args:
+        path: PNG to write; its folder is there.
+        cases: volumes (*S) of three dimensions.
+        class_names: of the foreground classes.
+        is_xyz: the axes are x, y, z; else slices, rows, columns, of which three slices are shown.
+    """
+    colours = class_colours(np.arange(1, len(class_names) + 1))
+    figure = Figure(figsize=(10, 3.2 * len(cases) + 0.4), dpi=FIGURE_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, case in zip(figure.subplots(len(cases), 3, squeeze=False), cases, strict=True):
+        depth = len(case.image)
+        places = [(0, depth * k // 4) for k in (1, 2, 3)]
+        places = [(axis, fullest_slice(case.label, axis)) for axis in (2, 1, 0)] if is_xyz else places
+        for plot, (axis, k) in zip(axes, places, strict=True):
+            image, label = (slice_of(array, k, axis, is_xyz) for array in (case.image, case.label))
+            plot.imshow(overlay(image, np.zeros_like(label)))
+            for c in range(1, len(class_names) + 1):
+                if (label == c).any():
+                    plot.contour(label == c, levels=[0.5], colors=[colours[c - 1]], linewidths=1)
+            plot.set_title(f"{case.name}, {PLANE_NAMES[axis] if is_xyz else 'slice'} {k + 1}", fontsize=7)
+            plot.set_xticks([])
+            plot.set_yticks([])
+    handles = [Patch(color=colour, label=name) for colour, name in zip(colours, class_names, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    _save_figure(figure, path)
+
+
+def save_scan_figure(
+    path: Path,
+    title: str,
+    image: np.ndarray,
+    label: np.ndarray,
+    spacing_mm: Sequence[float],
+    class_names: Sequence[str],
+    window: tuple[float, float] | None = None,
+) -> None:
+    """Draw a label map over a scan in three planes, each through the slice with most foreground, else the middle.
+
+    Args:
+        path: PNG to write; its folder is there.
+        title: of the figure.
+        image: (X, Y, Z), axes to the patient's left, front and top: left is shown on the right, as radiologists do.
+        label: (X, Y, Z), classes.
+        spacing_mm: voxel sides.
+        class_names: of the foreground classes.
+        window: intensities shown as black and white; None: the slice's own.
+    """
+    figure = Figure(figsize=(13, 4.8), dpi=FIGURE_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    for plot, axis in zip(figure.subplots(1, 3), (2, 1, 0), strict=True):
+        k = fullest_slice(label, axis) if label.any() else image.shape[axis] // 2
+        picture, mask = np.take(image, k, axis).T, np.take(label, k, axis).T
+        across, up = (spacing_mm[a] for a in range(3) if a != axis)
+        plot.imshow(overlay(np.clip(picture, *window) if window else picture, mask), origin="lower", aspect=up / across)
+        plot.set_title(f"{PLANE_NAMES[axis]} {k + 1} of {image.shape[axis]}", fontsize=9)
+        plot.set_xticks([])
+        plot.set_yticks([])
+    colours = class_colours(np.arange(1, len(class_names) + 1))
+    handles = [Patch(color=colour, label=name) for colour, name in zip(colours, class_names, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.suptitle(title if label.any() else f"{title}: nothing found", fontsize=10)
+    _save_figure(figure, path)
+
+
 def save_metrics_figure(path: Path, rows: Sequence[CaseRow], metrics: Sequence[str]) -> None:
     """Draw each case's metrics as a point, a column a predictor; each structure has its colour, a bar is the mean."""
     predictors, structures = (list(dict.fromkeys(getattr(r, key) for r in rows)) for key in ("predictor", "structure"))
@@ -170,9 +238,8 @@ def save_metrics_figure(path: Path, rows: Sequence[CaseRow], metrics: Sequence[s
 
 
 def _save_figure(figure: Figure, path: Path) -> None:
-    temporary = path.with_name("~" + path.name)
-    figure.savefig(temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary)
 
 
 def validator(cases: Sequence[Case], task: Task) -> Callable[[list[nn.Module]], Validation] | None:
@@ -248,9 +315,9 @@ def test_report(
 
 
 def save_nifti(folder: Path, case: Case, label_map: np.ndarray, probabilities: np.ndarray) -> None:
-    """Write `<case>_{image,label,prediction,probability}.nii.gz`, with the spacing in the affine (1 where unknown).
+    """Write `<case>_{image,label,prediction,probability}.nii.gz`, in the HDF5 file's own order of axes.
 
-    The HDF5 files know no orientation: the arrays are written in their own order of axes.
+    With the case's affine they lie where the scan lay; without it the affine holds the spacing, or 1 where unknown.
 
     Args:
         folder: where to.
@@ -258,17 +325,15 @@ def save_nifti(folder: Path, case: Case, label_map: np.ndarray, probabilities: n
         label_map: (*S).
         probabilities: (C, *S); written as (*S, C - 1), the foreground classes, or (*S) for one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    affine = np.diag([*(case.spacing or (1.0,) * case.image.ndim), 1.0])
+    affine = np.diag([*(case.spacing or (1.0,) * case.image.ndim), 1.0]) if case.affine is None else case.affine
     foreground = probabilities[1] if len(probabilities) == 2 else np.moveaxis(probabilities[1:], 0, -1)
     for name, array in (
         ("image", case.image), ("label", case.label), ("prediction", label_map), ("probability", foreground),
     ):  # fmt: skip
         picture = nibabel.Nifti1Image(array, affine)
         picture.header.set_xyzt_units("mm")
-        temporary = folder / f"~{case.name}_{name}.nii.gz"
-        nibabel.save(picture, temporary)
-        temporary.replace(folder / f"{case.name}_{name}.nii.gz")
+        with replacing(folder / f"{case.name}_{name}.nii.gz") as temporary:
+            nibabel.save(picture, temporary)
 
 
 def _without_nan(value: Any) -> Any:

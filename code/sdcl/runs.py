@@ -1,44 +1,36 @@
 """A run's folder: its configuration, its logs, its scalars."""
 
-import csv
-import io
+import hashlib
 import json
 import logging
-import os
 import platform
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from sdcl.atomic import write_text
 from sdcl.errors import UserError
+from sdcl.networks import NETWORKS
 
 # Fields that say where and how a run is carried out, not what it computes: they may change when it goes on.
 MACHINE_FIELDS = frozenset(
-    {"root_path", "models_path", "device", "gpu", "cache_gb", "log_every", "save_every", "window_batch"}
-)
+    {
+        "root_path", "models_path", "device", "gpu", "cache_gb", "log_every", "save_every", "save_minutes",
+        "window_batch",
+    }
+)  # fmt: skip
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
+MAX_CONFIG_BYTES = 2**24  # of config.json, which grows by half a kilobyte at each resume
+MAX_SIDE = 2**14  # of a patch in a config.json, in pixels
 LOGGER = logging.getLogger("sdcl")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it appears only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -66,10 +58,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "commit": commit,
         "python": platform.python_version(),
+        "system": platform.platform(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "command": sys.argv,
+        "folder": str(Path.cwd()),
     }
 
 
@@ -78,28 +72,44 @@ def run_folder(models_path: Path, data_set: str, exp: str, labelnum: int) -> Pat
     return models_path / f"{data_set}_{exp}_{labelnum}_labeled"
 
 
-def open_run(folder: Path, config: dict[str, Any], device: torch.device) -> None:
-    """Create a run's folder with its config.json, or check that the one there has the same configuration.
+def open_run(
+    folder: Path,
+    config: dict[str, Any],
+    lists: Mapping[str, Sequence[str]],
+    device: torch.device,
+    task: dict[str, Any],
+) -> None:
+    """Create a run's folder with its config.json, or check that the one there is of the same run.
 
     Args:
         folder: models/<data set>_<exp>_<labelnum>_labeled.
         config: from config.as_dict.
+        lists: the cases that the run reads, by what they are for; their checksums are kept.
         device: where the run computes.
+        task: what else prediction needs: classes, preprocessing.
 
     Raises:
-        UserError: the folder holds a run with another configuration; the message names the fields that differ.
+        UserError: the folder holds a run of another configuration or other cases; the message names what differs.
     """
     path, now = folder / "config.json", environment(device)
-    content = {"config": config, "environment": now, "resumed": []}
+    sums = {name: hashlib.sha256("\n".join(cases).encode()).hexdigest() for name, cases in lists.items()}
+    content = {"config": config, "task": task, "lists": sums, "environment": now, "resumed": []}
     if path.exists():
-        differing = differing_fields(read_config(folder), config)
+        content = _read_content(path)
+        differing = differing_fields(content["config"], config)
         if differing:
             raise UserError(
                 f"{folder} holds a run of another configuration ({differing}): "
                 "choose another --exp, restore these fields to go on with it, or remove the folder."
             )
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content.setdefault("resumed", []).append(now)
+        changed = [name for name, kept in content.setdefault("lists", sums).items() if sums.get(name) != kept]
+        if changed:
+            raise UserError(
+                f"{folder} holds a run on other {' and '.join(changed)} cases: restore the lists in data_split/ "
+                "to go on with it, choose another --exp, or remove the folder."
+            )
+        content["resumed"].append(now)
+        content["task"] = task
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -115,17 +125,48 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is no readable config.json in the folder.
     """
-    path = folder / "config.json"
+    return _read_content(folder / "config.json")["config"]
+
+
+def _read_content(path: Path) -> dict[str, Any]:
+    """Return what a run's config.json holds, checked, since it may come from anywhere."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["config"]
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError("too large")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        config = content["config"]
+        patch_size = config["patch_size"]
+        is_sound = (
+            all(config[name] in NETWORKS for name in ("student_a", "student_b"))
+            and all(isinstance(config[name], str) for name in ("student_a", "student_b", "select"))
+            and isinstance(config["labelnum"], int)
+            and isinstance(patch_size, list)
+            and len(patch_size) in (2, 3)
+            and all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in patch_size)
+            and isinstance(content.get("lists", {}), dict)
+            and isinstance(content.setdefault("resumed", []), list)
+        )
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist: train first, or give the run's --exp, --labelnum and --models_path."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path} cannot be read: restore it from a copy, or remove the folder and train again."
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise UserError(f"{path} cannot be read: restore it from a copy, or remove the folder and train again.")
+    return content
+
+
+def read_task(folder: Path) -> dict[str, Any]:
+    """Return what a run's config.json keeps of its data set: classes, decision rule, preprocessing.
+
+    Raises:
+        UserError: it keeps nothing of the kind.
+    """
+    task = _read_content(folder / "config.json").get("task")
+    if not isinstance(task, dict):
+        raise UserError(f"{folder / 'config.json'} has no `task`: start the run's training once more, which adds it.")
+    return task
 
 
 class _TqdmHandler(logging.Handler):
@@ -170,61 +211,3 @@ class StopRequest:
             sys.exit(self.code)
         self.code = 128 + number
         LOGGER.info("asked to stop: finishing this iteration and saving (again: stop at once)")
-
-
-class StageRecord:
-    """The records of one stage: metrics.csv (a row an iteration), log.txt, TensorBoard events.
-
-    Args:
-        folder: the stage's folder.
-        columns: of metrics.csv, "iteration" first.
-        first_iteration: the iteration that comes next; later rows of an interrupted run are dropped.
-    """
-
-    def __init__(self, folder: Path, columns: Iterable[str], first_iteration: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.columns = list(columns)
-        self._csv_path = folder / "metrics.csv"
-        kept = io.StringIO()
-        writer = csv.DictWriter(kept, self.columns, restval="")
-        writer.writeheader()
-        writer.writerows(self._earlier_rows(first_iteration))
-        write_text(self._csv_path, kept.getvalue())  # at once, so that a kill here loses no row
-        self._csv = open(self._csv_path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
-        self._writer = csv.DictWriter(self._csv, self.columns, restval="")
-        self._log = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-        self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        LOGGER.addHandler(self._log)
-        LOGGER.setLevel(logging.INFO)
-        self._board = SummaryWriter(str(folder), purge_step=first_iteration)
-
-    def _earlier_rows(self, first_iteration: int) -> list[dict[str, str]]:
-        if not self._csv_path.exists():
-            return []
-        with open(self._csv_path, encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file)
-            return [
-                {key: row[key] or "" for key in self.columns if row.get(key) is not None}
-                for row in rows
-                if (row.get("iteration") or "").isdigit() and int(row["iteration"]) < first_iteration
-            ]
-
-    def add(self, rows: list[dict[str, float]]) -> None:
-        """Append rows to metrics.csv and to TensorBoard; each has "iteration" and some of the columns."""
-        for row in rows:
-            self._writer.writerow({key: f"{value:.7g}" for key, value in row.items()})
-            for key, value in row.items():
-                if key != "iteration":
-                    self._board.add_scalar(key, value, int(row["iteration"]))
-        self._csv.flush()
-
-    def add_image(self, name: str, image: np.ndarray, iteration: int) -> None:
-        """Show an RGB image (3, H, W) in [0, 1] in TensorBoard."""
-        self._board.add_image(name, image, iteration)
-
-    def close(self) -> None:
-        """Flush and close the files."""
-        self._csv.close()
-        self._board.close()
-        LOGGER.removeHandler(self._log)
-        self._log.close()

@@ -1,7 +1,7 @@
 """One training step of each stage, the same for 2D and 3D, and what the steps change."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -9,11 +9,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from sdcl import checkpoints
 from sdcl.errors import UserError
 from sdcl.evaluation import STUDENTS
 from sdcl.losses import DiceOver, discrepancy, mixed_losses
 from sdcl.mixing import mix
-from sdcl.pseudo_labels import Rule, pseudo_label
+from sdcl.pseudo_labels import PendingLabels, Rule
 from sdcl.teacher import update_teacher
 
 Batch = dict[str, Tensor]
@@ -24,7 +25,8 @@ class Method(Protocol):
     """What the loops read of a script's header; every number of the method is one of its fields."""
 
     seed: int
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "tf32", "bf16"]
+    compile: bool
     pre_iterations: int
     self_iterations: int
     mask_fraction: float
@@ -39,6 +41,7 @@ class Method(Protocol):
     ema_buffers: bool
     log_every: int
     save_every: int
+    save_minutes: float
 
 
 @dataclass
@@ -50,12 +53,15 @@ class Learners:
         optimisers: one for each student.
         best: predictor to {"dice", "iteration"}.
         iteration: iterations of the stage that are done.
+        halted: 1 on the device from the first loss or gradient on that is not finite, then nothing moves any more;
+            0 before. So nothing needs to wait for the device at each step.
     """
 
     networks: dict[str, nn.Module]
     optimisers: dict[str, torch.optim.Optimizer]
     best: dict[str, dict[str, float]] = field(default_factory=dict)
     iteration: int = 0
+    halted: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @property
     def students(self) -> list[nn.Module]:
@@ -72,27 +78,31 @@ class Learners:
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        """Take over a checkpoint's networks and optimisers, those that it holds; learning rates stay this run's."""
-        try:
-            for role, values in state["networks"].items():
-                self.networks[role].load_state_dict(values)
-            for role, values in state["optimisers"].items():
-                rate = self.optimisers[role].param_groups[0]["lr"]
-                self.optimisers[role].load_state_dict(values)
-                for group in self.optimisers[role].param_groups:
-                    group["lr"] = rate
-        except (KeyError, RuntimeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{path} does not fit these networks ({str(error).splitlines()[0]}): restore a copy of it, "
-                "or choose another --exp to train anew."
-            ) from error
+        """Take over a checkpoint's networks and optimisers, those that it holds; the settings stay this run's.
+
+        Raises:
+            UserError: something does not fit; nothing has been copied.
+        """
+        networks, optimisers = state.get("networks"), state.get("optimisers")
+        for held, ours in ((networks, self.networks), (optimisers, self.optimisers)):
+            if not isinstance(held, dict) or not held or not set(held) <= set(ours):
+                raise UserError(f"{path} is not a checkpoint of a run: choose one of this repository's.")
+        for role, values in networks.items():
+            checkpoints.check_state(values, self.networks[role], path)
+        for role, values in optimisers.items():
+            checkpoints.check_optimiser(values, self.optimisers[role], path)
+        for role, values in networks.items():
+            self.networks[role].load_state_dict(values)
+        for role, values in optimisers.items():
+            groups = self.optimisers[role].state_dict()["param_groups"]  # the learning rate and all else of this run
+            self.optimisers[role].load_state_dict({"state": values["state"], "param_groups": groups})
 
 
 def make_learners(student_a: nn.Module, student_b: nn.Module, base_lr: float) -> Learners:
-    """Give each student its own Adam (docs/method.md, "Stage 1")."""
+    """Give each student its own Adam (docs/method.md, "Stage 1"), fused, since that one can be halted on the device."""
     networks = dict(zip(STUDENTS, (student_a, student_b), strict=True))
-    optimisers = {role: torch.optim.Adam(network.parameters(), lr=base_lr) for role, network in networks.items()}
-    return Learners(networks, optimisers)
+    optimisers = {r: torch.optim.Adam(n.parameters(), lr=base_lr, fused=True) for r, n in networks.items()}
+    return Learners(networks, optimisers, halted=torch.zeros((), device=next(student_a.parameters()).device))
 
 
 def add_teacher(learners: Learners) -> None:
@@ -104,10 +114,32 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _descend(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    optimiser.step()
+def _clear_gradients(learners: Learners) -> None:
+    for optimiser in learners.optimisers.values():
+        optimiser.zero_grad(set_to_none=True)
+
+
+def _descend(learners: Learners, named: Losses) -> Losses:
+    """Move both students one step along their gradients, unless something is not finite.
+
+    Args:
+        learners: have their gradients; once one of them or a loss is not finite, nothing is moved any more.
+        named: holds "<student>/loss".
+
+    Returns:
+        "<student>/grad_norm", the gradients' L2 norms.
+    """
+    norms: Losses = {}
+    for role in STUDENTS:
+        gradients = [p.grad for p in learners.networks[role].parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        is_broken = ~torch.isfinite(norm + named[f"{role}/loss"])
+        learners.halted = torch.maximum(learners.halted, is_broken.float())
+        norms[f"{role}/grad_norm"] = norm
+    for role in STUDENTS:
+        learners.optimisers[role].found_inf = learners.halted  # a fused Adam reads it on the device
+        learners.optimisers[role].step()
+    return norms
 
 
 def pretrain_step(learners: Learners, batch: Batch, mask: Tensor, method: Method) -> Losses:
@@ -120,22 +152,23 @@ def pretrain_step(learners: Learners, batch: Batch, mask: Tensor, method: Method
         method: reads pre_dice, dice, precision.
 
     Returns:
-        Named scalars on the device: "<student>/loss", "/dice", "/ce".
+        Named scalars on the device: "<student>/loss", "/dice", "/ce", "/grad_norm" (L2, of the step's gradient).
 
     Source: docs/method.md, "Stage 1".
     """
     image = mix(batch["x_a"], batch["x_b"], mask)
     label = mix(batch["y_a"], batch["y_b"], mask)
     region = mask if method.pre_dice == "regions" else None
+    _clear_gradients(learners)
     named: Losses = {}
     for role in STUDENTS:
         with _autocast(image.device, method.precision):
             logits = learners.networks[role](image)
         losses = mixed_losses(logits, label, label, region, image_weight=1.0, patch_weight=1.0, dice=method.dice)
         loss = (losses["dice"] + losses["ce"]) / 2
-        _descend(learners.optimisers[role], loss)
+        loss.backward()
         named |= {f"{role}/{name}": losses[name].detach() for name in ("dice", "ce")} | {f"{role}/loss": loss.detach()}
-    return named
+    return named | _descend(learners, named)
 
 
 def self_train_step(learners: Learners, batch: Batch, mask: Tensor, method: Method) -> Losses:
@@ -149,38 +182,63 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, method: Meth
 
     Returns:
         Named scalars on the device: "<student>/loss", "/dice", "/ce", "/mse", "/kl" (unweighted sums over both
-        mixes) and "discrepancy", the number of voxels where the students disagree, in both mixes.
+        mixes), "/grad_norm" and "discrepancy", the number of voxels where the students disagree, in both mixes.
 
     Source: docs/method.md, "Stage 2".
     """
     teacher = learners.networks["teacher"]
     with torch.no_grad(), _autocast(mask.device, method.precision):
-        pseudo_a, pseudo_b = (
-            pseudo_label(teacher(batch[name]), method.pseudo_label_rule, method.connectivity) for name in ("u_a", "u_b")
-        )
+        pending = [
+            PendingLabels(teacher(batch[name]), method.pseudo_label_rule, method.connectivity)
+            for name in ("u_a", "u_b")
+        ]
     # Each mix: its input, the label where the mask is True, the label where it is False, and the weights of both.
     mixes = [
-        (mix(batch["u_a"], batch["x_b"], mask), pseudo_a, batch["y_b"], method.u_weight, 1.0),
-        (mix(batch["x_a"], batch["u_b"], mask), batch["y_a"], pseudo_b, 1.0, method.u_weight),
+        (("u_a", "x_b"), lambda: (pending[0].result(), batch["y_b"]), (method.u_weight, 1.0)),
+        (("x_a", "u_b"), lambda: (batch["y_a"], pending[1].result()), (1.0, method.u_weight)),
     ]
-    with _autocast(mask.device, method.precision):
-        # Two separate forward passes a student: BatchNorm's statistics are each mix's own.
-        logits = {role: [learners.networks[role](image) for image, *_ in mixes] for role in STUDENTS}
-    disagree = [discrepancy(*pair) for pair in zip(*logits.values(), strict=True)]
+    _clear_gradients(learners)
     named: Losses = {}
+    # Two separate forward passes a student: BatchNorm's statistics are each mix's own. Going backward after each mix
+    # adds up the same gradient as after both, and halves the memory of what the backward passes need.
+    for (image, patch), labels, weights in mixes:
+        losses = _train_on_mix(learners, mix(batch[image], batch[patch], mask), labels, mask, weights, method)
+        named = {name: named[name] + value if named else value for name, value in losses.items()}
+    named |= _descend(learners, named)
+    update_teacher(teacher, learners.networks["student_a"], method.ema_decay, method.ema_buffers, learners.halted)
+    return named
+
+
+def _train_on_mix(
+    learners: Learners,
+    image: Tensor,
+    labels: Callable[[], tuple[Tensor, Tensor]],
+    mask: Tensor,
+    weights: tuple[float, float],
+    method: Method,
+) -> Losses:
+    """Add one mix's gradient to both students, and return its part of self_train_step()'s losses.
+
+    Args:
+        learners: the gradients of the students' parameters are changed.
+        image: the mixed input (N, 1, *S).
+        labels: gives the labels (N, *S) where the mask is True and where it is False; asked for only when the students
+            have run, since pseudo-labels are cleaned meanwhile.
+        mask: (*S).
+        weights: of the two regions.
+        method: see self_train_step().
+    """
+    with _autocast(mask.device, method.precision):
+        logits = {role: learners.networks[role](image) for role in STUDENTS}
+    disagree = discrepancy(*logits.values())
+    image_label, patch_label = labels()
+    named: Losses = {"discrepancy": disagree.sum()}
     for role in STUDENTS:
-        parts = [
-            mixed_losses(
-                z, image_label, patch_label, mask,
-                image_weight=image_weight, patch_weight=patch_weight, dice=method.dice, discrepancy=where,
-            )
-            for z, (_, image_label, patch_label, image_weight, patch_weight), where in zip(
-                logits[role], mixes, disagree, strict=True
-            )
-        ]  # fmt: skip
-        losses = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+        losses = mixed_losses(
+            logits.pop(role), image_label, patch_label, mask,
+            image_weight=weights[0], patch_weight=weights[1], dice=method.dice, discrepancy=disagree,
+        )  # fmt: skip
         loss = (losses["dice"] + losses["ce"]) / 2 + method.mse_weight * losses["mse"] + method.kl_weight * losses["kl"]
-        _descend(learners.optimisers[role], loss)
+        loss.backward()
         named |= {f"{role}/{name}": value.detach() for name, value in losses.items()} | {f"{role}/loss": loss.detach()}
-    update_teacher(teacher, learners.networks["student_a"], method.ema_decay, method.ema_buffers)
-    return named | {"discrepancy": sum(where.sum() for where in disagree)}
+    return named

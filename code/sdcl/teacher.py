@@ -1,12 +1,14 @@
 """The teacher: an exponential moving average (EMA) of the first student."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, buffers: bool) -> None:
+def update_teacher(
+    teacher: nn.Module, student: nn.Module, decay: float, buffers: bool, halted: Tensor | None = None
+) -> None:
     """Move the teacher towards the student, in place: teacher = decay * teacher + (1 - decay) * student.
 
     Args:
@@ -14,6 +16,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, buffers
         student: network of the same architecture.
         decay: in [0, 1]; 0.99 in the published runs.
         buffers: also average the buffers (BatchNorm's statistics); integer buffers are rounded down.
+        halted: () on the device; where it is 1 the teacher stays as it is, whatever the student holds.
 
     Source: docs/method.md, "Stage 2", step 6.
     """
@@ -26,4 +29,6 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, buffers
                 buffer.copy_(decay * buffer + (1 - decay) * source)  # copying to an integer rounds down
         ours += [buffer for buffer, _ in pairs if buffer.is_floating_point()]
         theirs += [source for _, source in pairs if source.is_floating_point()]
+    if halted is not None:
+        theirs = [torch.where(halted > 0, mine, its) for mine, its in zip(ours, theirs, strict=True)]
     average(ours, theirs, None)

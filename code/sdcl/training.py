@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdcl import checkpoints
+from sdcl.config import compile_networks
 from sdcl.errors import UserError
 from sdcl.evaluation import PREDICTORS, STUDENTS, Validation
 from sdcl.mixing import box_size, copy_paste_mask
-from sdcl.runs import LOGGER, StageRecord, StopRequest, differing_fields
+from sdcl.records import StageRecord
+from sdcl.resume import resume
+from sdcl.runs import LOGGER, StopRequest
 from sdcl.steps import Batch, Learners, Losses, Method, add_teacher, make_learners, pretrain_step, self_train_step
 
 __all__ = ["make_learners", "pretrain", "pretrain_step", "self_train", "self_train_step", "validation_iterations"]
@@ -28,6 +31,10 @@ class Streams(Protocol):
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of iterations start to stop - 1, on the CPU."""
+        ...
+
+    def names(self, iteration: int) -> dict[str, list[str]]:
+        """Return the names of the cases in an iteration's batch, from 0, by stream."""
         ...
 
 
@@ -96,9 +103,12 @@ def self_train(
     Raises:
         UserError: stage 1 left no checkpoint, or as in pretrain().
     """
-    if not (folder / "self_train" / "last.pth").exists():
+    stage = folder / "self_train"
+    if not (stage / checkpoints.LAST).exists() and not (stage / checkpoints.PREVIOUS).exists():
         begin = (pretrained or folder) / "pre_train"
-        names = {"best": [f"best_{role}.pth" for role in STUDENTS], "last": ["last.pth"]}[start_from]
+        if start_from == "best":
+            checkpoints.check_best(begin, STUDENTS)
+        names = {"best": [f"best_{role}.pth" for role in STUDENTS], "last": [checkpoints.LAST]}[start_from]
         for name in names:
             learners.load(checkpoints.load(begin / name), begin / name)
     learners.best, learners.iteration = {}, 0
@@ -121,10 +131,8 @@ def iteration_seed(seed: int, stage: Stage, iteration: int) -> int:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch to the device without waiting for it."""
-    if device.type == "cuda":
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
-    return batch
+    """Copy a batch to the device without waiting for it; pinned tensors then arrive while the device computes."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 class _Loop:
@@ -147,24 +155,30 @@ class _Loop:
         self.folder, self.config = run_folder / stage, config
         self.validate, self.validate_at, self.validated_on = validate, validate_at, validated_on
         self.device = next(learners.networks["student_a"].parameters()).device
+        if method.compile:
+            compile_networks(learners.networks.values(), self.device)
         self.unread: list[tuple[int, Losses]] = []  # losses that are still on the device
+        self.told_cost = False  # of saving
         self.seconds: list[float] = []
         self.shown: dict[str, str] = {}  # the last validation, beside the losses in the progress bar
 
     def run(self, iterations: int) -> None:
         """Train until so many iterations are done."""
-        self._resume()
+        note = resume(self.learners, self.folder, self.config)
         start = self.learners.iteration
         if start >= iterations:
             LOGGER.info("%s: all %d iterations are done already", self.stage, start)
             return
+        checkpoints.check_best(self.folder, self.learners.best)
         record = StageRecord(self.folder, self._columns(), start + 1)
+        if note:
+            LOGGER.warning("%s: %s", self.stage, note)
         LOGGER.info("%s: iterations %d to %d in %s", self.stage, start + 1, iterations, self.folder)
         # Where nobody watches a bar, a line at each reading of the losses tells as much.
         bar = tqdm(total=iterations, initial=start, desc=self.stage, unit="it", dynamic_ncols=True, disable=None)
         try:
             with StopRequest() as stop:
-                self.clock = time.perf_counter()
+                self.clock = self.saved_at = time.perf_counter()
                 for batch in self.streams.batches(start, iterations):
                     if self._iterate(batch, iterations, record, bar, stop):
                         break
@@ -189,7 +203,7 @@ class _Loop:
         is_stop = bool(stop.code)  # looked at once: what comes later is for the next iteration
         is_last = number == iterations
         is_validated = self.validate is not None and (is_last or number in self.validate_at)
-        is_saved = is_last or is_validated or is_stop or number % self.method.save_every == 0
+        is_saved = is_last or is_validated or is_stop or number % self.method.save_every == 0 or self._is_due()
         if is_saved or number % self.method.log_every == 0:
             rows = self._read_losses()
             if is_saved:
@@ -199,7 +213,8 @@ class _Loop:
             record.add(rows)
             self._show(bar, rows[-1], scores, is_logged=is_saved or bar.disable)
         if is_saved:
-            checkpoints.save(self._payload(), self.folder / "last.pth")
+            record.flush()
+            self._save()
         if not self.unread:
             self.clock = time.perf_counter()  # validating and saving do not count as training
         if is_last:
@@ -208,7 +223,7 @@ class _Loop:
         return is_stop
 
     def _columns(self) -> list[str]:
-        parts = ["loss", "dice", "ce"] + (["mse", "kl"] if self.stage == "self_train" else [])
+        parts = ["loss", "dice", "ce"] + (["mse", "kl"] if self.stage == "self_train" else []) + ["grad_norm"]
         columns = [f"{role}/{part}" for role in STUDENTS for part in parts]
         columns += ["discrepancy"] if self.stage == "self_train" else []
         return ["iteration", *columns, *(f"{self.validated_on}_dice/{name}" for name in PREDICTORS)]
@@ -221,10 +236,7 @@ class _Loop:
             row = {"iteration": number} | dict(zip(losses, numbers, strict=True))
             wrong = [name for name, value in row.items() if not math.isfinite(value)]
             if wrong:
-                raise UserError(
-                    f"{', '.join(wrong)} became nan or infinite at iteration {number} of {self.stage}: "
-                    f"lower --base_lr or check the data; {self.folder} keeps the last finite checkpoint."
-                )
+                raise self._broken(number, wrong)
             rows.append(row)
         # Reading waited for the device, so that this is the whole time, waiting for data included.
         self.seconds += [(time.perf_counter() - self.clock) / len(rows)] * len(rows)
@@ -232,13 +244,39 @@ class _Loop:
         return rows
 
     def _check_weights(self) -> None:
-        """Stop the run before weights that are not finite replace the last checkpoint."""
+        """Stop the run before weights or statistics that are not finite replace the last checkpoint."""
         for role, network in self.learners.networks.items():
-            if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
-                raise UserError(
-                    f"weights of {role} became nan or infinite before iteration {self.learners.iteration} of "
-                    f"{self.stage}: lower --base_lr or check the data; {self.folder} keeps the last checkpoint."
-                )
+            if not all(bool(torch.isfinite(value).all()) for value in network.state_dict().values()):
+                raise self._broken(self.learners.iteration, [f"weights of {role}"])
+
+    def _broken(self, number: int, wrong: list[str]) -> UserError:
+        """Save the state for inspection and return what to tell of an iteration with values that are not finite."""
+        cases = self.streams.names(number - 1)
+        path = self.folder / f"nonfinite_{number}.pth"
+        checkpoints.save(self._payload() | {"iteration": number, "wrong": wrong, "cases": cases}, path)
+        batch = "; ".join(f"{stream}: {', '.join(names)}" for stream, names in cases.items())
+        return UserError(
+            f"{', '.join(wrong)} became nan or infinite at iteration {number} of {self.stage}, on the cases {batch}: "
+            f"lower --base_lr or check these cases; {self.folder} keeps the last finite checkpoint, {path.name} this "
+            "state."
+        )
+
+    def _is_due(self) -> bool:
+        """Tell whether so many minutes have passed since the last save."""
+        minutes = self.method.save_minutes
+        return bool(minutes) and time.perf_counter() - self.saved_at >= 60 * minutes
+
+    def _save(self) -> None:
+        """Save everything with state; once, say what that costs."""
+        begin, path = time.perf_counter(), self.folder / checkpoints.LAST
+        checkpoints.save(self._payload(), path, previous=self.folder / checkpoints.PREVIOUS)
+        self.saved_at = time.perf_counter()
+        if not self.told_cost:
+            self.told_cost = True
+            LOGGER.info(
+                "%s: saving took %.2f s, %.1f MiB (the one before is kept too)",
+                self.stage, self.saved_at - begin, path.stat().st_size / 2**20,
+            )  # fmt: skip
 
     def _validate(self, record: StageRecord) -> dict[str, float]:
         for network in self.learners.students:
@@ -272,16 +310,6 @@ class _Loop:
 
     def _payload(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return self.learners.state(roles) | {"stage": self.stage, "config": self.config}
-
-    def _resume(self) -> None:
-        path = self.folder / "last.pth"
-        if path.exists():
-            state = checkpoints.load(path)
-            differing = differing_fields(state.get("config", {}), self.config)
-            if differing:
-                raise UserError(f"{path} is of another configuration ({differing}): choose another --exp.")
-            self.learners.load(state, path)
-            self.learners.best, self.learners.iteration = state["best"], state["iteration"]
 
     def _log_cost(self) -> None:
         if self.device.type == "cuda":

@@ -26,7 +26,7 @@ class BasicBlock(nn.Module):
         """Map (N, width_in, *S) to (N, width, *S / stride)."""
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(out)) + identity)
+        return self.relu(self.bn2(self.conv2(out)).add_(identity))  # in place: no backward pass reads the norm's output
 
 
 class ResNetEncoder(nn.Module):

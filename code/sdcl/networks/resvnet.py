@@ -5,7 +5,7 @@ import re
 from torch import Tensor, nn
 
 from sdcl.networks.resnet import ResNetEncoder
-from sdcl.networks.vnet import STAGES_DOWN, VNetDecoder
+from sdcl.networks.vnet import STAGES_DOWN, InstanceNorm, VNetDecoder
 
 
 class ResVNet(VNetDecoder):
@@ -16,7 +16,7 @@ class ResVNet(VNetDecoder):
 
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()
-        self.resencoder = ResNetEncoder(nn.Conv3d, nn.InstanceNorm3d, in_channels)
+        self.resencoder = ResNetEncoder(nn.Conv3d, InstanceNorm, in_channels)
         self.add_decoder(num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

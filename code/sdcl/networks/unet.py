@@ -57,7 +57,8 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Map (N, width_in, H, W) and a skip (N, width, 2H, 2W) to (N, width, 2H, 2W)."""
-        return self.conv(torch.cat([skip, self.up(self.conv1x1(x))], dim=1))
+        up = self.up(self.conv1x1(x)).to(skip.dtype)  # autocast doubles in float32; the block would cast it back anyway
+        return self.conv(torch.cat([skip, up], dim=1))
 
 
 class UNetEncoder(nn.Module):

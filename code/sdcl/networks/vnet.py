@@ -1,6 +1,7 @@
 """The 3D V-Net: first student and teacher on LA and Pancreas."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 WIDTHS = (16, 32, 64, 128, 256)
 CONVS_DOWN = (1, 2, 3, 3, 3)  # convolutions a stage, from the top
@@ -10,9 +11,18 @@ STAGES_DOWN = ("block_one", "block_two", "block_three", "block_four", "block_fiv
 STAGES_UP = ("block_six", "block_seven", "block_eight")
 
 
+class InstanceNorm(nn.InstanceNorm3d):
+    """Each sample's channel gets mean 0 and variance 1, without parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, *S) to the same shape."""
+        # A group norm of single channels is the same, and PyTorch's is four times as fast on a CPU.
+        return F.group_norm(x, x.shape[1], eps=self.eps) if x.device.type == "cpu" else super().forward(x)
+
+
 def conv_norm_relu(conv: nn.Module, width: int) -> list[nn.Module]:
     """List the three layers that every stage repeats: a convolution, InstanceNorm without affine, ReLU."""
-    return [conv, nn.InstanceNorm3d(width), nn.ReLU(inplace=True)]
+    return [conv, InstanceNorm(width), nn.ReLU(inplace=True)]
 
 
 class Stage(nn.Module):

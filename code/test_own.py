@@ -1,0 +1,60 @@
+"""Test SDCL on a data set of your own: `python code/test_own.py --root_path Datasets/mine`; see docs/own_data.md."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dataloaders.own import count_labelled, read_data_set
+from dataloaders.slices import test_slices
+from dataloaders.volumes import test_volumes
+from sdcl.config import run_script
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Config:
+    """Score a run on your own data: each student and their mean, at the selected and at the last checkpoint."""
+
+    root_path: Path  # the data set's folder, as dataloaders/import_nifti.py wrote it
+
+    # --- what to test ---
+    models_path: Path = ROOT / "models"  # where the run is: models_path/<data set>_<exp>_<labelnum>_labeled
+    exp: str = "SDCL"  # the run's --exp
+    labelnum: int = 0  # the run's --labelnum; 0: all that have a label
+    stage: Literal["self_train", "pre_train"] = "self_train"  # whose checkpoints
+    split: Literal["val", "test"] = "test"  # which cases
+    student_a_weights: Path | None = None  # test these weights instead of the run's; with the next
+    student_b_weights: Path | None = None  # the second student's
+    spacing: tuple[float, float, float] | None = None  # voxel sides, mm; None: what the files say (3D)
+    save_nifti: bool = False  # also write image, label, prediction and probability of each case as NIfTI
+
+    # --- how ---
+    protocol: Literal["default", "paper"] = "default"  # paper: an empty mask scores 0 in all four metrics
+    patch_size: tuple[int, ...] = (112, 112, 80)  # window or input; a run's own replaces it
+    stride: tuple[int, int, int] | None = None  # between windows, voxels; None: the run's own (3D)
+    decision_rule: Literal["argmax", "threshold"] = "argmax"  # foreground is (3D)
+    window_weighting: Literal["constant", "gaussian"] = "constant"  # gaussian trusts a window's centre more (3D)
+    tta: bool = False  # average over the eight flips of each window (3D)
+    largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure
+    student_a: Literal["vnet", "resvnet", "unet", "resunet"] = "vnet"  # of --student_a_weights; a run's own replaces it
+    student_b: Literal["vnet", "resvnet", "unet", "resunet"] = "resvnet"  # of --student_b_weights
+    window_batch: int = 4  # windows that go through the networks together (3D)
+    batch_size: int = 16  # slices that go through the networks together (2D)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    gpu: int = 0  # number of the GPU, from 0
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks
+
+
+def main(config: Config) -> None:
+    """Read the run's settings and the cases, score, print and write."""
+    data_set = read_data_set(config.root_path)
+    config.labelnum = config.labelnum or count_labelled(config.root_path, data_set)
+    if data_set.preprocessing.layout == "volume":
+        test_volumes(config, data_set, config.split)
+    else:
+        test_slices(config, data_set)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

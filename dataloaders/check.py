@@ -1,0 +1,179 @@
+"""The doctor of a data set: `python dataloaders/check.py --dataset la`; what is wrong, before any training."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from dataloaders import acdc, la, pancreas
+from dataloaders.datasets import DataSet
+from dataloaders.files import read_list, read_sample, read_spacing
+from dataloaders.own import read_data_set
+from dataloaders.slices import SLICE
+from sdcl.config import run_script
+from sdcl.errors import UserError
+from sdcl.evaluation import Case
+from sdcl.report import save_label_figure
+from sdcl.runs import LOGGER, start_logging
+
+ROOT = Path(__file__).resolve().parents[1]
+KNOWN = {"la": la.DATA_SET, "acdc": acdc.DATA_SET, "pancreas": pancreas.DATA_SET}
+SPLITS = ("train", "val", "test")  # that must not share cases
+
+
+@dataclass
+class Config:
+    """Check a data set's lists and files; print one table, draw a few cases, exit with 1 if anything is wrong."""
+
+    dataset: Literal["la", "acdc", "pancreas", "own"]  # which; own: made by import_nifti.py
+    root_path: Path | None = None  # its folder, with data/ and data_split/; None: Datasets/<dataset>
+    figure: Path | None = None  # PNG of a few labelled cases with contours; None: check_<dataset>.png, here
+    workers: int = 4  # files read at a time
+
+
+@dataclass
+class Finding:
+    """What one file is found to be.
+
+    Attributes:
+        name: in the lists.
+        split: the list that names it.
+        problem: what is wrong with it, or "".
+        case: what was read, of a volume that is to be drawn.
+    """
+
+    name: str
+    split: str
+    problem: str = ""
+    shape: tuple[int, ...] = ()
+    classes: frozenset = frozenset()
+    num_bytes: int = 0
+    content: str = ""
+    spacing: tuple[float, ...] | None = None
+    low: float = 0.0
+    high: float = 0.0
+    is_labelled: bool = False
+    case: Case | None = field(default=None, repr=False)
+
+
+def lists_of(root: Path, data_set: DataSet) -> dict[str, list[str]]:
+    """Read the lists that training and testing read.
+
+    Returns:
+        "train" (in 2D the slices'), "val" and "test" where they are, to names.
+    """
+    is_3d = data_set.preprocessing.layout == "volume"
+    suffix = ".txt" if is_3d else ".list"
+    files = {"train": "train" if is_3d else "train_slices", "val": "val", "test": "test"}
+    paths = {split: root / "data_split" / f"{name}{suffix}" for split, name in files.items()}
+    needed = {split: path for split, path in paths.items() if split != "val" or path.exists()}
+    return {split: read_list(path) for split, path in needed.items()}
+
+
+def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[str], keep: bool) -> Finding:
+    """Read one file and say what it is, or what is wrong with it."""
+    path = data_set.path_of(root, name)
+    found = Finding(name, split, is_labelled=split != "train" or name in labelled)
+    try:
+        ndim = 2 if SLICE in name else 3
+        sample = read_sample(path, ndim=ndim, num_classes=data_set.num_classes, needs_label=found.is_labelled)
+        found.shape, found.num_bytes = sample.image.shape, sample.num_bytes
+        found.low, found.high = float(sample.image.min()), float(sample.image.max())
+        found.content = hashlib.sha256(sample.image.tobytes()).hexdigest()
+        found.spacing = read_spacing(path) if ndim == 3 else None
+        if sample.label is not None:
+            found.classes = frozenset(np.unique(sample.label).tolist())
+            if found.classes == {0} and ndim == 3:
+                found.problem = f"{path} has an empty label: correct it, or take the case out of the list"
+            data_set.check_label(path, sample)
+        if keep and sample.label is not None and ndim == 3:
+            found.case = Case(name, sample.image, sample.label, found.spacing)
+    except UserError as error:
+        found.problem = str(error)
+    return found
+
+
+def doubles(findings: Sequence[Finding], data_set: DataSet) -> list[str]:
+    """Name the cases that two splits share, by name, by patient or by content, and equal files within one."""
+    problems, seen = [], {}
+    for finding in findings:
+        if finding.content and finding.content in seen:
+            other = seen[finding.content]
+            where = "both " + finding.split if other.split == finding.split else f"{other.split} and {finding.split}"
+            problems.append(f"{other.name} and {finding.name} hold the same image ({where}): take one out")
+        seen.setdefault(finding.content, finding)
+    patients: dict[str, set[str]] = {}
+    for finding in findings:
+        patients.setdefault(data_set.patient_of(finding.name), set()).add(finding.split)
+    problems += [
+        f"{patient} is in {' and '.join(sorted(splits))}: take it out of one"
+        for patient, splits in patients.items()
+        if len(splits) > 1
+    ]
+    return problems
+
+
+def table(findings: Sequence[Finding], data_set: DataSet) -> str:
+    """Return a line a split: cases, shapes, ranges, classes, memory."""
+    lines = [f"{'list':8}{'files':>7}{'labelled':>10}{'shapes':>34}{'range':>18}{'GiB':>8}  classes"]
+    for split in dict.fromkeys(f.split for f in findings):
+        mine = [f for f in findings if f.split == split and f.shape]
+        shapes = np.array([f.shape for f in mine]) if mine else np.zeros((1, 1), int)
+        sides = "×".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(shapes.min(0), shapes.max(0), strict=True))
+        span = f"{min((f.low for f in mine), default=0):.3g} to {max((f.high for f in mine), default=0):.3g}"
+        classes = sorted(frozenset().union(*(f.classes for f in mine)))
+        named = ", ".join(f"{c} {data_set.class_names[c - 1]}" for c in classes if c)
+        count, labelled = sum(f.split == split for f in findings), sum(f.is_labelled for f in mine)
+        gib = sum(f.num_bytes for f in mine) / 2**30
+        lines.append(f"{split:8}{count:7}{labelled:10}{sides:>34}{span:>18}{gib:8.2f}  {named}")
+    return "\n".join(lines)
+
+
+def labelled_names(root: Path, data_set: DataSet, train: Sequence[str]) -> set[str]:
+    """Return the training names that have to have a label: those of train_lab, or all where there is no such list."""
+    suffix = ".txt" if data_set.preprocessing.layout == "volume" else ".list"
+    path = root / "data_split" / f"train_lab{suffix}"
+    return set(read_list(path)) if path.exists() else set(train)
+
+
+def main(config: Config) -> None:
+    """Check everything, then say everything."""
+    start_logging()
+    root = config.root_path or ROOT / "Datasets" / config.dataset
+    data_set = read_data_set(root) if config.dataset == "own" else KNOWN[config.dataset]
+    data_set.check_root(root)
+    lists = lists_of(root, data_set)
+    labelled = labelled_names(root, data_set, lists["train"])
+    problems = [
+        f"train_lab names {name}, which train does not: correct the list" for name in labelled - set(lists["train"])
+    ]
+    jobs = [(name, split) for split, names in lists.items() for name in names]
+    drawn = {name for names in lists.values() for name in names if SLICE not in name}
+    drawn = set(sorted(drawn, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:4])
+    with ThreadPoolExecutor(config.workers) as pool:
+        found = pool.map(lambda job: examine(*job, root, data_set, labelled, job[0] in drawn), jobs)
+        findings = list(tqdm(found, total=len(jobs), unit="file", desc="checking", leave=False, disable=None))
+    problems += [finding.problem for finding in findings if finding.problem] + doubles(findings, data_set)
+    LOGGER.info("%s in %s\n\n%s\n", data_set.name, root.resolve(), table(findings, data_set))
+    usual = max((f.spacing for f in findings if f.spacing), default=None)
+    LOGGER.info("spacing: %s", "not known; distances come in voxels" if usual is None else "known, distances in mm too")
+    cases = [finding.case for finding in findings if finding.case is not None]
+    if cases:
+        figure = config.figure or Path(f"check_{config.dataset}.png")
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        save_label_figure(figure, cases, data_set.class_names, data_set.preprocessing.layout == "volume")
+        LOGGER.info("look at %s: the contours must follow what they are of", figure)
+    for problem in problems:
+        LOGGER.info("WRONG: %s", problem)
+    if problems:
+        raise UserError(f"{len(problems)} things are wrong with {root}: mend what the lines above name.")
+    LOGGER.info("nothing is wrong: %d files", len(findings))
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,190 @@
+"""What every reader checks of names, sizes and arrays that come from files; each message ends with the way out."""
+
+import re
+import stat
+from pathlib import Path
+
+import numpy as np
+
+from sdcl.errors import UserError
+
+MAX_VOXELS = 2**30  # of one array, 1024 x 1024 x 1024; the largest CT here has 2**27
+MAX_RATIO = 1100  # of decoded to stored bytes: deflate cannot exceed 1032, so that more was never stored
+FREE_BYTES = 2**26  # an array up to this size may be stored in nothing at all
+REDO = "convert the case again"
+NOT_IN_A_NAME = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|\ufffd]')  # what some system's paths give a meaning
+
+
+def check_file(path: Path) -> int:
+    """Refuse what is not a plain file, before anything opens it: a pipe would wait forever.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        UserError: it is missing, empty, a folder or a device.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist: restore it, or take its name out of the list.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be reached ({error}): check its path and permissions.") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a file: put the case's file in its place, or take it out of the list.")
+    if status.st_size == 0:
+        raise UserError(f"{path} is empty: copy or {REDO}.")
+    return status.st_size
+
+
+def check_name(name: str, where: Path) -> None:
+    """Refuse a case's name that could lead out of the data's folder.
+
+    Args:
+        name: as a list gives it.
+        where: the list, for the message.
+
+    Raises:
+        UserError: the name is absolute, has `..`, or characters that no case's name has.
+    """
+    if NOT_IN_A_NAME.search(name) or name.startswith(("/", "~")) or ".." in name.split("/") or len(name) > 200:
+        raise UserError(
+            f"the list {where} names {name[:80]!r}, which is no case's name or leaves the data's folder: "
+            "write names as the files have them, without a path."
+        )
+
+
+def inside(folder: Path, relative: str) -> Path:
+    """Return the path of a case's file, and refuse one that leads out of the folder, by its name or by a link.
+
+    The folder as a whole may be a link to elsewhere.
+
+    Args:
+        folder: that holds all cases.
+        relative: the file's path in it.
+
+    Raises:
+        UserError: the path leaves the folder.
+    """
+    path = folder / relative
+    try:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link in a circle, or a name that is no path
+        is_inside = False
+    if not is_inside:
+        raise UserError(
+            f"{path} leads out of {folder}: copy the case there, or make the whole folder a link to where the data are."
+        )
+    return path
+
+
+def check_declared(path: Path, what: str, shape: tuple[int, ...], item_bytes: int, stored_bytes: int) -> None:
+    """Refuse an array that declares more than it can hold, before it is read.
+
+    Args:
+        path: the file, for the message.
+        what: the array's name in it.
+        shape: as declared.
+        item_bytes: of one number.
+        stored_bytes: that the array takes in the file, compressed or not.
+
+    Raises:
+        UserError: it declares more than MAX_VOXELS, or far more than deflate could have stored in so few bytes.
+    """
+    count = 1
+    for side in shape:
+        count *= int(side)  # whole numbers without a bound, unlike numpy's
+    if count > MAX_VOXELS:
+        raise UserError(f"{path}: {what} declares {count} voxels, more than the {MAX_VOXELS} allowed: crop the case.")
+    if count * item_bytes > max(FREE_BYTES, MAX_RATIO * stored_bytes):
+        raise UserError(
+            f"{path}: {what} declares {count * item_bytes} bytes, but only {stored_bytes} are stored: "
+            f"copy the file again, or {REDO}."
+        )
+
+
+def check_image(path: Path, what: str, image: np.ndarray, ndim: int) -> np.ndarray:
+    """Check an image and return it as float32.
+
+    Args:
+        path: the file, for the message.
+        what: the array's name in it.
+        image: as read.
+        ndim: dimensions that it must have.
+
+    Raises:
+        UserError: other dimensions, no numbers, nan or infinite values.
+    """
+    if not isinstance(image, np.ndarray) or image.ndim != ndim or 0 in image.shape:
+        raise UserError(
+            f"{path}: {what} has the shape {np.shape(image)}, it needs {ndim} dimensions: convert it again."
+        )
+    if image.dtype.kind not in "fiu":
+        raise UserError(f"{path}: {what} has the type {image.dtype}, it needs numbers: {REDO}.")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
+        image = np.ascontiguousarray(image, np.float32)
+    if not (np.isfinite(image.min()) and np.isfinite(image.max())):  # nan if any is
+        raise UserError(f"{path}: {what} holds nan or infinite values: {REDO}.")
+    return image
+
+
+def check_varies(path: Path, what: str, image: np.ndarray) -> None:
+    """Refuse an image that shows nothing: the same value everywhere.
+
+    Args:
+        path: the file, for the message.
+        what: the array's name in it.
+        image: from check_image().
+
+    Raises:
+        UserError: there is one value.
+    """
+    if image.min() == image.max():
+        raise UserError(f"{path}: {what} is {image.flat[0]:g} everywhere: {REDO}, or take it out of the list.")
+
+
+def check_label(path: Path, what: str, label: np.ndarray, shape: tuple[int, ...], num_classes: int) -> np.ndarray:
+    """Check a label map and return it as uint8.
+
+    Args:
+        path: the file, for the message.
+        what: the array's name in it.
+        label: as read.
+        shape: of the image.
+        num_classes: values must lie in [0, num_classes).
+
+    Raises:
+        UserError: another shape, no numbers, fractions, or classes that there are not.
+    """
+    if np.shape(label) != shape:
+        raise UserError(f"{path}: {what} {np.shape(label)} and `image` {shape} differ in shape: convert it again.")
+    if label.dtype.kind not in "fiub":
+        raise UserError(f"{path}: {what} has the type {label.dtype}, it needs whole numbers: {REDO}.")
+    outside = ~((label >= 0) & (label < num_classes))  # nan is outside too
+    outside |= label != np.floor(label) if label.dtype.kind == "f" else False
+    if outside.any():
+        raise UserError(
+            f"{path}: {what} holds {label[outside].flat[0]}, outside the classes 0 to {num_classes - 1}: "
+            f"correct the label, or {REDO}."
+        )
+    return np.ascontiguousarray(label, np.uint8)
+
+
+def check_apart(train: list[str], others: dict[Path, list[str]], where: Path) -> None:
+    """Refuse lists that share a case, or a patient's name up to the first `_`.
+
+    Args:
+        train: names, or patients, of the training list.
+        others: the same of lists that training must not see.
+        where: the training list, for the message.
+
+    Raises:
+        UserError: names the first that two lists share.
+    """
+    for path, names in others.items():
+        both = sorted(set(train) & set(names))
+        if both:
+            raise UserError(f"{where} and {path.name} both name {both[0]}: take it out of one of them.")

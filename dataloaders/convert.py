@@ -1,0 +1,137 @@
+"""What the preprocessing scripts share: cases in parallel, files that appear only when complete, their provenance."""
+
+import io
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import nibabel
+import numpy as np
+from tqdm import tqdm
+
+from dataloaders.preprocessing import Box, Prepared, Preprocessing
+from sdcl.atomic import replacing
+from sdcl.errors import UserError
+from sdcl.runs import LOGGER, start_logging
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to convert.
+
+    Attributes:
+        name: of the case.
+        targets: the files that make it finished, the last one written last.
+        run: writes them.
+    """
+
+    name: str
+    targets: Sequence[Path]
+    run: Callable[[], None]
+
+
+def convert(jobs: Sequence[Job], workers: int, overwrite: bool) -> None:
+    """Convert cases in parallel; those whose files are there are skipped.
+
+    Args:
+        jobs: the cases.
+        workers: cases at a time.
+        overwrite: convert those that are there, too.
+
+    Raises:
+        UserError: some cases failed; every other one is finished, and each failure was printed.
+    """
+    start_logging()
+    if workers < 1:
+        raise UserError(f"--workers is {workers}: it must be above 0.")
+    waiting = [job for job in jobs if overwrite or not all(target.exists() for target in job.targets)]
+    if len(waiting) < len(jobs):
+        LOGGER.info(
+            "%d of %d cases are there already (--overwrite converts them again)", len(jobs) - len(waiting), len(jobs)
+        )
+    for job in waiting:
+        for target in job.targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.with_name("~" + target.name).unlink(missing_ok=True)  # of a run that was killed
+    failures = []
+    is_main = threading.current_thread() is threading.main_thread()
+    earlier = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if is_main else None
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
+    try:
+        futures = {pool.submit(job.run): job for job in waiting}
+        for future in tqdm(as_completed(futures), total=len(futures), unit="case", dynamic_ncols=True, disable=None):
+            if isinstance(future.exception(), UserError):
+                failures.append(str(future.exception()))
+                LOGGER.info("%s: %s", futures[future].name, failures[-1])
+            else:
+                future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # what has begun is finished
+        if is_main:
+            signal.signal(signal.SIGTERM, earlier)
+    LOGGER.info("%d cases converted", len(waiting) - len(failures))
+    if failures:
+        raise UserError(f"{len(failures)} of {len(waiting)} cases were refused, the first: {failures[0]}")
+
+
+def write_case(
+    path: Path, image: np.ndarray, label: np.ndarray | None, attributes: Mapping[str, Any] | None = None
+) -> None:
+    """Write one HDF5 file that appears only when complete.
+
+    Args:
+        path: the file; its folder is made.
+        image: (*S), written as float32.
+        label: (*S), written as uint8; None: the file holds none.
+        attributes: of the file.
+    """
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        file.create_dataset("image", data=image.astype(np.float32, copy=False), compression="gzip", shuffle=True)
+        if label is not None:
+            file.create_dataset("label", data=label.astype(np.uint8, copy=False), compression="gzip")
+        file.attrs.update(attributes or {})
+    with replacing(path) as temporary:
+        temporary.write_bytes(memory.getvalue())  # made in memory, so that a kill seldom finds it half-written
+
+
+def provenance(
+    case: Prepared, how: Preprocessing, *, rule: str, image: Path, label: Path | None, raw: Path, box: Box | None = None
+) -> dict[str, Any]:
+    """Return the attributes that say where a file comes from and where its voxels lie.
+
+    Args:
+        case: the preprocessed image, cropped.
+        how: what was done to it.
+        rule: by which a script did it.
+        image: the raw image.
+        label: the raw label.
+        raw: the folder that both lie in, somewhere.
+        box: what was cropped out of the preprocessed scan.
+    """
+    steps = case.affine[:3, :3]
+    sides = np.linalg.norm(steps, axis=0)
+    return {
+        "source": _relative(image, raw),
+        "label_source": "" if label is None else _relative(label, raw),
+        "spacing": sides,  # mm, along the array's axes
+        "origin": case.affine[:3, 3],  # mm, RAS+: of the first voxel's centre
+        "direction": (steps / sides).ravel(),  # row by row; column k is where the array's axis k points, RAS+
+        "orientation": "".join(nibabel.aff2axcodes(case.affine)),
+        "crop_box": np.ravel(box if box is not None else [(0, side) for side in case.array.shape]),
+        "rule": rule,
+        "preprocessing": how.to_json(),
+        "version": FORMAT_VERSION,
+    }
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name

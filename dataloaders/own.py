@@ -1,0 +1,59 @@
+"""A data set of one's own, as dataloaders/import_nifti.py writes it."""
+
+import json
+from pathlib import Path
+
+from dataloaders.datasets import DataSet
+from dataloaders.files import read_list
+from dataloaders.preprocessing import Preprocessing
+from dataloaders.slices import find_file
+from sdcl.errors import UserError
+
+DESCRIPTION = "dataset.json"
+
+
+def check_root(root_path: Path) -> None:
+    """Refuse a folder that does not hold such a data set.
+
+    Raises:
+        UserError: says what is missing.
+    """
+    if not any((root_path / "data").glob("*.h5")):
+        raise UserError(
+            f"{root_path.resolve() / 'data'} (--root_path) holds no .h5 files: "
+            "make them with `python dataloaders/import_nifti.py --output <folder>`, see docs/own_data.md."
+        )
+
+
+def read_data_set(root_path: Path) -> DataSet:
+    """Read what a folder's dataset.json says: the name, the foreground classes, the preprocessing.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    path = root_path / DESCRIPTION
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names, how = tuple(map(str, content["class_names"])), Preprocessing.from_dict(content["preprocessing"])
+        name = str(content["name"])
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist: give as --root_path the folder that `dataloaders/import_nifti.py` wrote."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): import the data again.") from None
+    if not names or not name.replace("_", "").replace("-", "").isalnum():
+        raise UserError(f"{path} needs class_names and a name of letters, digits, - and _: correct it.")
+    return DataSet(name=name, class_names=names, preprocessing=how, path_of=find_file, check_root=check_root)
+
+
+def count_labelled(root_path: Path, data_set: DataSet) -> int:
+    """Return how many training cases have a label."""
+    if data_set.preprocessing.layout == "volume":
+        return len(read_list(root_path / "data_split" / "train_lab.txt"))
+    return len(set(map(data_set.patient_of, read_list(root_path / "data_split" / "train_lab.list"))))
+
+
+def has_val(root_path: Path) -> bool:
+    """Tell whether cases were set aside for validation."""
+    return any((root_path / "data_split" / name).exists() for name in ("val.txt", "val.list"))

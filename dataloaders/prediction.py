@@ -1,0 +1,188 @@
+"""A trained run as something that segments scans: preprocessing, networks, and the way back onto the scan's grid."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel
+import numpy as np
+import torch
+from torch import nn
+
+from dataloaders.preprocessing import Box, Preprocessing, onto_scan, prepare
+from dataloaders.scans import Scan
+from sdcl.atomic import replacing
+from sdcl.checkpoints import load_weights
+from sdcl.errors import UserError
+from sdcl.evaluation import PREDICTORS, STUDENTS, Decision
+from sdcl.experiment import place
+from sdcl.inference import slice_wise, sliding_window, window_starts
+from sdcl.networks import build_network
+from sdcl.runs import LOGGER, read_config, read_task
+
+PredictorName = Literal["mean", "student_a", "student_b"]
+MANY_WINDOWS = 500
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's config.json says that prediction needs.
+
+    Attributes:
+        folder: of the run.
+        settings: of its header.
+        class_names: of the foreground classes.
+        decision: how probabilities become labels.
+        preprocessing: what its training files went through.
+        trained_on_crops: they were cropped around the label, which a new scan does not have.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    class_names: tuple[str, ...]
+    decision: Decision
+    preprocessing: Preprocessing
+    trained_on_crops: bool
+
+    @classmethod
+    def read(cls, folder: Path, largest_component: bool) -> "Run":
+        """Read a run's folder.
+
+        Raises:
+            UserError: it is none, or lacks what prediction needs.
+        """
+        settings, task = read_config(folder), read_task(folder)
+        try:
+            how = Preprocessing.from_dict(task["preprocessing"])
+            decision = Decision(task["decision_rule"], 26 if largest_component else None)
+            return cls(folder, settings, tuple(task["class_names"]), decision, how, bool(task["trained_on_crops"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / 'config.json'} lacks what prediction needs ({error}): restore it.") from None
+
+    @property
+    def num_classes(self) -> int:
+        """Count the classes, background included."""
+        return len(self.class_names) + 1
+
+    @property
+    def is_3d(self) -> bool:
+        """Tell whether the networks take volumes."""
+        return self.preprocessing.layout == "volume"
+
+    def load(self, stage: str, predictor: PredictorName, device: torch.device) -> list[nn.Module]:
+        """Load a predictor's best networks, or its last where nothing was selected.
+
+        Raises:
+            UserError: a checkpoint is missing or does not fit.
+        """
+        best = self.folder / stage / f"best_{predictor}.pth"
+        path = best if best.exists() else self.folder / stage / "last.pth"
+        networks = []
+        for role in (STUDENTS[i] for i in PREDICTORS[predictor]):
+            network = place(build_network(self.settings[role], self.num_classes), device)
+            LOGGER.info("%s: %s", role, load_weights(network, path, role))
+            networks.append(network)
+        return networks
+
+
+def inference_of(run: Run, config: Any) -> Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]]:
+    """Return what maps networks and a prepared volume to each network's probabilities; see code/predict.py's header."""
+    size = run.settings["patch_size"]
+    if not run.is_3d:
+        return lambda networks, volume: slice_wise(
+            networks, volume, size, run.num_classes, config.batch_size, config.precision
+        )
+    stride = config.stride or [max(side // 2, 1) for side in size]
+
+    def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
+        sides = zip(np.maximum(volume.shape, size).tolist(), size, stride, strict=True)
+        windows = math.prod(len(window_starts(*side)) for side in sides)
+        if windows > MANY_WINDOWS:
+            LOGGER.info("%d windows: --roi or a larger --stride makes them fewer", windows)
+        return sliding_window(
+            networks, volume, size, stride, run.num_classes, config.window_batch, config.precision,
+            config.window_weighting, config.tta,
+        )  # fmt: skip
+
+    return infer
+
+
+def segment(
+    scan: Scan,
+    how: Preprocessing,
+    infer: Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]],
+    networks: Sequence[nn.Module],
+    roi: Box | None = None,
+) -> np.ndarray:
+    """Predict a scan and bring the probabilities back onto its own grid.
+
+    Args:
+        scan: an image.
+        how: what the networks' training files went through.
+        infer: maps networks and a prepared volume (*S) to each network's probabilities (C, *S).
+        networks: their probabilities are averaged.
+        roi: only this box of the scan, in its own voxels, (first, end) of each axis; outside is background.
+
+    Returns:
+        float32 (C, X, Y, Z), on the scan's grid.
+    """
+    prepared = prepare(scan, how)
+    if roi is not None:
+        prepared = prepared.cropped(box_on_grid(roi, scan, prepared.affine, prepared.array.shape))
+    outputs = infer(networks, prepared.array)
+    mean = outputs[0] if len(outputs) == 1 else np.mean(outputs, axis=0)
+    placed = np.stack([onto_scan(channel, prepared.affine, scan) for channel in mean])
+    placed[0] += 1 - placed.sum(axis=0)  # beyond the grid everything is background
+    return placed
+
+
+def box_on_grid(roi: Box, scan: Scan, affine: np.ndarray, shape: Sequence[int]) -> Box:
+    """Return the smallest box of another grid that holds a scan's box of voxels."""
+    corners = np.stack(np.meshgrid(*[(a - 0.5, b - 0.5) for a, b in roi], indexing="ij"), -1).reshape(-1, 3)
+    there = nibabel.affines.apply_affine(np.linalg.inv(affine) @ scan.affine, corners)
+    low = np.floor(there.min(axis=0) + 0.5 + 1e-6).astype(int)
+    high = np.ceil(there.max(axis=0) + 0.5 - 1e-6).astype(int)
+    return tuple((max(int(a), 0), min(int(b), n)) for a, b, n in zip(low, high, shape, strict=True))
+
+
+def check_roi(roi: Sequence[int], scan: Scan) -> Box:
+    """Turn `--roi x0 x1 y0 y1 z0 z1` into a box.
+
+    Raises:
+        UserError: it does not lie in the scan.
+    """
+    box = tuple((roi[k], roi[k + 1]) for k in (0, 2, 4))
+    if any(not 0 <= first < end <= side for (first, end), side in zip(box, scan.array.shape, strict=True)):
+        raise UserError(
+            f"--roi {' '.join(map(str, roi))} does not lie in {scan.path}, of {scan.array.shape} voxels: "
+            "give first and end (excluded) voxel of x, y and z, counted from 0."
+        )
+    return box
+
+
+def nifti_like(scan: Scan, array: np.ndarray) -> nibabel.Nifti1Image:
+    """Make a NIfTI image on a scan's grid, with the scan's own header where it is a NIfTI file."""
+    if scan.header is None:
+        image = nibabel.Nifti1Image(array, scan.affine)
+        image.set_qform(scan.affine, code=1)
+        image.set_sform(scan.affine, code=1)
+        image.header.set_xyzt_units("mm")
+        return image
+    header = scan.header.copy()
+    header.set_data_dtype(array.dtype)
+    header["cal_min"] = header["cal_max"] = 0  # the scan's display range
+    header.set_slope_inter(1, 0)
+    return type_of(header)(array, scan.affine, header)
+
+
+def type_of(header: nibabel.Nifti1Header) -> type:
+    """Return the image class of a header, NIfTI-1 or NIfTI-2."""
+    return nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+
+
+def save_nifti_file(image: nibabel.Nifti1Image, path: Path) -> None:
+    """Write a .nii.gz file that appears only when complete."""
+    with replacing(path) as temporary:
+        nibabel.save(image, temporary)

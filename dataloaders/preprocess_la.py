@@ -1,0 +1,73 @@
+"""LA: from the challenge's NRRD files to HDF5: `python dataloaders/preprocess_la.py --raw <folder>`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataloaders.convert import Job, convert, provenance, write_case
+from dataloaders.files import sample_rng
+from dataloaders.la import DATA_SET
+from dataloaders.preprocessing import at_least, label_box, prepare, prepare_label, with_margins
+from dataloaders.scans import SUFFIXES, Scan, aligned_label, label_by_index, read_label, read_scan
+from sdcl.config import run_script
+from sdcl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+PREPROCESSING = DATA_SET.preprocessing
+IMAGE, LABEL = "lgemri", "laendo"
+
+
+@dataclass
+class Config:
+    """Convert the scans of the 2018 Atrial Segmentation Challenge, <case>/lgemri.nrrd and <case>/laendo.nrrd."""
+
+    raw: Path  # folder that holds the cases' folders, at any depth
+    root_path: Path = ROOT / "Datasets" / "la"  # the data set's folder; its data/ receives the files
+    seed: int = 1337  # of the margins
+    min_side: int = 112  # voxels in x and y that a crop holds, where the scan has them
+    margin: tuple[int, int] = (10, 20)  # voxels beyond that on each side, drawn from [first, second)
+    by_index: bool = False  # lay labels on by index, whatever their headers say
+    workers: int = 2  # cases at a time; each takes up to 2 GiB
+    overwrite: bool = False  # convert cases that are there, too
+
+
+def convert_case(image_path: Path, label_path: Path, target: Path, config: Config) -> None:
+    """Normalise the whole scan, crop x and y around the label, and write the case."""
+    image, label = read_scan(image_path), read_label(label_path)
+    values = np.unique(label.array)
+    if len(values) > 2:
+        raise UserError(f"{label_path} holds the labels {values.tolist()}, it must hold the atrium alone: correct it.")
+    lay = label_by_index if config.by_index else aligned_label
+    atrium = lay(image, Scan(label_path, (label.array > 0).astype(np.uint8), label.affine))
+    prepared, mask = prepare(image, PREPROCESSING), prepare_label(atrium, image, PREPROCESSING)
+    draw = sample_rng(config.seed, target.parent.name).integers(*config.margin, size=(2, 2))
+    box = at_least(label_box(mask), (config.min_side, config.min_side, 0), mask.shape)
+    box = with_margins(box, [*draw.tolist(), (0, 0)], mask.shape)
+    box = (*box[:2], (0, mask.shape[2]))  # z is never cropped
+    case = prepared.cropped(box)
+    attributes = provenance(
+        case, PREPROCESSING, rule="published", image=image_path, label=label_path, raw=config.raw, box=box
+    )
+    write_case(target, case.array, mask[tuple(slice(*side) for side in box)], attributes)
+
+
+def main(config: Config) -> None:
+    """Find the cases and convert them."""
+    if not 0 <= config.margin[0] < config.margin[1]:
+        raise UserError(f"--margin is {config.margin[0]} {config.margin[1]}: the first must be less than the second.")
+    images = {path.parent: path for suffix in SUFFIXES for path in sorted(config.raw.glob(f"**/{IMAGE}{suffix}"))}
+    if not images:
+        raise UserError(f"--raw {config.raw} holds no <case>/{IMAGE}.nrrd at any depth: give the challenge's folder.")
+    jobs = []
+    for folder, image in images.items():
+        label = next((path for s in SUFFIXES if (path := folder / f"{LABEL}{s}").exists()), folder / f"{LABEL}.nrrd")
+        target = DATA_SET.path_of(config.root_path, folder.name)
+        if any(target in job.targets for job in jobs):
+            raise UserError(f"--raw {config.raw} holds the case {folder.name} twice: remove one of them.")
+        jobs.append(Job(folder.name, [target], lambda i=image, m=label, t=target: convert_case(i, m, t, config)))
+    convert(jobs, config.workers, config.overwrite)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,145 @@
+"""Pancreas: from Pancreas-CT's DICOM and labels to HDF5: `python dataloaders/preprocess_pancreas.py --images ...`."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dataloaders.alignment import AXES, TRUSTED, check_alignment, measure_alignment
+from dataloaders.convert import Job, convert, provenance, write_case
+from dataloaders.pancreas import DATA_SET
+from dataloaders.preprocessing import WINDOW_HU, at_least, label_box, prepare, prepare_label, with_margins
+from dataloaders.scans import Scan, aligned_label, find_scans, label_by_index, read_label, read_scan
+from sdcl.config import run_script
+from sdcl.errors import UserError
+from sdcl.runs import LOGGER, start_logging, write_csv
+
+ROOT = Path(__file__).resolve().parents[1]
+DUPLICATES = (25, 70)  # of the collection's cases; the published lists have neither
+PUBLISHED = replace(DATA_SET.preprocessing, orientation=None, trust_slice_spacing=False)
+
+
+@dataclass
+class Config:
+    """Convert Pancreas-CT: resample to 1 mm, clip to [-125, 275] HU, scale to [0, 1], crop around the pancreas."""
+
+    images: Path  # folder of the scans: a DICOM folder for each case (PANCREAS_0001 ...), or NIfTI files
+    labels: Path  # folder of the labels (label0001.nii.gz ...); the number joins both
+    root_path: Path = ROOT / "Datasets" / "pancreas"  # the data set's folder; its data/ receives the files
+    rule: Literal["header", "published"] = "header"  # published: in-plane spacing on all axes, label by index
+    label_flip: tuple[Literal["x", "y", "z"], ...] = ()  # lay labels on by index, flipped so; headers do not count
+    trust: tuple[str, ...] = ()  # cases whose label somebody has looked at and found right, or "all"
+    margin: int = 25  # voxels (mm) beyond the label's box on each side
+    min_side: int = 96  # voxels that a crop holds, where the scan has them
+    workers: int = 2  # cases at a time; each takes up to 3 GiB
+    overwrite: bool = False  # convert cases that are there, too
+
+
+def case_number(name: str) -> int | None:
+    """Return the last number in a name, or None."""
+    numbers = re.findall(r"\d+", name)
+    return int(numbers[-1]) if numbers else None
+
+
+def in_file_order(image: Scan) -> Scan:
+    """Order a DICOM series' slices by their files' names, as the published files have them."""
+    if not image.slice_names:
+        return image
+    order = np.argsort(image.slice_names)
+    return replace(image, array=image.array[..., order])
+
+
+def check_case(label_path: Path, image: Scan, label: np.ndarray, name: str, trust: Sequence[str]) -> tuple[float, str]:
+    """Refuse a label that does not lie on the pancreas, unless trusted; return its mean HU and who vouches for it."""
+    clipped = np.clip(image.array, *WINDOW_HU)
+    if name in trust or "all" in trust:
+        return measure_alignment(clipped, label).mean, TRUSTED
+    way_out = f"give --trust {name} (--label_flip lays labels on by index, flipped)"
+    return check_alignment(label_path, clipped, label, is_organ_ct=True, way_out=way_out).mean, "checked"
+
+
+def convert_case(image_path: Path, label_path: Path, target: Path, config: Config) -> None:
+    """Align, resample, crop and write one case."""
+    image, label = read_scan(image_path), read_label(label_path, 2)
+    is_published = config.rule == "published"
+    if is_published or config.label_flip:
+        image = in_file_order(image) if is_published else image
+        on_image = label_by_index(image, label, [AXES.index(axis) for axis in config.label_flip])
+    else:
+        on_image = aligned_label(image, label)
+    mean_hu, alignment = check_case(label_path, image, on_image, target.stem, config.trust)
+    how = PUBLISHED if is_published else DATA_SET.preprocessing
+    prepared, mask = prepare(image, how), prepare_label(on_image, image, how)
+    if not mask.any():
+        raise UserError(
+            f"{label_path} vanishes at {how.spacing_mm[0]:g} mm: it is too small a label; leave the case out."
+        )
+    box = with_margins(label_box(mask), [(config.margin, config.margin)] * 3, mask.shape)
+    box = at_least(box, [config.min_side] * 3, mask.shape)
+    case = prepared.cropped(box)
+    attributes = provenance(case, how, rule=config.rule, image=image_path, label=label_path, raw=config.images, box=box)
+    attributes |= {"label_mean_hu": mean_hu, "alignment": alignment}
+    write_case(target, case.array, mask[tuple(slice(*side) for side in box)], attributes)
+    LOGGER.info(
+        "%s: %s voxels, mean under the label %.0f HU", target.stem, "×".join(map(str, case.array.shape)), mean_hu
+    )
+
+
+def pair(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
+    """Join scans and labels by their numbers.
+
+    Returns:
+        Case name (data0001 ...), image and label, in the order of the numbers; without the duplicate cases.
+
+    Raises:
+        UserError: a scan has no label, or the numbers do not tell cases apart.
+    """
+    label_of: dict[int | None, Path] = {}
+    for name, path in find_scans(labels).items():
+        number = case_number(name)
+        if number is None or number in label_of:
+            raise UserError(
+                f"--labels {labels}: {path.name} needs a number of its own, such as label0001.nii.gz: rename it."
+            )
+        label_of[number] = path
+    pairs, left_out = [], []
+    for name, path in find_scans(images).items():
+        number = case_number(name)
+        if number in DUPLICATES:
+            left_out.append(name)
+        elif number not in label_of:
+            raise UserError(
+                f"--labels {labels} has no label of the number {number} of {path}: add it, or move the scan away."
+            )
+        elif f"data{number:04d}" in [case for case, *_ in pairs]:
+            raise UserError(f"--images {images} holds two scans of the number {number}: move one of them away.")
+        else:
+            pairs.append((f"data{number:04d}", path, label_of[number]))
+    if left_out:
+        LOGGER.info("left out %s: duplicates of other cases, named in no published list", ", ".join(left_out))
+    if not pairs:
+        raise UserError(f"--images {images} holds no other cases than these duplicates: give the whole collection.")
+    return sorted(pairs)
+
+
+def main(config: Config) -> None:
+    """Find the cases, write the table of their names, convert them."""
+    start_logging()
+    pairs = pair(config.images, config.labels)
+    table = [{"case": name, "image": image.name, "label": label.name} for name, image, label in pairs]
+    write_csv(config.root_path / "data" / "cases.csv", table)
+    LOGGER.info(
+        "%d cases by the rule '%s'; names: %s", len(pairs), config.rule, config.root_path / "data" / "cases.csv"
+    )
+    jobs = []
+    for name, image, label in pairs:
+        target = DATA_SET.path_of(config.root_path, name)
+        jobs.append(Job(name, [target], lambda i=image, m=label, t=target: convert_case(i, m, t, config)))
+    convert(jobs, config.workers, config.overwrite)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

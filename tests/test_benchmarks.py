@@ -1,0 +1,42 @@
+"""Both ways of each benchmark do the same work: the figures that they return are the same."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bench import Config, line, name_of, step_tflop, works
+from cases import ACDC, CASES, LA
+from torch.utils.flop_counter import FlopCounterMode
+
+from sdcl.networks import build_network
+
+TINY = {
+    "acdc": replace(ACDC, shape=(32, 32), batch_size=2, volume=(2, 40, 36), files=(40, 36)),
+    "la": replace(LA, shape=(32, 32, 16), batch_size=2, volume=(40, 32, 20), stride=(8, 8, 4), files=(40, 36, 24)),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "data_set"), [(case, name) for case in CASES for name in TINY if (case, name) != ("metrics", "acdc")]
+)
+def test_ours_is_the_textbooks(case, data_set):
+    ours, theirs = (CASES[case](TINY[data_set], is_ours)() for is_ours in (True, False))
+    assert ours == pytest.approx(theirs, rel=1e-3 if case == "evaluation" else 1e-5)
+
+
+def test_every_case_is_listed_in_both_sizes():
+    full, quick = ([name_of(*each) for each in works(Config(quick=is_quick))] for is_quick in (False, True))
+    assert len(full) == len(quick) == 15 and "step la 112x112x80 bf16" in full and "step la 48x48x32 fp32" in quick
+
+
+def test_a_step_counts_the_teacher_and_four_passes_there_and_back():
+    """Twice the teacher's forward pass; for both students and mixes nearly three, since no image needs a gradient."""
+    work = replace(TINY["acdc"], networks=("unet", "unet"))
+    with FlopCounterMode(display=False) as counter:
+        build_network("unet", work.classes)(torch.empty(work.batch_size, 1, *work.shape))
+    passes = step_tflop(work) * 1e12 / counter.get_total_flops()
+    assert 2 + 4 * 2.9 < passes < 2 + 4 * 3
+
+
+def test_a_row_that_was_not_measured_says_why():
+    assert "not measured: no arithmetic" in line({"case": "step", "not_measured": "no arithmetic"})

@@ -1,0 +1,242 @@
+"""What surrounds a run: files that appear whole, one process a folder, records, checksums, a halt, the same bits."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import method
+
+from dataloaders.files import read_list
+from dataloaders.slices import Slices
+from dataloaders.streams import Streams
+from sdcl import checkpoints
+from sdcl.atomic import claimed, replacing, write_text
+from sdcl.config import run_script
+from sdcl.errors import UserError
+from sdcl.networks import build_network
+from sdcl.records import StageRecord
+from sdcl.runs import open_run, read_config
+from sdcl.steps import add_teacher, make_learners, self_train_step
+from sdcl.teacher import update_teacher
+from sdcl.training import pretrain
+
+CONFIG = {"labelnum": 2, "patch_size": [32, 32], "select": "val", "student_a": "unet", "student_b": "resunet"}
+CPU = torch.device("cpu")
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and temporary.suffix == ".json"
+    with replacing(path) as temporary:
+        temporary.write_text("whole")
+        assert path.read_text() == "old"
+    assert path.read_text() == "whole" and [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_a_folder_belongs_to_one_process_and_is_free_when_it_dies(tmp_path):
+    hold = "import sys, pathlib; from sdcl.atomic import claimed\nwith claimed(pathlib.Path(sys.argv[1])):\n  print(1, flush=True); input()"  # noqa: E501
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    with pytest.raises(UserError, match="another process writes into .*: wait for its end, stop it, or choose"):
+        claimed(tmp_path).__enter__()
+    process.kill()
+    process.communicate()
+    with claimed(tmp_path):
+        pass
+
+
+def test_a_run_goes_on_with_the_same_cases_alone(tmp_path):
+    lists = {"labelled": ["a", "b"], "validation": ["c"]}
+    open_run(tmp_path, CONFIG, lists, CPU, {})
+    open_run(tmp_path, CONFIG, lists, CPU, {})
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert len(kept["resumed"]) == 1 and kept["environment"]["command"] and kept["environment"]["system"]
+    with pytest.raises(UserError, match="holds a run on other labelled cases: restore the lists in data_split/"):
+        open_run(tmp_path, CONFIG, lists | {"labelled": ["b", "a"]}, CPU, {})
+    del kept["lists"]  # as before checksums were kept
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    open_run(tmp_path, CONFIG, lists, CPU, {})
+    assert read_config(tmp_path) == CONFIG
+    assert json.loads((tmp_path / "config.json").read_text())["lists"]
+
+
+def test_torn_and_repeated_rows_are_dropped(tmp_path):
+    folder = tmp_path / "pre_train"
+    record = StageRecord(folder, ["iteration", "loss"], 1)
+    record.add([{"iteration": k, "loss": k / 2} for k in range(1, 13)])
+    record.close()
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("1")  # the beginning of "13,6.5"
+    with open(folder / "log.txt", "a") as file:
+        file.write("2026-01-01 00:00:00,000 pre_train: iterations 1 to 20 in x\n")
+        file.writelines(f"2026-01-01 00:00:00,000 pre_train {k}: loss\n" for k in (3, 10, 11))
+    StageRecord(folder, ["iteration", "loss"], 11).close()
+    with open(folder / "metrics.csv", newline="") as file:
+        assert [(row["iteration"], row["loss"]) for row in csv.DictReader(file)] == [
+            (str(k), f"{k / 2:g}") for k in range(1, 11)
+        ]
+    told = [line.split()[2:4] for line in (folder / "log.txt").read_text().splitlines()]
+    assert told == [["pre_train:", "iterations"], ["pre_train", "3:"], ["pre_train", "10:"]]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's disk that is always full")
+def test_records_on_a_full_disk_end_in_a_sentence(tmp_path):
+    record = StageRecord(tmp_path / "pre_train", ["iteration", "loss"], 1)
+    record._csv.close()
+    record._csv = open("/dev/full", "w")  # noqa: SIM115
+    record._writer = csv.DictWriter(record._csv, ["iteration", "loss"])
+    with pytest.raises(UserError, match="the records in .* cannot be written .*No space left.*: free some space"):
+        record.add([{"iteration": 1, "loss": 1.0}])
+    record.close()
+
+
+def test_any_flipped_byte_of_a_checkpoint_is_found_or_harmless(tmp_path):
+    path = tmp_path / "a.pth"
+    payload = {"w": torch.arange(6.0), "n": 3}
+    checkpoints.save(payload, path)
+    whole, refused = path.read_bytes(), 0
+    for place in range(len(whole)):
+        raw = bytearray(whole)
+        raw[place] ^= 1 << place % 8 if place % 2 else 0x10
+        path.write_bytes(raw)
+        try:
+            read = checkpoints.load(path)
+        except UserError:
+            refused += 1
+        else:
+            assert torch.equal(read["w"], payload["w"]) and read["n"] == 3, place
+    assert refused > 100
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    for k in range(3):
+        checkpoints.save({"k": k}, tmp_path / "last.pth", previous=tmp_path / "last_previous.pth")
+    assert checkpoints.load_last(tmp_path).payload == {"k": 2}
+    (tmp_path / "last.pth").write_bytes(b"PK")
+    last = checkpoints.load_last(tmp_path)
+    assert last.payload == {"k": 1} and last.path.name == "last_previous.pth" and "last.pth is not a" in last.damaged
+    (tmp_path / "last_previous.pth").write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint in .* can be read .*: restore a copy, or remove that folder"):
+        checkpoints.load_last(tmp_path)
+    assert checkpoints.load_last(tmp_path / "none") is None
+
+
+class TwoBatches:
+    """The same two labelled batches for ever."""
+
+    def names(self, iteration):
+        return {"x_a": ["one"]}
+
+    def batches(self, start, stop):
+        generator = torch.Generator().manual_seed(0)
+        images = {f"x_{d}": torch.randn(2, 1, 32, 32, generator=generator) for d in "ab"}
+        for _ in range(start, stop):
+            yield images | {f"y_{d}": (images[f"x_{d}"][:, 0] > 0).to(torch.uint8) for d in "ab"}
+
+
+def learners():
+    torch.manual_seed(0)
+    return make_learners(build_network("unet", 2), build_network("unet", 2), 1e-3)
+
+
+def test_it_saves_by_the_clock_and_says_once_what_that_costs(tmp_path, monkeypatch):
+    seconds = iter(range(0, 10**6, 20))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    saved = []
+    monkeypatch.setattr(checkpoints, "save", lambda payload, path, previous=None: saved.append(payload["iteration"]))
+    (tmp_path / "pre_train").mkdir()
+    (tmp_path / "pre_train" / "last.pth").touch()
+    monkeypatch.setattr(checkpoints, "load_last", lambda folder: None)
+    common = {"validate": None, "validate_at": (), "validated_on": "val", "config": {}}
+    settings = method(pre_iterations=5, save_every=1000, save_minutes=1.0, log_every=100)
+    pretrain(learners(), TwoBatches(), tmp_path, settings, **common)
+    assert 1 < len(saved) < 5 and saved[-1] == 5
+    assert (tmp_path / "pre_train" / "log.txt").read_text().count("saving took") == 1
+
+
+def test_nothing_moves_from_a_value_that_is_not_finite_on():
+    ours = learners()
+    add_teacher(ours)
+    batch = next(TwoBatches().batches(0, 1))
+    batch |= {"u_a": batch["x_a"].clone(), "u_b": batch["x_b"].clone()}
+    mask = torch.zeros(32, 32).bool()
+    mask[8:] = True
+    self_train_step(ours, batch, mask, method())
+    before = {f"{role}.{n}": p.clone() for role, net in ours.networks.items() for n, p in net.named_parameters()}
+    step = ours.optimisers["student_a"].state_dict()["state"][0]["step"].clone()
+    bad = batch | {"x_a": torch.full_like(batch["x_a"], torch.inf)}
+    losses = [self_train_step(ours, each, mask, method()) for each in (bad, batch)]
+    assert not torch.isfinite(losses[0]["student_a/grad_norm"]) and ours.halted == 1
+    after = {f"{role}.{n}": p for role, net in ours.networks.items() for n, p in net.named_parameters()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert ours.optimisers["student_a"].state_dict()["state"][0]["step"] == step
+    assert all(bool(torch.isfinite(v).all()) for v in ours.networks["teacher"].state_dict().values())
+
+
+def test_a_halted_teacher_takes_nothing_of_a_student_that_is_nan():
+    teacher, student = build_network("unet", 2), build_network("unet", 2)
+    for value in student.state_dict().values():
+        value.fill_(torch.nan) if value.is_floating_point() else None
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    update_teacher(teacher, student, 0.99, buffers=True, halted=torch.ones(()))
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_the_gradients_norm_is_the_norm_of_the_gradient():
+    ours = learners()
+    add_teacher(ours)
+    batch = next(TwoBatches().batches(0, 1))
+    batch |= {"u_a": batch["x_a"], "u_b": batch["x_b"]}
+    losses = self_train_step(ours, batch, torch.ones(32, 32).bool(), method())
+    expected = torch.cat([p.grad.flatten() for p in ours.networks["student_b"].parameters()]).norm()
+    assert losses["student_b/grad_norm"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_batches_are_the_same_bits_whatever_the_threads(acdc_phantom):
+    names = read_list(acdc_phantom / "data_split" / "train_slices.list")
+    how = {"size": (32, 32), "num_classes": 4, "cache_gb": 1.0}
+    labelled = Slices(acdc_phantom, names[:8], labelled=True, **how)
+    unlabelled = Slices(acdc_phantom, names[8:], labelled=False, **how)
+
+    def streams():
+        return Streams(labelled, unlabelled, batch_size=2, labelled_repeat=2, unlabelled_repeat=2, seed=3)
+
+    one_by_one = [streams().batch(k) for k in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        at_once = list(pool.map(streams().batch, reversed(range(12))))[::-1]
+    for first, second, third in zip(one_by_one, at_once, streams().batches(0, 12), strict=True):
+        assert all(torch.equal(first[key], second[key]) and torch.equal(first[key], third[key]) for key in first)
+    assert streams().names(0) == {
+        "x_a": names[:2], "x_b": names[7:5:-1], "u_a": names[8:10], "u_b": names[15:13:-1],
+    }  # fmt: skip
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named(monkeypatch):
+    def main(config):
+        raise RuntimeError(
+            "max_unpooling2d_forward_out does not have a deterministic implementation, but you set "
+            "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation."
+        )
+
+    class Config:
+        pass
+
+    monkeypatch.setattr("sdcl.config.parse", lambda *_: Config())
+    with pytest.raises(SystemExit) as error:
+        run_script(main, Config)
+    assert str(error.value) == (
+        "error: --deterministic: max_unpooling2d_forward_out does not have a deterministic implementation: "
+        "run without it, or on --device cpu."
+    )

@@ -1,0 +1,164 @@
+"""The steps against the textbook's in float64, where nothing hides in the rounding; what they must not wait for."""
+
+import copy
+
+import numpy as np
+import pytest
+import textbook
+import torch
+from helpers import method
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sdcl.losses import class_map
+from sdcl.networks import build_network, resnet, unet, vnet
+from sdcl.pseudo_labels import PendingLabels, largest_components
+from sdcl.steps import STUDENTS, add_teacher, make_learners, pretrain_step, self_train_step
+
+PAIRS = {
+    "2d": (("unet", "resunet"), (32, 48), method()),
+    "3d": (
+        ("vnet", "resvnet"),
+        (32, 32, 16),
+        method(dice="sample", pre_dice="whole", pseudo_label_rule="threshold", connectivity=26, ema_buffers=False),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """The same networks with few filters: float64 convolutions are slow."""
+    for module in (resnet, unet, vnet):
+        monkeypatch.setattr(module, "WIDTHS", (2, 4, 8, 16, 32))
+
+
+def learners_of(names):
+    """Both students in train mode without dropout, in float64, and the teacher."""
+    torch.manual_seed(0)
+    learners = make_learners(*(build_network(name, 2).double() for name in names), base_lr=1e-3)
+    add_teacher(learners)
+    for network in learners.networks.values():
+        network.train()
+        for module in network.modules():
+            if isinstance(module, nn.Dropout | nn.Dropout3d):
+                module.p = 0.0
+    return learners
+
+
+def batch_of(shape, seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    batch = {key: torch.randn(2, 1, *shape, generator=generator).to(dtype) for key in ("x_a", "x_b", "u_a", "u_b")}
+    labels = {key: torch.randint(2, (2, *shape), generator=generator, dtype=torch.uint8) for key in ("y_a", "y_b")}
+    mask = torch.ones(shape).bool()
+    mask[tuple(slice(seed, seed + 10) for _ in shape)] = False
+    return batch | labels, mask
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("stage", ["pre_train", "self_train"])
+def test_three_steps_are_the_textbooks(pair, stage):
+    names, shape, settings = PAIRS[pair]
+    learners = learners_of(names)
+    theirs = copy.deepcopy(learners.networks)
+    teacher, students = theirs["teacher"], {role: theirs[role] for role in STUDENTS}
+    optimisers = {role: torch.optim.Adam(s.parameters(), lr=1e-3, foreach=False) for role, s in students.items()}
+    for seed in range(3):
+        batch, mask = batch_of(shape, seed)
+        if stage == "pre_train":
+            losses = pretrain_step(learners, batch, mask, settings)
+            expected = textbook.pretrain_step(students, optimisers, batch, mask, settings)
+        else:
+            losses = self_train_step(learners, batch, mask, settings)
+            expected = textbook.self_train_step(students, teacher, optimisers, batch, mask, settings)
+            assert losses["discrepancy"] > 0
+        for name, value in expected.items():
+            assert losses[name].item() == pytest.approx(value, rel=1e-9)
+    for role, network in theirs.items():
+        ours = learners.networks[role].state_dict()
+        for name, value in network.state_dict().items():
+            if value.ndim > 1:  # a bias before a norm has the gradient 0, and Adam divides its rounding by itself
+                torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-7, msg=f"{role} {name}")
+
+
+# What makes the calling thread wait for a GPU: by Python's name, and by the operation that any other way comes down to.
+WAITING_CALLS = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__"}
+WAITING_OPERATIONS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount"}
+
+
+class Waits(TorchDispatchMode):
+    """Collects the names of what this thread calls that waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().split(".")[0] in WAITING_OPERATIONS:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Calls(TorchFunctionMode):
+    """The same for what stays in Python, such as numpy() of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in WAITING_CALLS:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def waits_of(function, *arguments):
+    with Waits() as waits, Calls() as calls:
+        function(*arguments)
+    return waits.names + calls.names
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_no_step_waits_for_the_device(pair):
+    names, shape, settings = PAIRS[pair]
+    learners = learners_of(names)
+    batch, mask = batch_of(shape, 0)
+    pretrain_step(learners, batch, mask, settings)  # Adam's first step makes its state
+    assert waits_of(pretrain_step, learners, batch, mask, settings) == []
+    assert waits_of(self_train_step, learners, batch, mask, settings) == []
+
+
+def test_the_count_of_waits_sees_the_textbooks():
+    names, shape, settings = PAIRS["2d"]
+    learners = learners_of(names)
+    batch, mask = batch_of(shape, 0)
+    teacher, students = learners.networks["teacher"], {role: learners.networks[role] for role in STUDENTS}
+    optimisers = {role: torch.optim.Adam(s.parameters(), foreach=False) for role, s in students.items()}
+    waits = waits_of(textbook.self_train_step, students, teacher, optimisers, batch, mask, settings)
+    assert {"item", "cpu", "numpy", "aten::_local_scalar_dense"} <= set(waits)
+
+
+def test_pseudo_labels_come_while_others_wait():
+    """The caller goes on at once, and has the labels that it would have had by waiting."""
+    logits = torch.randn(3, 4, 24, 20)
+    pending = [PendingLabels(logits, "argmax", 8) for _ in range(4)]
+    expected = torch.from_numpy(np.stack([largest_components(x, 8) for x in class_map(logits).numpy()]))
+    assert all(torch.equal(labels.result(), expected) for labels in pending)
+    with pytest.raises(ValueError, match="connectivity 26"):
+        PendingLabels(logits, "argmax", 26).result()
+
+
+def test_gradients_of_a_step_are_one_sum_over_both_mixes():
+    """Each parameter's gradient after a step is that of both mixes, and the next step begins anew."""
+    names, shape, settings = PAIRS["2d"]
+    learners = learners_of(names)
+    for optimiser in learners.optimisers.values():
+        optimiser.param_groups[0]["lr"] = 0.0
+    teacher = copy.deepcopy(learners.networks["teacher"])
+    batch, mask = batch_of(shape, 0)
+    gradients = []
+    for _ in range(2):
+        learners.networks["teacher"].load_state_dict(teacher.state_dict())
+        self_train_step(learners, batch, mask, settings)
+        gradients.append([p.grad.clone() for p in learners.networks["student_a"].parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
