@@ -168,6 +168,7 @@ class _Loop:
         start = self.learners.iteration
         if start >= iterations:
             LOGGER.info("%s: all %d iterations are done already", self.stage, start)
+            self._warn_of_lost_best()
             return
         checkpoints.check_best(self.folder, self.learners.best)
         record = StageRecord(self.folder, self._columns(), start + 1)
@@ -221,6 +222,13 @@ class _Loop:
             self._log_cost()
         bar.update()
         return is_stop
+
+    def _warn_of_lost_best(self) -> None:
+        """Say that a finished stage has lost a best checkpoint, which what comes after it may well do without."""
+        try:
+            checkpoints.check_best(self.folder, self.learners.best)
+        except UserError as error:
+            LOGGER.warning("WARNING: %s", error)
 
     def _columns(self) -> list[str]:
         parts = ["loss", "dice", "ce"] + (["mse", "kl"] if self.stage == "self_train" else []) + ["grad_norm"]

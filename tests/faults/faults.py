@@ -142,16 +142,16 @@ def damage(rng: random.Random) -> dict[str, Callable[[Path], object]]:
 
 
 def stopped(runner: Runner, rng: random.Random) -> tuple[Path, Path]:
-    """Kill a run after a save or more; return the models' folder and the stage's."""
+    """Kill a run in the midst of a stage, after two saves or more; return the models' folder and the stage's."""
     while True:
         models = runner.fresh()
         process = runner.start(models)
         process.stop(rng.random() * 0.3, at="saving", count=rng.choice((6, 7, 8, 16, 17)))
         process.wait()
-        for stage in ("self_train", "pre_train"):
-            folder = runner.run_of(models) / stage
-            if all((folder / name).exists() for name in (checkpoints.LAST, checkpoints.PREVIOUS)):
-                return models, folder
+        stage, iteration = saved_iteration(runner.run_of(models))
+        folder = runner.run_of(models) / stage
+        if iteration < ITERATIONS and (folder / checkpoints.PREVIOUS).exists() and (folder / checkpoints.LAST).exists():
+            return models, folder
         shutil.rmtree(models)
 
 

@@ -57,6 +57,19 @@ def test_a_lost_best_checkpoint_is_not_made_up_for(runner):
 
 
 @POSIX
+def test_a_finished_stage_that_lost_a_best_checkpoint_is_told_of(runner, whole):
+    run = whole[0]
+    lost = run / "pre_train" / "best_mean.pth"
+    kept = lost.rename(lost.with_suffix(".kept"))
+    process = runner.start(run.parent)
+    status = process.wait()
+    kept.rename(lost)
+    text = process.output.read_text(encoding="utf-8")
+    assert status == 0
+    assert f"WARNING: {lost} is missing although the run selected it" in text
+
+
+@POSIX
 def test_two_processes_in_one_folder(runner):
     models = runner.fresh()
     with claimed(runner.run_of(models)):
