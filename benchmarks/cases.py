@@ -100,7 +100,7 @@ def step(work: Work, is_ours: bool) -> Run:
     batch = {k: torch.randn(work.batch_size, 1, *work.shape, generator=generator) for k in ("x_a", "x_b", "u_a", "u_b")}
     batch |= {f"y_{d}": (batch[f"x_{d}"][:, 0] > 1).to(torch.uint8) for d in "ab"}
     batch, mask = {key: value.to(work.device) for key, value in batch.items()}, _mask(work)
-    learners = make_learners(*(place(s, torch.device(work.device)) if is_ours else s for s in students), 1e-3)
+    learners = make_learners(*_placed(students, work, is_ours), 1e-3)
     add_teacher(learners)
     roles = dict(zip(STUDENTS, students, strict=True))
     plain = {role: torch.optim.Adam(s.parameters(), lr=1e-3, foreach=False) for role, s in roles.items()}
@@ -168,7 +168,7 @@ def streams(work: Work, is_ours: bool) -> Run:
 
 def evaluation(work: Work, is_ours: bool) -> Run:
     """Predict one volume with both students and their mean, window by window or slice by slice, and score it."""
-    students = _students(work)
+    students = _placed(_students(work), work, is_ours)
     rng, is_2d = np.random.default_rng(0), len(work.shape) == 2
     image = rng.standard_normal(work.volume).astype(np.float32)
     reference = (ndimage.gaussian_filter(rng.standard_normal(work.volume), 6, mode="wrap") > 0.01).astype(np.uint8)
@@ -225,6 +225,11 @@ def _mask(work: Work) -> torch.Tensor:
 def _students(work: Work) -> list[nn.Module]:
     torch.manual_seed(0)
     return [build_network(name, work.classes).to(work.device).train() for name in work.networks]
+
+
+def _placed(students: list[nn.Module], work: Work, is_ours: bool) -> list[nn.Module]:
+    """Give our networks the memory layout that the scripts give them."""
+    return [place(student, torch.device(work.device)) for student in students] if is_ours else students
 
 
 def _textbook_scores(label_map: np.ndarray, reference: np.ndarray, classes: range) -> float:

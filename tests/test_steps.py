@@ -11,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdcl.experiment import place
 from sdcl.losses import class_map
 from sdcl.networks import build_network, resnet, unet, vnet
 from sdcl.pseudo_labels import PendingLabels, largest_components
@@ -36,7 +37,8 @@ def narrow(monkeypatch):
 def learners_of(names):
     """Both students in train mode without dropout, in float64, and the teacher."""
     torch.manual_seed(0)
-    learners = make_learners(*(build_network(name, 2).double() for name in names), base_lr=1e-3)
+    students = (place(build_network(name, 2).double(), torch.device("cpu")) for name in names)
+    learners = make_learners(*students, base_lr=1e-3)
     add_teacher(learners)
     for network in learners.networks.values():
         network.train()
@@ -79,6 +81,22 @@ def test_three_steps_are_the_textbooks(pair, stage):
         for name, value in network.state_dict().items():
             if value.ndim > 1:  # a bias before a norm has the gradient 0, and Adam divides its rounding by itself
                 torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-7, msg=f"{role} {name}")
+
+
+def test_a_checkpoint_goes_on_in_another_memory_layout(tmp_path):
+    names, shape, settings = PAIRS["2d"]
+    ours, others = learners_of(names), learners_of(names)
+    for network in others.networks.values():
+        network.to(memory_format=torch.contiguous_format)
+    self_train_step(ours, *batch_of(shape, 0), settings)
+    others.load(copy.deepcopy(ours.state()), tmp_path)
+    for learners in (ours, others):
+        self_train_step(learners, *batch_of(shape, 1), settings)
+    for role, network in ours.networks.items():
+        weights = others.networks[role].state_dict()
+        for name, value in network.state_dict().items():
+            if value.ndim > 1:
+                torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-7, msg=f"{role} {name}")
 
 
 # What makes the calling thread wait for a GPU: by Python's name, and by the operation that any other way comes down to.

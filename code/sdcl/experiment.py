@@ -52,9 +52,9 @@ def begin(config: Any, check: Callable[[Any], None]) -> torch.device:
 def place(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Move a network to a device, in the memory layout that its convolutions are fastest in there."""
     is_2d = any(isinstance(module, torch.nn.Conv2d) for module in network.modules())
-    # Tensor cores read channels last. InstanceNorm copies to channels first, so 3D networks are left alone.
-    channels_last = is_2d and device.type == "cuda"
-    return network.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    # Convolutions want channels last: without it each one reorders its input. Norms and pooling of 2D networks follow;
+    # InstanceNorm would copy to channels first, so 3D networks are left alone.
+    return network.to(device, memory_format=torch.channels_last if is_2d else torch.preserve_format)
 
 
 def train(

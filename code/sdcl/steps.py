@@ -96,6 +96,10 @@ class Learners:
         for role, values in optimisers.items():
             groups = self.optimisers[role].state_dict()["param_groups"]  # the learning rate and all else of this run
             self.optimisers[role].load_state_dict({"state": values["state"], "param_groups": groups})
+            for parameter, moments in self.optimisers[role].state.items():
+                for name, moment in moments.items():
+                    if moment.shape == parameter.shape:  # in its memory layout too: a fused Adam walks both in step
+                        moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
 
 
 def make_learners(student_a: nn.Module, student_b: nn.Module, base_lr: float) -> Learners:
