@@ -54,7 +54,7 @@ def measure_alignment(image: np.ndarray, label: np.ndarray) -> Alignment:
     best = max(scores, key=lambda flip: scores[flip])
     values = image[mask]
     soft = float(((values > SOFT_TISSUE_HU[0]) & (values < SOFT_TISSUE_HU[1])).mean())
-    return Alignment(scores[()], best, scores[best], float(values.mean()), soft)
+    return Alignment(scores[()], best, scores[best], float(values.mean(dtype=np.float64)), soft)
 
 
 def border_contrast(image: np.ndarray, mask: np.ndarray) -> float:
@@ -68,7 +68,7 @@ def border_contrast(image: np.ndarray, mask: np.ndarray) -> float:
     for axis, side in enumerate(mask.shape):
         filled = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
         box.append(slice(max(filled[0] - 1, 0), min(filled[-1] + 2, side)))
-    image, mask = image[tuple(box)].astype(np.float32, copy=False), mask[tuple(box)]
+    image, mask = image[tuple(box)].astype(np.float64), mask[tuple(box)]
     across, within = np.zeros(2), np.zeros(2)  # sum and count of steps
     for axis in range(3):
         step = np.abs(np.diff(image, axis=axis))

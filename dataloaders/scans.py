@@ -12,6 +12,7 @@ import SimpleITK as sitk
 from nibabel import orientations
 
 from dataloaders.checks import check_declared
+from dataloaders.dicom import check_lengths, dicom_files, is_dicom
 from sdcl.errors import UserError
 from sdcl.runs import LOGGER
 
@@ -272,24 +273,6 @@ def _read_itk(path: Path) -> Scan:
     return Scan(path, sitk.GetArrayFromImage(image).T.reshape(shape), LPS_TO_RAS @ affine)
 
 
-def is_dicom(path: Path) -> bool:
-    """Tell whether a file begins as DICOM files do."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def dicom_files(folder: Path):
-    """Yield the DICOM files of a folder and its subfolders, by name."""
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            if name != "DICOMDIR" and is_dicom(Path(parent) / name):
-                yield Path(parent) / name
-
-
 @dataclass(frozen=True)
 class _Slice:
     """One DICOM file: its series, its place, its picture's shape and sides; positions in mm, x to the left (LPS)."""
@@ -333,6 +316,7 @@ def _read_dicom(folder: Path) -> Scan:
 
 def _slice_header(path: Path) -> _Slice | None:
     """Read a file's header; None for what has no place in space."""
+    check_lengths(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(os.fspath(path))
     reader.ReadImageInformation()

@@ -10,6 +10,7 @@ import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataloaders.dicom import check_lengths
 from dataloaders.scans import Scan, aligned_label, find_scans, read_label, read_scan
 from sdcl.errors import UserError
 
@@ -253,3 +254,27 @@ def test_a_bad_label_is_named(tmp_path, values, message):
     array[2, 2, 2] = values[1]
     with pytest.raises(UserError, match=message):
         read_label(write_nifti(tmp_path / "label", array), 2)
+
+
+@pytest.mark.parametrize("syntax", ["implicit", "compressed"])
+def test_a_dicom_element_longer_than_its_file_is_refused_unread(tmp_path, syntax):
+    folder = write_dicom(tmp_path / "ct", picture())
+    path = folder / "002.dcm"
+    if syntax == "compressed":  # explicit types, and pixels in fragments
+        writer = sitk.ImageFileWriter()
+        writer.UseCompressionOn()
+        writer.SetFileName(str(path))
+        writer.Execute(sitk.Cast(sitk.ReadImage(str(path)), sitk.sitkInt16))
+    else:
+        assert read_scan(folder).array.shape == picture().shape
+    check_lengths(path)
+    content = path.read_bytes()
+    place = content.rindex(b"\xe0\x7f\x10\x00")  # the pixels' tag, then where their length stands
+    place += 4
+    if syntax == "compressed":
+        place += 4
+        assert content[place : place + 4] == b"\xff" * 4
+        place = content.index(b"\xfe\xff\x00\xe0", place + 12) + 4  # the first fragment, after the table of offsets
+    path.write_bytes(content[:place] + b"\xfe\xff\xff\xff" + content[place + 4 :])
+    with pytest.raises(UserError, match=r"002.dcm is damaged: its element \(....,....\) says it has 4294967294 bytes"):
+        check_lengths(path) if syntax == "compressed" else read_scan(folder)
