@@ -71,6 +71,8 @@ def write_results(config: Config, run: Run, name: str, scan: Scan, probabilities
 
 def main(config: Config) -> None:
     """Read the run, then segment one scan after the other."""
+    if config.input.is_dir() and config.output.resolve().is_relative_to(config.input.resolve()):
+        raise UserError(f"--output {config.output} lies in --input, where predictions pass for scans: move it.")
     device = begin(config, lambda _: None)
     run = Run.read(config.run, config.largest_component)
     if config.stride and run.is_3d:

@@ -3,6 +3,7 @@
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -188,3 +189,19 @@ def check_apart(train: list[str], others: dict[Path, list[str]], where: Path) ->
         both = sorted(set(train) & set(names))
         if both:
             raise UserError(f"{where} and {path.name} both name {both[0]}: take it out of one of them.")
+
+
+def check_dimensions(config: Any, ndim: int) -> None:
+    """Refuse a patch or a network that is not made for images of so many dimensions.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if len(config.patch_size) != ndim:
+        raise UserError(f"--patch_size has {len(config.patch_size)} sides, these images are {ndim}D: give {ndim}.")
+    fitting = {2: ("unet", "resunet"), 3: ("vnet", "resvnet")}[ndim]
+    for flag in ("student_a", "student_b"):
+        if getattr(config, flag) not in fitting:
+            raise UserError(
+                f"--{flag} {getattr(config, flag)} is not for {ndim}D images: choose {' or '.join(fitting)}."
+            )

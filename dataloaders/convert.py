@@ -79,7 +79,10 @@ def convert(jobs: Sequence[Job], workers: int, overwrite: bool) -> None:
             signal.signal(signal.SIGTERM, earlier)
     LOGGER.info("%d cases converted", len(waiting) - len(failures))
     if failures:
-        raise UserError(f"{len(failures)} of {len(waiting)} cases were refused, the first: {failures[0]}")
+        raise UserError(
+            f"{len(failures)} of {len(waiting)} cases were refused, the first: {failures[0]} The others are "
+            "finished; when these are mended or moved away, give the same command again."
+        )
 
 
 def write_case(

@@ -51,6 +51,8 @@ class DataSet:
         """
         if self.preprocessing.normalise != "ct" or sample.label is None or not sample.label.any():
             return
+        if sample.label.ndim != 3:  # of a slice; its volume was checked when it was made
+            return
         if read_text_attribute(path, "alignment") == TRUSTED:
             return
         low, high = WINDOW_HU

@@ -2,18 +2,19 @@
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from dataloaders.alignment import TRUSTED, check_alignment
 from dataloaders.convert import Job, convert, provenance, write_case
 from dataloaders.files import read_list, sample_rng
-from dataloaders.own import DESCRIPTION
+from dataloaders.own import DESCRIPTION, is_name
 from dataloaders.preprocessing import WINDOW_HU, Normalisation, Preprocessing, prepare, prepare_label
 from dataloaders.scans import Scan, aligned_label, find_scans, read_label, read_scan
 from dataloaders.slices import SLICE, find_file
@@ -55,8 +56,19 @@ def join(images: Path, labels: Path) -> dict[str, tuple[Path, Path | None]]:
     Raises:
         UserError: a label has no scan.
     """
-    scans = {name.removesuffix(CHANNEL): path for name, path in find_scans(images).items()}
-    masks = find_scans(labels)
+    if images.resolve() == labels.resolve():
+        raise UserError(f"--images and --labels are both {images}: give the folder of each.")
+    masks, found = find_scans(labels), find_scans(images)
+    stems = {name.removesuffix(CHANNEL) for name in found if name.endswith(CHANNEL)} & set(masks)
+    second = next(
+        (name for name in found if re.sub(r"_\d{4}$", "", name) in stems and not name.endswith(CHANNEL)), None
+    )
+    if second:
+        raise UserError(
+            f"{found[second]} is another channel or copy of {re.sub(r'_[0-9]{4}$', '', second)}{CHANNEL}: leave one "
+            "channel of each case in the folder."
+        )
+    scans = {name if name in masks else name.removesuffix(CHANNEL): path for name, path in found.items()}
     for name, path in masks.items():
         if name not in scans:
             close = difflib.get_close_matches(name, scans, n=1)
@@ -110,6 +122,11 @@ def split(labelled: Sequence[str], config: Config) -> tuple[list[str], list[str]
     rest = [name for name in order if name not in test]
     val = rest[: round(config.val_fraction * len(labelled))]
     train = [name for name in rest if name not in val]
+    if not test:
+        raise UserError(
+            f"no case of the {len(labelled)} labelled ones is left for the test: raise --test_fraction, or give "
+            "--test_list."
+        )
     if len(train) < 2:
         raise UserError(
             f"{len(train)} labelled cases are left for training, {len(val)} for validation, {len(test)} for the test: "
@@ -137,6 +154,8 @@ def convert_case(
     attributes = provenance(case, how, rule="import_nifti", image=image_path, label=label_path, raw=config.images)
     attributes["alignment"] = alignment
     if how.layout == "slices":
+        for old in (config.output / "data" / "slices").glob(f"{name}{SLICE}*.h5"):
+            old.unlink()  # of a conversion that gave more slices
         of_slices = {key: attributes[key] for key in ("source", "label_source", "rule", "preprocessing", "version")}
         for k, picture in enumerate(case.array, start=1):
             path = config.output / "data" / "slices" / f"{name}{SLICE}{k}.h5"
@@ -166,9 +185,39 @@ def slices_of(root: Path, name: str) -> list[str]:
     return [f"{name}{SLICE}{k}" for k in range(1, count + 1)]
 
 
+def _check(config: Config) -> None:
+    """Refuse impossible settings before anything is read."""
+    if config.workers < 1:
+        raise UserError(f"--workers is {config.workers}: it must be above 0.")
+    values = config.label_values
+    if len(set(values)) < len(values) or not all(1 <= value <= 255 for value in values):
+        raise UserError(f"--label_values {' '.join(map(str, values))} must be different numbers from 1 to 255.")
+    name = config.output.resolve().name
+    if not is_name(name):
+        raise UserError(f"--output {config.output}: the folder's name must be of letters, digits, - and _.")
+
+
+def _check_same(config: Config, content: dict[str, Any]) -> None:
+    """Refuse to go on with a data set that was imported in another way: its finished files would stay as they are."""
+    path = config.output / DESCRIPTION
+    if config.overwrite or not path.exists():
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differing = [key for key, value in content.items() if key in there and there[key] != value]
+    except (OSError, ValueError, TypeError):
+        return
+    if differing:
+        raise UserError(
+            f"{path} is of an import with other {' and '.join(differing)}: give --overwrite to convert all cases "
+            "again, another --output, or the earlier settings."
+        )
+
+
 def main(config: Config) -> None:
     """Join, check, convert, and write the lists and the description."""
     start_logging()
+    _check(config)
     cases = join(config.images, config.labels)
     labels = {name: label for name, (_, label) in cases.items() if label is not None}
     values = label_values(list(labels.values()), config.label_values, config.workers)
@@ -179,6 +228,9 @@ def main(config: Config) -> None:
         )
     train, val, test = split(list(labels), config)
     how = Preprocessing(config.normalise, "LPS", config.spacing_mm, layout=config.layout)
+    content = {"name": config.output.resolve().name, "class_names": names, "preprocessing": json.loads(how.to_json())}
+    content["label_values"] = values
+    _check_same(config, content)
     jobs = []
     for name, (image, label) in cases.items():
         run = lambda n=name, i=image, m=label: convert_case(n, i, m, how, values, config)  # noqa: E731
@@ -186,7 +238,6 @@ def main(config: Config) -> None:
     convert(jobs, config.workers, config.overwrite)
     unlabelled = [name for name, (_, label) in cases.items() if label is None]
     write_lists(config, train, unlabelled, val, test)
-    content = {"name": config.output.resolve().name, "class_names": names, "preprocessing": json.loads(how.to_json())}
     write_text(config.output / DESCRIPTION, json.dumps(content, indent=2) + "\n")
     counts = (len(train), len(unlabelled), len(val), len(test))
     LOGGER.info("%s: %d labelled, %d unlabelled, %d validation and %d test cases", config.output, *counts)

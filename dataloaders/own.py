@@ -12,6 +12,11 @@ from sdcl.errors import UserError
 DESCRIPTION = "dataset.json"
 
 
+def is_name(name: str) -> bool:
+    """Tell whether a data set may be called so: letters, digits, - and _."""
+    return name.replace("_", "").replace("-", "").isalnum()
+
+
 def check_root(root_path: Path) -> None:
     """Refuse a folder that does not hold such a data set.
 
@@ -42,7 +47,7 @@ def read_data_set(root_path: Path) -> DataSet:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): import the data again.") from None
-    if not names or not name.replace("_", "").replace("-", "").isalnum():
+    if not names or not is_name(name):
         raise UserError(f"{path} needs class_names and a name of letters, digits, - and _: correct it.")
     return DataSet(name=name, class_names=names, preprocessing=how, path_of=find_file, check_root=check_root)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dataloaders.checks import check_apart, inside
+from dataloaders.checks import check_apart, check_dimensions, inside
 from dataloaders.datasets import DataSet
 from dataloaders.files import Cache, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
@@ -141,6 +141,7 @@ def check_2d(config: Any, num_classes: int) -> None:
     Raises:
         UserError: names the flags.
     """
+    check_dimensions(config, 2)
     if config.pseudo_label_rule == "threshold" and num_classes != 2:
         raise UserError(f"--pseudo_label_rule threshold is for two classes, not {num_classes}: use argmax.")
     if config.connectivity not in (4, 8):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from dataloaders.checks import check_apart
+from dataloaders.checks import check_apart, check_dimensions
 from dataloaders.datasets import DataSet
 from dataloaders.files import Cache, Sample, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
@@ -179,12 +179,16 @@ def check_windows(stride: Sequence[int], patch_size: Sequence[int]) -> None:
         )
 
 
-def check_3d(config: Any) -> None:
+def check_3d(config: Any, num_classes: int) -> None:
     """Refuse settings of a 3D data set that contradict each other.
 
     Raises:
         UserError: names the flags.
     """
+    check_dimensions(config, 3)
+    for flag in ("pseudo_label_rule", "decision_rule"):
+        if getattr(config, flag) == "threshold" and num_classes != 2:
+            raise UserError(f"--{flag} threshold is for two classes, not {num_classes}: use argmax.")
     if config.connectivity not in (6, 18, 26):
         raise UserError(f"--connectivity is {config.connectivity}: volumes know 6, 18 or 26 neighbours.")
     check_windows(config.stride, config.patch_size)
@@ -211,7 +215,7 @@ def train_volumes(config: Any, data_set: DataSet, self_val_at: Collection[int]) 
 
     def check(config: Any) -> None:
         data_set.check_root(config.root_path)
-        check_3d(config)
+        check_3d(config, data_set.num_classes)
 
     device = begin(config, check)
     num_classes = data_set.num_classes

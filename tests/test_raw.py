@@ -24,6 +24,7 @@ from test_scans import ORIENTATIONS, affine_of, write_dicom, write_nifti
 
 from dataloaders.alignment import FLIPS, border_contrast, check_alignment, measure_alignment
 from dataloaders.files import read_affine, read_list
+from dataloaders.import_nifti import join
 from dataloaders.phantom import write_nifti as write_nifti_phantom
 from dataloaders.prediction import box_on_grid, check_roi, segment
 from dataloaders.preprocessing import Preprocessing, at_least, label_box, prepare, prepare_label, with_margins
@@ -453,3 +454,62 @@ def test_labels_follow_their_images():
     done, mask = prepare(scan, CT), prepare_label(label, scan, CT)
     assert mask.shape == done.array.shape and mask.dtype == np.uint8
     assert abs(done.array[mask > 0].mean() * 400 - 125 - 80) < 12
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (("--normalise", "minmax"), "is of an import with other preprocessing: give --overwrite"),
+        (("--class_names", "heart"), "is of an import with other class_names: give --overwrite"),
+        (("--label_values", "0"), "--label_values 0 must be different numbers from 1 to 255"),
+        (("--test_fraction", "0"), "no case of the 5 labelled ones is left for the test: raise --test_fraction"),
+        (("--workers", "0"), "--workers is 0: it must be above 0"),
+    ],
+)
+def test_a_second_import_in_another_way_is_refused(own, changed, words):
+    before = (own / "mine" / "dataset.json").read_text()
+    flags = ("--images", own / "raw" / "images", "--labels", own / "raw" / "labels", "--class_names", "atrium")
+    text = run(
+        "../dataloaders/import_nifti.py",
+        *flags,
+        "--output",
+        own / "mine",
+        "--normalise",
+        "zscore",
+        *changed,
+        fails=True,
+    )
+    assert words in text and (own / "mine" / "dataset.json").read_text() == before
+
+
+def test_channels_of_one_case_are_refused_and_numbers_are_names(own, tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(own / "raw" / folder / "case_01.nii.gz", tmp_path / folder / "case_0000.nii.gz")
+        shutil.copy(own / "raw" / folder / "case_02.nii.gz", tmp_path / folder / "case_0001.nii.gz")
+    assert set(join(tmp_path / "images", tmp_path / "labels")) == {"case_0000", "case_0001"}
+    (tmp_path / "labels" / "case_0000.nii.gz").rename(tmp_path / "labels" / "case.nii.gz")
+    (tmp_path / "labels" / "case_0001.nii.gz").unlink()
+    with pytest.raises(UserError, match="case_0001.nii.gz is another channel"):
+        join(tmp_path / "images", tmp_path / "labels")
+    with pytest.raises(UserError, match="--images and --labels are both"):
+        join(tmp_path / "images", tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--patch_size", "32", "32"), "--patch_size has 2 sides, these images are 3D: give 3"),
+        (("--student_a", "unet"), "--student_a unet is not for 3D images: choose vnet or resvnet"),
+    ],
+)
+def test_a_patch_or_network_of_another_dimension_is_refused(own, tmp_path, flags, words):
+    text = run("own_train.py", "--root_path", own / "mine", "--models_path", tmp_path / "m", *flags, fails=True)
+    assert words in text and not (tmp_path / "m").exists()
+
+
+def test_predictions_do_not_go_where_scans_are_read(own, tmp_path):
+    scans = own / "raw" / "images"
+    text = run("predict.py", "--run", tmp_path, "--input", scans, "--output", scans / "out", fails=True)
+    assert "lies in --input, where predictions pass for scans: move it" in text
+    assert not (scans / "out").exists()

@@ -108,8 +108,13 @@ def open_run(
                 f"{folder} holds a run on other {' and '.join(changed)} cases: restore the lists in data_split/ "
                 "to go on with it, choose another --exp, or remove the folder."
             )
+        kept = content.setdefault("task", json.loads(json.dumps(task)))
+        if kept != json.loads(json.dumps(task)):
+            raise UserError(
+                f"{folder} holds a run on data that were preprocessed in another way ({kept} there, {task} "
+                "now): restore the data to go on with it, choose another --exp, or remove the folder."
+            )
         content["resumed"].append(now)
-        content["task"] = task
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
