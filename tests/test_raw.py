@@ -365,6 +365,10 @@ def test_own_data_from_training_to_a_prediction_on_the_scan(own, tmp_path, name,
     run("own_train.py", *where, *tiny, "--patch_size", *size)
     folder = tmp_path / "models" / f"{name}_SDCL_{n}_labeled"
     assert "atrium" in run("test_own.py", *where, "--save_nifti")
+    root = shutil.copytree(own / name, tmp_path / name)
+    train, test = (next((root / "data_split").glob(f"{part}.*")) for part in ("train", "test"))
+    test.write_text("\n".join(read_list(train)[:n]))
+    assert f"the run was TRAINED on {n} of these cases" in run("test_own.py", *where[2:], "--root_path", root)
     exported = next((folder / "test" / "self_train_test" / "nifti").glob("*_image.nii.gz"))
     raw = nibabel.load(own / "raw" / "images" / exported.name.replace("_image", ""))
     if name == "mine":  # not resampled: the exported image lies on the raw scan, voxel on voxel

@@ -21,7 +21,7 @@ from sdcl.config import run_script
 from sdcl.errors import UserError
 from sdcl.networks import build_network
 from sdcl.records import StageRecord
-from sdcl.runs import open_run, read_config
+from sdcl.runs import open_run, read_config, trained_among
 from sdcl.steps import add_teacher, make_learners, self_train_step
 from sdcl.teacher import update_teacher
 from sdcl.training import pretrain
@@ -70,6 +70,15 @@ def test_a_run_goes_on_with_the_same_cases_alone(tmp_path):
     open_run(tmp_path, CONFIG, lists, CPU, {})
     assert read_config(tmp_path) == CONFIG
     assert json.loads((tmp_path / "config.json").read_text())["lists"]
+    with pytest.raises(UserError, match="holds a run on data that were preprocessed in another way .*choose another"):
+        open_run(tmp_path, CONFIG, lists, CPU, {"preprocessing": {"normalise": "ct"}})
+
+
+def test_a_run_knows_what_it_was_trained_on(tmp_path):
+    lists = {"labelled": ["p1_slice_1", "p1_slice_2"], "unlabelled": ["p2_slice_1"], "validation": ["p3"]}
+    assert trained_among(tmp_path, ["p1"]) == []
+    open_run(tmp_path, CONFIG, lists, CPU, {})
+    assert trained_among(tmp_path, ["p3", "p2", "p1", "p"]) == ["p2", "p1"]
 
 
 def test_torn_and_repeated_rows_are_dropped(tmp_path):

@@ -21,7 +21,7 @@ from sdcl.errors import UserError
 from sdcl.evaluation import PREDICTORS, STUDENTS, Case, Predictors, Task, load_predictors
 from sdcl.networks import build_network
 from sdcl.report import test_report, validator
-from sdcl.runs import LOGGER, environment, open_run, read_config, run_folder, start_logging
+from sdcl.runs import LOGGER, environment, open_run, read_config, run_folder, start_logging, trained_among
 from sdcl.training import Streams, make_learners, pretrain, self_train
 
 
@@ -199,8 +199,13 @@ def test(
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     name = "_".join([config.stage if selected_on else "weights", split, *_options(config)])
     cases, results = read_cases(), folder / "test" / name
+    seen = trained_among(folder, [case.name for case in cases]) if selected_on else []
+    facts["trained_on"] = seen
     with claimed(results):
         test_report(results, predictors, cases, task, config.protocol, facts, nifti)
+    if seen:
+        shown = ", ".join(seen[:5]) + (" ..." if len(seen) > 5 else "")
+        LOGGER.warning("NOTE: the run was TRAINED on %d of these cases (%s), which flatters it.", len(seen), shown)
     if selected_on == split:
         LOGGER.info("NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", split)
 

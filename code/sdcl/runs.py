@@ -27,6 +27,7 @@ MACHINE_FIELDS = frozenset(
         "window_batch",
     }
 )  # fmt: skip
+TRAINED, SLICE = ("labelled", "unlabelled"), "_slice_"  # lists of training cases; what follows it in a slice's name
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
 MAX_CONFIG_BYTES = 2**24  # of config.json, which grows by half a kilobyte at each resume
 MAX_SIDE = 2**14  # of a patch in a config.json, in pixels
@@ -93,7 +94,9 @@ def open_run(
     """
     path, now = folder / "config.json", environment(device)
     sums = {name: hashlib.sha256("\n".join(cases).encode()).hexdigest() for name, cases in lists.items()}
-    content = {"config": config, "task": task, "lists": sums, "environment": now, "resumed": []}
+    trained_on = sorted({name.split(SLICE)[0] for key in TRAINED for name in lists.get(key, ())})
+    content = {"config": config, "task": task, "lists": sums, "trained_on": trained_on, "environment": now}
+    content["resumed"] = []
     if path.exists():
         content = _read_content(path)
         differing = differing_fields(content["config"], config)
@@ -172,6 +175,13 @@ def read_task(folder: Path) -> dict[str, Any]:
     if not isinstance(task, dict):
         raise UserError(f"{folder / 'config.json'} has no `task`: start the run's training once more, which adds it.")
     return task
+
+
+def trained_among(folder: Path, cases: Sequence[str]) -> list[str]:
+    """Return those cases that a run was trained on, as far as its config.json tells."""
+    path = folder / "config.json"
+    trained_on = _read_content(path).get("trained_on") if path.exists() else None
+    return [name for name in cases if name in trained_on] if isinstance(trained_on, list) else []
 
 
 class _TqdmHandler(logging.Handler):
