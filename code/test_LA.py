@@ -23,9 +23,7 @@ class Config:
     stage: Literal["self_train", "pre_train"] = "self_train"  # whose checkpoints
     student_a_weights: Path | None = None  # test these weights (published or yours) instead of the run's; with the next
     student_b_weights: Path | None = None  # the second student's
-    spacing: tuple[float, float, float] | None = (
-        None  # voxel sides, mm (LA: 0.625 0.625 0.625); None: what the files say
-    )
+    spacing: tuple[float, float, float] | None = None  # voxel sides, mm (LA: 0.625 0.625 0.625); None: the files' own
     save_nifti: bool = False  # also write image, label, prediction and probability of each case as NIfTI
 
     # --- how ---

@@ -8,6 +8,7 @@ from dataloaders.own import count_labelled, read_data_set
 from dataloaders.slices import test_slices
 from dataloaders.volumes import test_volumes
 from sdcl.config import run_script
+from sdcl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,6 +53,10 @@ def main(config: Config) -> None:
     config.labelnum = config.labelnum or count_labelled(config.root_path, data_set)
     if data_set.preprocessing.layout == "volume":
         test_volumes(config, data_set, config.split)
+    elif config.spacing or config.stride or config.tta or config.window_weighting != "constant":
+        raise UserError(
+            f"{config.root_path} is a 2D data set: --spacing, --stride, --tta and --window_weighting are for volumes."
+        )
     else:
         test_slices(config, data_set)
 

@@ -365,6 +365,8 @@ def test_own_data_from_training_to_a_prediction_on_the_scan(own, tmp_path, name,
     run("own_train.py", *where, *tiny, "--patch_size", *size)
     folder = tmp_path / "models" / f"{name}_SDCL_{n}_labeled"
     assert "atrium" in run("test_own.py", *where, "--save_nifti")
+    if name == "flat":
+        assert "flat is a 2D data set: --spacing" in run("test_own.py", *where, "--spacing", 1, 1, 1, fails=True)
     root = shutil.copytree(own / name, tmp_path / name)
     train, test = (next((root / "data_split").glob(f"{part}.*")) for part in ("train", "test"))
     test.write_text("\n".join(read_list(train)[:n]))

@@ -1,5 +1,6 @@
 """What every data set's scripts do around the loops: prepare, train both stages, test."""
 
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def train(
                 **common,
             )
     stage = "" if stages[1] is not None else " --stage pre_train"
-    where = f"--models_path {config.models_path} --exp {config.exp} --labelnum {config.labelnum}{stage}"
+    paths = shlex.join(["--root_path", str(config.root_path), "--models_path", str(config.models_path)])
+    where = f"{paths} --exp {shlex.quote(config.exp)} --labelnum {config.labelnum}{stage}"
     LOGGER.info("done: %s; the test script scores it with %s", folder, where)
 
 
