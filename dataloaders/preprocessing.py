@@ -103,7 +103,9 @@ def onto_scan(values: np.ndarray, affine: np.ndarray, scan: Scan) -> np.ndarray:
     Returns:
         float32 (X, Y, Z).
     """
-    return resampled(values, affine, scan.array.shape, scan.affine, order=1, mode="grid-constant")
+    there = (affine, scan.array.shape, scan.affine)
+    inside = resampled(np.ones(values.shape, np.float32), *there, order=0, mode="grid-constant")
+    return resampled(values, *there, order=1) * inside  # an outermost voxel counts to its own border, undiminished
 
 
 def resampled(

@@ -198,7 +198,8 @@ def test_arguments_that_do_not_fit(change, message):
         mixed_losses(**(call | {"image_weight": 1, "patch_weight": 1, "dice": "batch"} | change))
 
 
-def test_labels_beyond_the_classes_are_refused():
-    label = torch.full((1, 4, 4), 2, dtype=torch.uint8)
+@pytest.mark.parametrize("value, dtype", [(2, torch.uint8), (256, torch.int64), (-256, torch.int64), (-1, torch.int8)])
+def test_labels_beyond_the_classes_are_refused(value, dtype):
+    label = torch.full((1, 4, 4), value, dtype=dtype)
     with pytest.raises(RuntimeError, match="labels must lie in"):
         mixed_losses(torch.zeros(1, 2, 4, 4), label, label, None, image_weight=1, patch_weight=1, dice="batch")

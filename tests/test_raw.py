@@ -27,7 +27,15 @@ from dataloaders.files import read_affine, read_list
 from dataloaders.import_nifti import join
 from dataloaders.phantom import write_nifti as write_nifti_phantom
 from dataloaders.prediction import box_on_grid, check_roi, segment
-from dataloaders.preprocessing import Preprocessing, at_least, label_box, prepare, prepare_label, with_margins
+from dataloaders.preprocessing import (
+    Preprocessing,
+    at_least,
+    label_box,
+    onto_scan,
+    prepare,
+    prepare_label,
+    with_margins,
+)
 from dataloaders.scans import Scan
 from sdcl.config import parse
 from sdcl.errors import UserError
@@ -519,3 +527,12 @@ def test_predictions_do_not_go_where_scans_are_read(own, tmp_path):
     text = run("predict.py", "--run", tmp_path, "--input", scans, "--output", scans / "out", fails=True)
     assert "lies in --input, where predictions pass for scans: move it" in text
     assert not (scans / "out").exists()
+
+
+def test_a_structure_cut_by_the_scans_border_is_not_faded():
+    scan = Scan(None, np.zeros((13, 12, 12), np.int16), affine_of("LPS", (1.0, 1.0, 1.0)))
+    grid = np.diag([-3.0, -3.0, 3.0, 1.0])
+    grid[:3, 3] = (scan.affine @ [1, 1, 1, 1])[:3]  # its first voxel covers the scan's first three
+    found = onto_scan(np.full((4, 4, 4), 0.8, np.float32), grid, scan)
+    np.testing.assert_allclose(found[:12], 0.8, rtol=1e-6)
+    assert (found[12] == 0).all()  # beyond the grid

@@ -107,6 +107,9 @@ def _codes(
     """
     classes, states = logits.shape[1], 1 if discrepancy is None else 3
     dtype = torch.uint8 if len(REGIONS) * states * classes <= 256 else torch.int32
+    for label in (image_label, patch_label):
+        if label.dtype != torch.uint8:  # bytes would hide what is wrong with others
+            torch._assert_async(((label >= 0) & (label < classes)).all(), f"labels must lie in [0, {classes})")
     target, code = image_label.to(dtype), 0
     if mask is not None:
         inside = mask.bool()
