@@ -114,7 +114,8 @@ def train(
                 **common,
             )
     stage = "" if stages[1] is not None else " --stage pre_train"
-    paths = shlex.join(["--root_path", str(config.root_path), "--models_path", str(config.models_path)])
+    given = {name: str(getattr(config, name)) for name in ("root_path", "models_path") if hasattr(config, name)}
+    paths = shlex.join([text for name, path in given.items() for text in (f"--{name}", path)])
     where = f"{paths} --exp {shlex.quote(config.exp)} --labelnum {config.labelnum}{stage}"
     LOGGER.info("done: %s; the test script scores it with %s", folder, where)
 
