@@ -11,10 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dataloaders import acdc, la, pancreas
-from dataloaders.datasets import DataSet
+from dataloaders.datasets import SLICE, DataSet
 from dataloaders.files import read_list, read_sample, read_spacing
 from dataloaders.own import read_data_set
-from dataloaders.slices import SLICE
 from sdcl.config import run_script
 from sdcl.errors import UserError
 from sdcl.evaluation import Case

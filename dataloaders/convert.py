@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
+from dataloaders.datasets import SLICE
 from dataloaders.preprocessing import Box, Prepared, Preprocessing
 from sdcl.atomic import replacing
 from sdcl.errors import UserError
@@ -104,6 +105,27 @@ def write_case(
         file.attrs.update(attributes or {})
     with replacing(path) as temporary:
         temporary.write_bytes(memory.getvalue())  # made in memory, so that a kill seldom finds it half-written
+
+
+def write_slices(
+    root_path: Path, name: str, image: np.ndarray, label: np.ndarray | None, attributes: Mapping[str, Any]
+) -> None:
+    """Write a case's single slices, then its volume, into a data set's data/.
+
+    Args:
+        root_path: the data set's folder.
+        name: of the case.
+        image: (D, H, W).
+        label: (D, H, W), or None.
+        attributes: from provenance(); the slices get those that do not speak of the volume.
+    """
+    folder = root_path / "data" / "slices"
+    for old in folder.glob(f"{name}{SLICE}*.h5"):
+        old.unlink()  # of a conversion that gave more slices
+    of_slices = {key: attributes[key] for key in ("source", "label_source", "rule", "preprocessing", "version")}
+    for k, picture in enumerate(image, start=1):
+        write_case(folder / f"{name}{SLICE}{k}.h5", picture, None if label is None else label[k - 1], of_slices)
+    write_case(root_path / "data" / f"{name}.h5", image, label, attributes)
 
 
 def provenance(

@@ -13,6 +13,8 @@ from dataloaders.files import Sample, read_text_attribute
 from dataloaders.preprocessing import WINDOW_HU, Preprocessing
 from sdcl.errors import UserError
 
+SLICE = "_slice_"  # in a slice's name, before its number
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -36,7 +38,7 @@ class DataSet:
     check_root: Callable[[Path], None]
     is_organ_ct: bool = False
     trained_on_crops: bool = False
-    patient_of: Callable[[str], str] = lambda name: name.rsplit("_slice_", 1)[0]
+    patient_of: Callable[[str], str] = lambda name: name.rsplit(SLICE, 1)[0]
 
     @property
     def num_classes(self) -> int:

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import numpy as np
 
 from dataloaders.alignment import TRUSTED, check_alignment
-from dataloaders.convert import Job, convert, provenance, write_case
+from dataloaders.convert import Job, convert, provenance, write_case, write_slices
+from dataloaders.datasets import SLICE
 from dataloaders.files import read_list, sample_rng
 from dataloaders.own import DESCRIPTION, is_name
 from dataloaders.preprocessing import WINDOW_HU, Normalisation, Preprocessing, prepare, prepare_label
 from dataloaders.scans import Scan, aligned_label, find_scans, read_label, read_scan
-from dataloaders.slices import SLICE, find_file
+from dataloaders.slices import find_file
 from sdcl.atomic import write_text
 from sdcl.config import run_script
 from sdcl.errors import UserError
@@ -154,13 +155,9 @@ def convert_case(
     attributes = provenance(case, how, rule="import_nifti", image=image_path, label=label_path, raw=config.images)
     attributes["alignment"] = alignment
     if how.layout == "slices":
-        for old in (config.output / "data" / "slices").glob(f"{name}{SLICE}*.h5"):
-            old.unlink()  # of a conversion that gave more slices
-        of_slices = {key: attributes[key] for key in ("source", "label_source", "rule", "preprocessing", "version")}
-        for k, picture in enumerate(case.array, start=1):
-            path = config.output / "data" / "slices" / f"{name}{SLICE}{k}.h5"
-            write_case(path, picture, None if mask is None else mask[k - 1], of_slices)
-    write_case(config.output / "data" / f"{name}.h5", case.array, mask, attributes)
+        write_slices(config.output, name, case.array, mask, attributes)
+    else:
+        write_case(config.output / "data" / f"{name}.h5", case.array, mask, attributes)
 
 
 def write_lists(

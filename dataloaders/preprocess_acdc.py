@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.acdc import DATA_SET
-from dataloaders.convert import Job, convert, provenance, write_case
+from dataloaders.convert import Job, convert, provenance, write_slices
 from dataloaders.preprocessing import prepare, prepare_label
 from dataloaders.scans import aligned_label, label_by_index, read_label, read_scan
 from sdcl.config import run_script
@@ -34,10 +34,7 @@ def convert_frame(image_path: Path, label_path: Path, name: str, config: Config)
     mask = prepare_label(on_image, image, PREPROCESSING)
     case = prepare(image, PREPROCESSING)
     attributes = provenance(case, PREPROCESSING, rule="published", image=image_path, label=label_path, raw=config.raw)
-    of_slices = {key: attributes[key] for key in ("source", "label_source", "rule", "preprocessing", "version")}
-    for k, (picture, structures) in enumerate(zip(case.array, mask, strict=True), start=1):
-        write_case(config.root_path / "data" / "slices" / f"{name}_slice_{k}.h5", picture, structures, of_slices)
-    write_case(config.root_path / "data" / f"{name}.h5", case.array, mask, attributes)
+    write_slices(config.root_path, name, case.array, mask, attributes)
 
 
 def frame_names(files: list[Path]) -> dict[str, Path]:
@@ -48,13 +45,19 @@ def frame_names(files: list[Path]) -> dict[str, Path]:
 
     Returns:
         <patient>_frame01 and so on to the file: as the folder's Info.cfg says, else in the order of their numbers.
+
+    Raises:
+        UserError: Info.cfg names a frame that is not there.
     """
     number = {path: int(FRAME.fullmatch(path.name)[2]) for path in files}
+    patient = FRAME.fullmatch(files[0].name)[1]
     info = files[0].parent / "Info.cfg"
     text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
     phases = {key: int(value) for key, value in re.findall(r"^\s*(ED|ES)\s*:\s*(\d+)\s*$", text, re.MULTILINE)}
     ranked = sorted(files, key=lambda path: (number[path] != phases.get("ED"), number[path]))
-    patient = FRAME.fullmatch(files[0].name)[1]
+    missing = [frame for frame in phases.values() if frame not in number.values()]
+    if missing:
+        raise UserError(f"{files[0].parent} lacks {patient}_frame{missing[0]:02d}, which its Info.cfg names: copy it.")
     return {f"{patient}_frame{k:02d}": path for k, path in enumerate(ranked, start=1)}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from dataloaders.checks import check_apart, check_dimensions, inside
-from dataloaders.datasets import DataSet
+from dataloaders.datasets import SLICE, DataSet
 from dataloaders.files import Cache, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
 from dataloaders.transforms import apply_index, augmentation_index
@@ -17,8 +17,6 @@ from sdcl.evaluation import Case, Decision, Task
 from sdcl.experiment import begin, find_run, test, train
 from sdcl.inference import slice_wise
 from sdcl.training import validation_iterations
-
-SLICE = "_slice_"  # in a slice's name, before its number
 
 
 def find_file(root_path: Path, name: str) -> Path:
@@ -192,6 +190,7 @@ def train_slices(config: Any, data_set: DataSet) -> None:
         device,
         make_streams=lambda with_unlabelled: Streams.of(config, labelled, unlabelled if with_unlabelled else None),
         lists={"labelled": labelled_names, "unlabelled": unlabelled_names},
+        trained_on=list(dict.fromkeys(name.rsplit(SLICE, 1)[0] for name in (*labelled_names, *unlabelled_names))),
         cases=read_volumes(root, "val", num_classes) if has_val else [],
         validated_on="val",
         pre_val_at=validation_iterations(config.pre_val_from, config.pre_val_every, config.pre_iterations),

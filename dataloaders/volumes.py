@@ -232,6 +232,7 @@ def train_volumes(config: Any, data_set: DataSet, self_val_at: Collection[int]) 
         device,
         make_streams=make_streams,
         lists=lists,
+        trained_on=[name for names in lists.values() for name in names],
         cases=cases,
         validated_on="test" if config.select == "test" else "val",
         pre_val_at=validation_iterations(config.pre_val_every, config.pre_val_every, config.pre_iterations),

@@ -425,7 +425,8 @@ def test_three_classes_from_data_to_table(tmp_path):
     train(
         config, Task("la", ("body", "veins"), infer, planes=(2, 1, 0)), torch.device("cpu"),
         make_streams=lambda both: Streams(labelled, unlabelled if both else None, **streams),
-        lists={"train": names}, cases=cases, validated_on="val", pre_val_at=(), self_val_at=(), facts={},
+        lists={"train": names}, trained_on=names, cases=cases, validated_on="val", pre_val_at=(), self_val_at=(),
+        facts={},
     )  # fmt: skip
     assert (tmp_path / "models" / "la_three_2_labeled" / "self_train" / "best_mean.pth").exists()
 

@@ -287,6 +287,13 @@ def test_acdc_from_nifti(tmp_path):
         write_nifti(folder / f"patient007_frame{frame:02d}", image, affine)
         write_nifti(folder / f"patient007_frame{frame:02d}_gt", label, affine)
     (folder / "Info.cfg").write_text("ED: 11\nES: 4\nGroup: DCM\n")  # the end-diastole comes second here
+    systole = folder / next(path.name for path in folder.iterdir() if path.name.startswith("patient007_frame04.nii"))
+    kept = systole.rename(tmp_path / systole.name)
+    text = run(
+        "../dataloaders/preprocess_acdc.py", "--raw", tmp_path / "raw", "--root_path", tmp_path / "x", fails=True
+    )
+    assert "lacks patient007_frame04, which its Info.cfg names: copy it" in text and not (tmp_path / "x").exists()
+    kept.rename(systole)
     run("../dataloaders/preprocess_acdc.py", "--raw", tmp_path / "raw", "--root_path", tmp_path / "acdc")
     for name, frame in (("patient007_frame01", 11), ("patient007_frame02", 4)):
         facts, array, mask = attributes(tmp_path / "acdc" / "data" / f"{name}.h5")

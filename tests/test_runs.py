@@ -75,9 +75,8 @@ def test_a_run_goes_on_with_the_same_cases_alone(tmp_path):
 
 
 def test_a_run_knows_what_it_was_trained_on(tmp_path):
-    lists = {"labelled": ["p1_slice_1", "p1_slice_2"], "unlabelled": ["p2_slice_1"], "validation": ["p3"]}
     assert trained_among(tmp_path, ["p1"]) == []
-    open_run(tmp_path, CONFIG, lists, CPU, {})
+    open_run(tmp_path, CONFIG, {"labelled": ["p1_slice_1"]}, CPU, {}, ["p1", "p2"])
     assert trained_among(tmp_path, ["p3", "p2", "p1", "p"]) == ["p2", "p1"]
 
 

@@ -65,6 +65,7 @@ def train(
     *,
     make_streams: Callable[[bool], Streams],
     lists: Mapping[str, Sequence[str]],
+    trained_on: Sequence[str],
     cases: Sequence[Case],
     validated_on: str,
     pre_val_at: Collection[int],
@@ -79,6 +80,7 @@ def train(
         device: where to compute.
         make_streams: makes the streams of pre-training (False) or, with the unlabelled ones, of self-training (True).
         lists: names of the cases that the run reads, by what they are for: a run does not go on with others.
+        trained_on: the training cases, as tests name them: a test says which of its cases are among them.
         cases: volumes to validate on; none: nothing is validated or selected.
         validated_on: their name, "val" or "test".
         pre_val_at: iterations of pre-training after which to validate, beside the last.
@@ -99,7 +101,8 @@ def train(
     common = {"method": config, "validate": validator(cases, task), "validated_on": validated_on}
     common["config"] = as_dict(config)
     with claimed(folder):
-        open_run(folder, as_dict(config), {**lists, "validation": [case.name for case in cases]}, device, facts)
+        validation = [case.name for case in cases]
+        open_run(folder, as_dict(config), {**lists, "validation": validation}, device, facts, trained_on)
         if stages[0] is not None:
             pretrain(learners, stages[0], folder, validate_at=pre_val_at, **common)
         if stages[1] is not None:

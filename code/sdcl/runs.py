@@ -27,7 +27,6 @@ MACHINE_FIELDS = frozenset(
         "window_batch",
     }
 )  # fmt: skip
-TRAINED, SLICE = ("labelled", "unlabelled"), "_slice_"  # lists of training cases; what follows it in a slice's name
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
 MAX_CONFIG_BYTES = 2**24  # of config.json, which grows by half a kilobyte at each resume
 MAX_SIDE = 2**14  # of a patch in a config.json, in pixels
@@ -79,6 +78,7 @@ def open_run(
     lists: Mapping[str, Sequence[str]],
     device: torch.device,
     task: dict[str, Any],
+    trained_on: Sequence[str] = (),
 ) -> None:
     """Create a run's folder with its config.json, or check that the one there is of the same run.
 
@@ -88,15 +88,15 @@ def open_run(
         lists: the cases that the run reads, by what they are for; their checksums are kept.
         device: where the run computes.
         task: what else prediction needs: classes, preprocessing.
+        trained_on: the cases that training reads, as tests name them.
 
     Raises:
         UserError: the folder holds a run of another configuration or other cases; the message names what differs.
     """
     path, now = folder / "config.json", environment(device)
     sums = {name: hashlib.sha256("\n".join(cases).encode()).hexdigest() for name, cases in lists.items()}
-    trained_on = sorted({name.split(SLICE)[0] for key in TRAINED for name in lists.get(key, ())})
-    content = {"config": config, "task": task, "lists": sums, "trained_on": trained_on, "environment": now}
-    content["resumed"] = []
+    content = {"config": config, "task": task, "lists": sums, "environment": now, "resumed": []}
+    content["trained_on"] = list(trained_on)
     if path.exists():
         content = _read_content(path)
         differing = differing_fields(content["config"], config)
