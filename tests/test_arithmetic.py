@@ -1,5 +1,6 @@
 """The switches of how a machine computes: TF32, bfloat16, compilation."""
 
+import locale
 import logging
 import shutil
 import sys
@@ -63,11 +64,12 @@ def test_without_a_compiler_the_run_goes_on(told, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32" or not shutil.which("g++"), reason="no compiler")
 def test_a_compiled_network_keeps_its_names_and_its_output(told):
+    locale.setlocale(locale.LC_ALL, "")  # the compiler's output is read in it; some readers of scans leave "C"
     network = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     names, x = list(network.state_dict()), torch.randn(3, 4)
     expected = network(x)
     config.compile_networks([network], CPU)
     if "NOTE" in told.text:
-        pytest.skip("torch.compile does not work here")
+        pytest.skip(told.text.strip())
     assert list(network.state_dict()) == names
     torch.testing.assert_close(network(x), expected)

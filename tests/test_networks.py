@@ -6,6 +6,8 @@ import torch
 from helpers import GOLDEN, fill, strided
 
 from sdcl.networks import NETWORKS, build_network
+from sdcl.networks.dropout import Dropout
+from sdcl.networks.unet import UpBlock
 
 FIGURES = json.loads((GOLDEN / "networks.json").read_text())
 CLASSES = {"unet": 4, "resunet": 4, "vnet": 2, "resvnet": 2}
@@ -65,3 +67,42 @@ def test_unknown_name_and_counts_are_refused():
         build_network("segnet", 2)
     with pytest.raises(ValueError, match="num_classes 1"):
         build_network("unet", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.5])
+def test_dropout_drops_a_share_and_scales_the_rest(dtype, p):
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 99, 51).to(dtype).to(memory_format=torch.channels_last).requires_grad_()  # no multiple of 4
+    y = Dropout(p).train()(x)
+    kept = y != 0
+    share, n = kept.double().mean().item(), x.numel()
+    assert abs(share - (1 - p)) < 4 * (p * (1 - p) / n) ** 0.5 + 2**-16
+    rounding = 3 * torch.finfo(dtype).eps + 2**-14
+    torch.testing.assert_close(y[kept].double(), x[kept].double() / (1 - p), rtol=rounding, atol=0)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(gradient != 0, kept) and gradient[kept].unique().numel() == 1
+    expected = torch.tensor(1 / (1 - p), dtype=torch.float64)
+    torch.testing.assert_close(gradient[kept][0].double(), expected, rtol=rounding, atol=0)
+
+
+def test_dropout_draws_each_element_on_its_own():
+    """Neighbours, four of which come of one random number, agree as often as independent ones do."""
+    torch.manual_seed(0)
+    kept = Dropout(0.5).train()(torch.ones(2**20)) != 0
+    for apart in (1, 2, 3, 4, 8):
+        agreement = (kept[apart:] == kept[:-apart]).double().mean().item()
+        assert abs(agreement - 0.5) < 5 * 0.5 / 2**10
+    torch.manual_seed(0)
+    assert torch.equal(kept, Dropout(0.5).train()(torch.ones(2**20)) != 0)
+    x = torch.randn(9)
+    assert torch.equal(Dropout(0.5).eval()(x), x) and torch.equal(Dropout(0.0).train()(x), x)
+    assert Dropout(1.0).train()(x).count_nonzero() == 0
+
+
+def test_the_doublings_gradient_is_the_numerical_one():
+    block = UpBlock(4, 2).double().to(memory_format=torch.channels_last).eval()
+    x, skip = torch.randn(2, 4, 3, 2).double(), torch.randn(2, 2, 6, 4).double()
+    inputs = [t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, skip)]
+    torch.autograd.gradcheck(block, inputs, check_undefined_grad=False)

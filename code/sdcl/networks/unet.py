@@ -5,6 +5,8 @@ import re
 import torch
 from torch import Tensor, nn
 
+from sdcl.networks.dropout import Dropout
+
 WIDTHS = (16, 32, 64, 128, 256)
 ENCODER_DROPOUT = (0.05, 0.1, 0.2, 0.3, 0.5)
 # Heads that the published 2D checkpoints carry and no forward pass reads.
@@ -23,7 +25,7 @@ class ConvBlock(nn.Module):
             nn.Conv2d(width_in, width, 3, padding=1),
             nn.BatchNorm2d(width),
             nn.LeakyReLU(0.01, inplace=True),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Conv2d(width, width, 3, padding=1),
             nn.BatchNorm2d(width),
             nn.LeakyReLU(0.01, inplace=True),
@@ -58,6 +60,9 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Map (N, width_in, H, W) and a skip (N, width, 2H, 2W) to (N, width, 2H, 2W)."""
         up = self.up(self.conv1x1(x)).to(skip.dtype)  # autocast doubles in float32; the block would cast it back anyway
+        if up.requires_grad and up.device.type == "cpu" and not torch.compiler.is_compiling():
+            # The concatenation's gradient is a view with gaps, of which the doubling's takes four times as long.
+            up.register_hook(torch.clone)
         return self.conv(torch.cat([skip, up], dim=1))
 
 
