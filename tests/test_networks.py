@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import GOLDEN, fill, strided
+from torch import nn
 
 from sdcl.networks import NETWORKS, build_network
-from sdcl.networks.dropout import Dropout
+from sdcl.networks.layers import BatchNorm, Dropout
 from sdcl.networks.unet import UpBlock
 
 FIGURES = json.loads((GOLDEN / "networks.json").read_text())
@@ -99,6 +100,38 @@ def test_dropout_draws_each_element_on_its_own():
     x = torch.randn(9)
     assert torch.equal(Dropout(0.5).eval()(x), x) and torch.equal(Dropout(0.0).train()(x), x)
     assert Dropout(1.0).train()(x).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 6, 7), (2, 300, 4, 4), (1, 2, 1, 1)])
+def test_batch_norm_is_pytorchs(shape):
+    """Output, gradients and running statistics in float64, in both modes."""
+    theirs, ours = (layer(shape[1]).double() for layer in (nn.BatchNorm2d, BatchNorm))
+    x = torch.randn(shape).double().contiguous(memory_format=torch.channels_last).requires_grad_()
+    if x.numel() == shape[1]:
+        with pytest.raises(ValueError, match="more than 1 value"):
+            ours(x)
+        return
+    for layer in (theirs, ours):
+        nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+        nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(shape).double().contiguous(memory_format=torch.channels_last)
+    for _ in range(2):
+        results = [(y := layer(x), *torch.autograd.grad(y, [x, *layer.parameters()], grad)) for layer in (theirs, ours)]
+        torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_norm_adds_up_many_pixels_exactly(dtype):
+    """In float32 PyTorch's own standard deviation is 7e-5 off here."""
+    x = (torch.randn(12, 16, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 + 1).to(dtype)
+    layer = BatchNorm(16, momentum=1.0)
+    y = layer(x.contiguous(memory_format=torch.channels_last))
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    exact = x.double()
+    torch.testing.assert_close(layer.running_mean.double(), exact.mean((0, 2, 3)), rtol=3e-6, atol=0)
+    torch.testing.assert_close(layer.running_var.double(), exact.var((0, 2, 3)), rtol=5e-6, atol=0)
 
 
 def test_the_doublings_gradient_is_the_numerical_one():

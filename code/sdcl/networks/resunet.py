@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from sdcl.networks.layers import BatchNorm
 from sdcl.networks.resnet import ResNetEncoder
 from sdcl.networks.unet import UNUSED_2D_NAMES, UNetDecoder, initialise
 
@@ -13,7 +14,7 @@ class ResUNet(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()
-        self.encoder = ResNetEncoder(nn.Conv2d, nn.BatchNorm2d, in_channels)
+        self.encoder = ResNetEncoder(nn.Conv2d, BatchNorm, in_channels)
         self.decoder = UNetDecoder(num_classes)
         initialise(self)
 

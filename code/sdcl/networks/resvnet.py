@@ -4,8 +4,9 @@ import re
 
 from torch import Tensor, nn
 
+from sdcl.networks.layers import InstanceNorm
 from sdcl.networks.resnet import ResNetEncoder
-from sdcl.networks.vnet import STAGES_DOWN, InstanceNorm, VNetDecoder
+from sdcl.networks.vnet import STAGES_DOWN, VNetDecoder
 
 
 class ResVNet(VNetDecoder):

@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from sdcl.networks.dropout import Dropout
+from sdcl.networks.layers import BatchNorm, Dropout
 
 WIDTHS = (16, 32, 64, 128, 256)
 ENCODER_DROPOUT = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -23,11 +23,11 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv_conv = nn.Sequential(
             nn.Conv2d(width_in, width, 3, padding=1),
-            nn.BatchNorm2d(width),
+            BatchNorm(width),
             nn.LeakyReLU(0.01, inplace=True),
             Dropout(dropout),
             nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
+            BatchNorm(width),
             nn.LeakyReLU(0.01, inplace=True),
         )
 
