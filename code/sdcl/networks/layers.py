@@ -49,8 +49,8 @@ class _BatchNorm(torch.autograd.Function):
         count, (n, channels, height, width) = x.numel() // x.shape[1], x.shape
         beside = math.gcd(height * width, max(1, ROW // channels))
         rows = x.permute(0, 2, 3, 1).reshape(n, -1, 1, beside * channels).permute(0, 3, 1, 2)  # a view
-        dtype = running_mean.new_zeros(rows.shape[1])  # statistics come in it; nothing else is done with it
-        means, variances = torch.batch_norm_update_stats(rows, dtype, dtype.clone(), 0.0)
+        unmoved = running_mean.new_zeros(rows.shape[1])  # by momentum 0; it says in which type the statistics come
+        means, variances = torch.batch_norm_update_stats(rows, unmoved, unmoved, 0.0)
         means, variances = means.view(beside, channels), variances.view(beside, channels)
         mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
         running_mean.lerp_(mean, momentum)
@@ -90,7 +90,7 @@ class _Drop(torch.autograd.Function):
         """Map x (*S) to the same shape, with new zeros."""
         dropped = round(p * 2**BITS)
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        numbers = words.view(torch.int16).as_strided(x.shape, torch.empty_like(x).stride())  # x's memory layout
+        numbers = words.view(torch.int16).as_strided(x.shape, torch.empty_like(x, device="meta").stride())
         # Uniform in [-2**14, 2**14), so that the sum is negative with probability 1 - p: -1, all bits set; else 0.
         keep = numbers.bitwise_right_shift_(1).add_(dropped - 2**14).bitwise_right_shift_(15)
         ctx.save_for_backward(keep)
