@@ -9,6 +9,7 @@ from torch import nn
 from sdcl.networks import NETWORKS, build_network
 from sdcl.networks.layers import BatchNorm, Dropout
 from sdcl.networks.unet import UpBlock
+from sdcl.networks.vnet import Head
 
 FIGURES = json.loads((GOLDEN / "networks.json").read_text())
 CLASSES = {"unet": 4, "resunet": 4, "vnet": 2, "resvnet": 2}
@@ -124,13 +125,13 @@ def test_batch_norm_is_pytorchs(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batch_norm_adds_up_many_pixels_exactly(dtype):
-    """In float32 PyTorch's own standard deviation is 7e-5 off here."""
+    """PyTorch's own variance in float32 is 1.5e-4 off here, or more with a single thread."""
     x = (torch.randn(12, 16, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 + 1).to(dtype)
     layer = BatchNorm(16, momentum=1.0)
     y = layer(x.contiguous(memory_format=torch.channels_last))
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     exact = x.double()
-    torch.testing.assert_close(layer.running_mean.double(), exact.mean((0, 2, 3)), rtol=3e-6, atol=0)
+    torch.testing.assert_close(layer.running_mean.double(), exact.mean((0, 2, 3)), rtol=2e-6, atol=0)
     torch.testing.assert_close(layer.running_var.double(), exact.var((0, 2, 3)), rtol=5e-6, atol=0)
 
 
@@ -139,3 +140,16 @@ def test_the_doublings_gradient_is_the_numerical_one():
     x, skip = torch.randn(2, 4, 3, 2).double(), torch.randn(2, 2, 6, 4).double()
     inputs = [t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, skip)]
     torch.autograd.gradcheck(block, inputs, check_undefined_grad=False)
+
+
+def test_the_heads_dropout_may_come_before_its_relu():
+    """The same output and gradients as stage, Dropout3d, convolution in the published order, for the same draws."""
+    head, x = Head(6, 2).double().train(), torch.randn(2, 6, 4, 5, 3, dtype=torch.float64, requires_grad=True)
+    stage, dropout, to_classes = head
+    results = []
+    for run in (head, lambda x: to_classes(nn.functional.dropout3d(stage(x), dropout.p))):
+        torch.manual_seed(0)
+        y = run(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *head.parameters()])])
+    assert (results[0][0] == to_classes.bias[:, None, None, None]).all(1).float().mean() < 1  # not everything dropped
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)

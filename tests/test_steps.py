@@ -180,3 +180,15 @@ def test_gradients_of_a_step_are_one_sum_over_both_mixes():
         self_train_step(learners, batch, mask, settings)
         gradients.append([p.grad.clone() for p in learners.networks["student_a"].parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_keep_their_place_in_memory():
+    """They are zeroed, not freed, so that activations find the same memory at each step; the teacher has none."""
+    names, shape, settings = PAIRS["2d"]
+    learners = learners_of(names)
+    parameters = [p for student in learners.students for p in student.parameters()]
+    places = [p.grad.data_ptr() for p in parameters]
+    for seed in range(2):
+        self_train_step(learners, *batch_of(shape, seed), settings)
+    assert [p.grad.data_ptr() for p in parameters] == places
+    assert all(p.grad is None for p in learners.networks["teacher"].parameters())
