@@ -1,5 +1,6 @@
 """The switches of how a machine computes: TF32, bfloat16, compilation."""
 
+import contextlib
 import locale
 import logging
 import shutil
@@ -62,9 +63,18 @@ def test_without_a_compiler_the_run_goes_on(told, monkeypatch):
     assert network(torch.ones(1, 2)).shape == (1, 2)
 
 
+@pytest.fixture
+def users_locale():
+    """The compiler's output is read in it; some readers of scans leave "C"."""
+    before = locale.setlocale(locale.LC_ALL)
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_ALL, "")
+    yield
+    locale.setlocale(locale.LC_ALL, before)
+
+
 @pytest.mark.skipif(sys.platform == "win32" or not shutil.which("g++"), reason="no compiler")
-def test_a_compiled_network_keeps_its_names_and_its_output(told):
-    locale.setlocale(locale.LC_ALL, "")  # the compiler's output is read in it; some readers of scans leave "C"
+def test_a_compiled_network_keeps_its_names_and_its_output(told, users_locale):
     network = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     names, x = list(network.state_dict()), torch.randn(3, 4)
     expected = network(x)

@@ -192,3 +192,15 @@ def test_gradients_keep_their_place_in_memory():
         self_train_step(learners, *batch_of(shape, seed), settings)
     assert [p.grad.data_ptr() for p in parameters] == places
     assert all(p.grad is None for p in learners.networks["teacher"].parameters())
+
+
+def test_a_frozen_parameter_stays():
+    """Also where Adam has moments that would move it on."""
+    names, shape, settings = PAIRS["2d"]
+    learners = learners_of(names)
+    self_train_step(learners, *batch_of(shape, 0), settings)
+    frozen, moving = list(learners.networks["student_b"].parameters())[:2]
+    frozen.requires_grad_(False)
+    before = frozen.clone(), moving.detach().clone()
+    self_train_step(learners, *batch_of(shape, 1), settings)
+    assert torch.equal(frozen, before[0]) and not torch.equal(moving, before[1])

@@ -105,7 +105,7 @@ class Learners:
 def make_learners(student_a: nn.Module, student_b: nn.Module, base_lr: float) -> Learners:
     """Give each student its own Adam (docs/method.md, "Stage 1"), fused, since that one can be halted on the device."""
     networks = dict(zip(STUDENTS, (student_a, student_b), strict=True))
-    for parameter in (p for network in networks.values() for p in network.parameters()):
+    for parameter in (p for network in networks.values() for p in network.parameters() if p.requires_grad):
         # Kept and zeroed, not made anew among a step's activations, where they would cut a CPU's memory into pieces.
         parameter.grad = torch.zeros_like(parameter)
     optimisers = {r: torch.optim.Adam(n.parameters(), lr=base_lr, fused=True) for r, n in networks.items()}
@@ -114,9 +114,7 @@ def make_learners(student_a: nn.Module, student_b: nn.Module, base_lr: float) ->
 
 def add_teacher(learners: Learners) -> None:
     """Make the teacher: a copy of student a that no gradient reaches."""
-    teacher = copy.deepcopy(learners.networks["student_a"]).requires_grad_(False)
-    teacher.zero_grad(set_to_none=True)
-    learners.networks["teacher"] = teacher
+    learners.networks["teacher"] = copy.deepcopy(learners.networks["student_a"]).requires_grad_(False)
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -126,6 +124,8 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
 def _clear_gradients(learners: Learners) -> None:
     for optimiser in learners.optimisers.values():
         optimiser.zero_grad(set_to_none=False)
+    for parameter in (p for student in learners.students for p in student.parameters() if not p.requires_grad):
+        parameter.grad = None  # Adam leaves it alone; with a gradient of 0 its moments would still move it
 
 
 def _descend(learners: Learners, named: Losses) -> Losses:

@@ -62,7 +62,7 @@ class UpBlock(nn.Module):
         up = self.up(self.conv1x1(x)).to(skip.dtype)  # autocast doubles in float32; the block would cast it back anyway
         if up.requires_grad and up.device.type == "cpu" and not torch.compiler.is_compiling():
             # The concatenation's gradient is a view with gaps, of which the doubling's takes four times as long.
-            up.register_hook(torch.clone)
+            up.register_hook(lambda gradient: None if gradient is None else gradient.clone())
         return self.conv(torch.cat([skip, up], dim=1))
 
 
