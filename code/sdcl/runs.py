@@ -1,5 +1,6 @@
 """A run's folder: its configuration, its logs, its scalars."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -188,7 +189,8 @@ class _TqdmHandler(logging.Handler):
     """Prints log lines above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        with contextlib.suppress(OSError):  # whoever read the pipe is gone: log.txt has the line
+            tqdm.write(self.format(record), file=sys.stdout)
 
 
 def start_logging() -> None:
