@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdcl.networks import NETWORKS, build_network
-from sdcl.networks.layers import BatchNorm, Dropout
+from sdcl.networks.layers import BatchNorm, Dropout, every_second
+from sdcl.networks.resnet import BasicBlock
 from sdcl.networks.unet import UpBlock
 from sdcl.networks.vnet import Head
 
@@ -63,6 +64,32 @@ def test_dropout_is_where_the_method_has_it():
         image = torch.randn(2, 1, *([32, 16, 16] if "vnet" in name else [32, 32]))
         with torch.no_grad():
             assert (not torch.equal(network(image), network(image))) == drops, name
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_network_has_a_strided_convolution_of_width_1(name):
+    """oneDNN writes past its memory there, on a processor with AVX2 alone and fewer than 8 input channels."""
+    convolutions = [m for m in build_network(name, 3, 2).modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
+    assert convolutions
+    assert not [m for m in convolutions if set(m.kernel_size) == {1} and set(m.stride) != {1}]
+
+
+@pytest.mark.parametrize(("conv", "shape"), [(nn.Conv2d, (2, 5, 9, 8)), (nn.Conv3d, (2, 5, 7, 6, 5))])
+@pytest.mark.parametrize("width", [8, 16])
+def test_a_shortcut_is_the_strided_convolution(conv, shape, width):
+    """Value and gradients, at odd sizes too; `conv` itself is run in float64, where no oneDNN kernel exists."""
+    torch.manual_seed(0)
+    block = BasicBlock(conv, lambda _: nn.Identity(), shape[1], width, stride=2).double()
+    strided = conv(shape[1], width, 1, stride=2, bias=False).double()
+    strided.load_state_dict({"weight": block.downsample[0].weight})
+    x, y = (torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    ours, theirs = block.downsample(every_second(x.requires_grad_())), strided(y.requires_grad_())
+    pull = torch.randn(ours.shape, dtype=torch.float64)
+    for output in (ours, theirs):
+        output.backward(pull)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(x.grad, y.grad)
+    torch.testing.assert_close(block.downsample[0].weight.grad, strided.weight.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_unknown_name_and_counts_are_refused():

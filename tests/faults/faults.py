@@ -23,6 +23,7 @@ from sdcl import checkpoints
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 KILLS = 30  # killed runs of a data set; one in six is aimed at saving, one in six at validating
+TRIALS = 5  # tried at most for one that counts: a run may have ended before its kill comes
 SMALL_DISK = "mkdir -p {0} && mount -t tmpfs -o size={1}k tmpfs {0} && exec "
 
 
@@ -65,8 +66,7 @@ def whole_run(runner: Runner) -> tuple[Path, float]:
     """Train without any interruption; return the run's folder and the seconds that it took."""
     models, begin = runner.fresh(), time.monotonic()
     process = runner.start(models)
-    if process.wait():
-        raise RuntimeError(process.output.read_text(encoding="utf-8"))
+    process.check_not_crashed(process.wait())
     return runner.run_of(models), time.monotonic() - begin
 
 
@@ -94,13 +94,16 @@ def refused(runner: Runner, models: Path, words: str, *arguments: str) -> list[s
 def kills(runner: Runner, whole: Path, seconds: float, count: int, rng: random.Random) -> Outcome:
     """Kill runs with SIGKILL at random instants, and resume each to its end."""
     aims = ["", "", "saving", "", "", "validating"]
-    tally, phases, trial = Tally(""), Counter(), 0
-    while tally.tried < count:
+    tally, phases = Tally(""), Counter()
+    for trial in range(TRIALS * count):
         found = kill_and_resume(runner, whole, seconds, rng, aims[trial % len(aims)])
-        trial += 1
         if found["kills"]:  # else it had ended before the instant came
             phases.update(f"{stage}, {phase}" for stage, phase in found["kills"])
             tally.add(found["differences"] + ([] if found["is_next"] else ["it did not resume at the next iteration"]))
+        if tally.tried == count:
+            break
+    else:
+        raise RuntimeError(f"only {tally.tried} of {count} runs could be killed in {TRIALS * count} trials")
     parts = ", ".join(f"{n} in {phase}" for phase, n in sorted(phases.items()))
     tally.fault = f"{runner.name}: killed (kill -9), {sum(phases.values())} kills: {parts}"
     return tally.outcome()
@@ -142,17 +145,22 @@ def damage(rng: random.Random) -> dict[str, Callable[[Path], object]]:
 
 
 def stopped(runner: Runner, rng: random.Random) -> tuple[Path, Path]:
-    """Kill a run in the midst of a stage, after two saves or more; return the models' folder and the stage's."""
-    while True:
+    """Kill a run in the midst of a stage, after two saves or more; return the models' folder and the stage's.
+
+    Raises:
+        RuntimeError: a run failed by itself, or none could be killed in time.
+    """
+    for _ in range(10 * TRIALS):
         models = runner.fresh()
         process = runner.start(models)
         process.stop(rng.random() * 0.3, at="saving", count=rng.choice((6, 7, 8, 16, 17)))
-        process.wait()
+        process.check_not_crashed(process.wait())
         stage, iteration = saved_iteration(runner.run_of(models))
         folder = runner.run_of(models) / stage
         if iteration < ITERATIONS and (folder / checkpoints.PREVIOUS).exists() and (folder / checkpoints.LAST).exists():
             return models, folder
         shutil.rmtree(models)
+    raise RuntimeError(f"none of {10 * TRIALS} runs could be killed in the midst of a stage")
 
 
 def damaged_last(runner: Runner, whole: Path, rounds: int, rng: random.Random, count: int = 5) -> Outcome:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,8 @@ ARGUMENTS = {
     "pancreas": VOLUMES,
 }  # fmt: skip
 PHASES = {"t": "training", "s": "saving", "v": "validating"}
-DEADLINE_S = 300.0
+DEADLINE_S = 300.0  # for one run, which takes seconds
+LAST_CHARACTERS = 1500  # of a run's output, in the message of one that failed
 
 
 def write_data(name: str, root: Path) -> Path:
@@ -42,6 +44,18 @@ def write_data(name: str, root: Path) -> Path:
         return write_acdc(root, train_patients=4, val_patients=1, test_patients=1, size=(36, 40), slices=2)
     size = (40, 36, 32) if name == "la" else (40, 40, 32)
     return {"la": write_la, "pancreas": write_pancreas}[name](root, train_cases=5, test_cases=1, size=size)
+
+
+def answer(zygote: subprocess.Popen) -> int:
+    """Read a number that the process that forks the runs answers with.
+
+    Raises:
+        RuntimeError: it has ended.
+    """
+    line = zygote.stdout.readline()
+    if not line:
+        raise RuntimeError(f"the process that forks the runs has ended, with the exit status {zygote.poll()}")
+    return int(line)
 
 
 @dataclass
@@ -60,8 +74,29 @@ class Run:
     zygote: subprocess.Popen
 
     def wait(self) -> int:
-        """Wait for its end and return its exit status, negative for a signal."""
-        return int(self.zygote.stdout.readline())
+        """Wait for its end and return its exit status, negative for a signal.
+
+        Raises:
+            RuntimeError: it did not end in time; it is killed, and the message has its last lines.
+        """
+        if not select.select([self.zygote.stdout], [], [], DEADLINE_S)[0]:
+            os.kill(self.process, signal.SIGKILL)
+            raise RuntimeError(f"a run did not end within {DEADLINE_S:.0f} s, and said last: {self.last_words()}")
+        return answer(self.zygote)
+
+    def check_not_crashed(self, status: int) -> None:
+        """Refuse the exit status of a run that came to its end, or to a signal, by itself.
+
+        Raises:
+            RuntimeError: it failed; the message has its last lines.
+        """
+        if status not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"a run ended with the exit status {status}, and said last: {self.last_words()}")
+
+    def last_words(self) -> str:
+        """Return the end of what it printed."""
+        text = self.output.read_text(encoding="utf-8", errors="replace") if self.output.exists() else ""
+        return text[-LAST_CHARACTERS:]
 
     def phase(self) -> str:
         """Say what it is doing: starting, training, saving or validating."""
@@ -119,9 +154,9 @@ class Runner:
         threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
         self.zygote = subprocess.Popen(
             [*self.command, sys.executable, str(HERE / "zygote.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | threads,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=os.environ | threads,
         )  # fmt: skip
-        if self.zygote.stdout.readline() != "ready\n":
+        if self.zygote.stdout.readline() != b"ready\n":
             raise RuntimeError("the process that starts the runs could not start")
         return self
 
@@ -147,9 +182,8 @@ class Runner:
             "arguments": ["--root_path", str(self.data), "--models_path", str(models), *COMMON,
                           *ARGUMENTS[self.name], *arguments],
         }  # fmt: skip
-        self.zygote.stdin.write(json.dumps(request) + "\n")
-        self.zygote.stdin.flush()
-        return Run(int(self.zygote.stdout.readline()), output, phases, self.zygote)
+        self.zygote.stdin.write(f"{json.dumps(request)}\n".encode())
+        return Run(answer(self.zygote), output, phases, self.zygote)
 
     def run_of(self, models: Path) -> Path:
         """Return the run's folder."""
@@ -234,7 +268,9 @@ def kill_and_resume(runner: Runner, whole: Path, seconds: float, rng: random.Ran
         else:
             phase = process.stop(rng.random() * seconds)
         stage = "self_train" if (run / "self_train").exists() else "pre_train"
-        if process.wait() == -signal.SIGKILL:
+        status = process.wait()
+        process.check_not_crashed(status)
+        if status == -signal.SIGKILL:
             phases.append((stage, phase) if (run / "pre_train").exists() else ("start", "starting"))
         if not phases:
             break

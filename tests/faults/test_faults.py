@@ -45,6 +45,14 @@ def test_killed_runs_end_as_if_never_interrupted(runner, whole):
 
 
 @POSIX
+@pytest.mark.parametrize("loop", [faults.stopped, lambda runner, rng: faults.kills(runner, Path(), 1.0, 1, rng)])
+def test_a_run_that_fails_by_itself_ends_the_trials_with_its_last_lines(runner, monkeypatch, loop):
+    monkeypatch.setattr(runner, "data", runner.folder / "nowhere")
+    with pytest.raises(RuntimeError, match="exit status 1, and said last: (?s:.*)nowhere"):
+        loop(runner, random.Random(5))
+
+
+@POSIX
 def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(runner, whole):
     check(faults.damaged_last(runner, whole[0], 1, random.Random(5), 1))
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from sdcl.networks.layers import every_second
+
 BLOCKS_PER_STAGE = (3, 4, 6, 3)
 WIDTHS = (16, 32, 64, 128, 256)  # the stem's, then one a stage
 
@@ -19,12 +21,15 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
-        if stride != 1 or width_in != width:
-            self.downsample = nn.Sequential(conv(width_in, width, 1, stride=stride, bias=False), norm(width))
+        self.halves = stride == 2
+        if self.halves or width_in != width:
+            # Of stride 1 on every second voxel: with AVX2 alone oneDNN's strided 1-wide convolution writes past its
+            # memory where the input has fewer than 8 channels.
+            self.downsample = nn.Sequential(conv(width_in, width, 1, bias=False), norm(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, width_in, *S) to (N, width, *S / stride)."""
-        identity = x if self.downsample is None else self.downsample(x)
+        identity = x if self.downsample is None else self.downsample(every_second(x) if self.halves else x)
         out = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(out)).add_(identity))  # in place: no backward pass reads the norm's output
 
