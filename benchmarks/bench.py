@@ -17,7 +17,8 @@ from cases import ACDC, CASES, LA, Work
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdcl.config import computes_bf16, keep_freed_memory, run_script, set_arithmetic
+from sdcl.config import run_script
+from sdcl.devices import computes_bf16, keep_freed_memory, set_arithmetic
 from sdcl.evaluation import STUDENTS
 from sdcl.networks import build_network
 from sdcl.runs import environment, write_text

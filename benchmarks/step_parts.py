@@ -14,7 +14,8 @@ import torch
 from cases import ACDC, LA
 
 from sdcl import steps
-from sdcl.config import keep_freed_memory, run_script
+from sdcl.config import run_script
+from sdcl.devices import keep_freed_memory
 from sdcl.experiment import place
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.networks import build_network

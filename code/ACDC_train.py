@@ -1,11 +1,13 @@
 """Train SDCL on ACDC: `python code/ACDC_train.py`, with the numbers below or as flags."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.acdc import DATA_SET
-from dataloaders.slices import train_slices
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
+
+from dataloaders.roots import check_root
 from sdcl.config import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +78,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Read the data and run both stages."""
+    check_root("acdc", config.root_path)
+    from dataloaders.acdc import DATA_SET  # these take seconds, which a wrong flag need not wait for
+    from dataloaders.slices import train_slices
+
     train_slices(config, DATA_SET)
 
 

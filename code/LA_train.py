@@ -1,13 +1,14 @@
 """Train SDCL on LA: `python code/LA_train.py`, with the numbers below or as flags."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.la import DATA_SET
-from dataloaders.volumes import train_volumes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
+
+from dataloaders.roots import check_root
 from sdcl.config import run_script
-from sdcl.training import validation_iterations
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,6 +81,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Read the data and run both stages."""
+    check_root("la", config.root_path)
+    from dataloaders.la import DATA_SET  # these take seconds, which a wrong flag need not wait for
+    from dataloaders.volumes import train_volumes
+    from sdcl.training import validation_iterations
+
     self_val_at = validation_iterations(config.self_val_every, config.self_val_every, config.self_iterations)
     train_volumes(config, DATA_SET, self_val_at)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
+
 from sdcl.config import run_script
 from sdcl.errors import UserError
 
@@ -74,7 +76,7 @@ def main(config: Config) -> None:
     print(f"\nThe demo took {time.monotonic() - begin:.0f} s. Dice on the synthetic test cases, last checkpoints:")
     for name, folder in folders.items():
         rows = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["summary"]
-        last = [row for row in rows if ", last" in row["predictor"] and row["structure"] in ("mean", "LA", "pancreas")]
+        last = [row for row in rows if "last (" in row["predictor"] and row["structure"] in ("mean", "LA", "pancreas")]
         scores = ", ".join(f"{row['predictor'].split(',')[0]} {row['means']['dice']:.3f}" for row in last)
         print(f"  {name:9s} {scores}")
     print("Look at:")

@@ -1,15 +1,15 @@
 """Train SDCL on a data set of your own: `python code/own_train.py --root_path Datasets/mine`; see docs/own_data.md."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.own import count_labelled, has_val, read_data_set
-from dataloaders.slices import train_slices
-from dataloaders.volumes import train_volumes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
+
+from dataloaders.roots import check_root
 from sdcl.config import run_script
-from sdcl.training import validation_iterations
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is None in the header follows from the data set's layout: the published settings of LA, or of ACDC.
@@ -97,6 +97,12 @@ class Config:
 
 def main(config: Config) -> None:
     """Fill in what follows from the data set, read the data and run both stages."""
+    check_root("own", config.root_path)
+    from dataloaders.own import count_labelled, has_val, read_data_set  # these take seconds, a wrong flag does not
+    from dataloaders.slices import train_slices
+    from dataloaders.volumes import train_volumes
+    from sdcl.training import validation_iterations
+
     data_set = read_data_set(config.root_path)
     is_3d = data_set.preprocessing.layout == "volume"
     given = {name: value for name, value in vars(config).items() if value is not None}

@@ -1,12 +1,15 @@
 """Test SDCL on ACDC: `python code/test_ACDC.py`, with the settings below or as flags."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.acdc import DATA_SET
-from dataloaders.slices import test_slices
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
+
+from dataloaders.roots import check_root
 from sdcl.config import run_script
+from sdcl.runs import find_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,6 +43,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Read the run's settings and the volumes, score, print and write."""
+    check_root("acdc", config.root_path)
+    find_run(config, "acdc")
+    from dataloaders.acdc import DATA_SET  # these take seconds, which a wrong flag need not wait for
+    from dataloaders.slices import test_slices
+
     test_slices(config, DATA_SET)
 
 

@@ -1,12 +1,15 @@
 """Test SDCL on LA: `python code/test_LA.py`, with the settings below or as flags."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.la import DATA_SET
-from dataloaders.volumes import test_volumes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
+
+from dataloaders.roots import check_root
 from sdcl.config import run_script
+from sdcl.runs import find_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +47,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Read the run's settings and the volumes, score, print and write."""
+    check_root("la", config.root_path)
+    find_run(config, "la")
+    from dataloaders.la import DATA_SET  # these take seconds, which a wrong flag need not wait for
+    from dataloaders.volumes import test_volumes
+
     test_volumes(config, DATA_SET)
 
 

@@ -1,12 +1,13 @@
 """Test SDCL on a data set of your own: `python code/test_own.py --root_path Datasets/mine`; see docs/own_data.md."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.own import count_labelled, read_data_set
-from dataloaders.slices import test_slices
-from dataloaders.volumes import test_volumes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
+
+from dataloaders.roots import check_root
 from sdcl.config import run_script
 from sdcl.errors import UserError
 
@@ -49,6 +50,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Read the run's settings and the cases, score, print and write."""
+    check_root("own", config.root_path)
+    from dataloaders.own import count_labelled, read_data_set  # these take seconds, a wrong flag does not
+    from dataloaders.slices import test_slices
+    from dataloaders.volumes import test_volumes
+
     data_set = read_data_set(config.root_path)
     config.labelnum = config.labelnum or count_labelled(config.root_path, data_set)
     if data_set.preprocessing.layout == "volume":

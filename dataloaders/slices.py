@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from dataloaders.streams import Streams
 from dataloaders.transforms import apply_index, augmentation_index
 from sdcl.errors import UserError
 from sdcl.evaluation import Case, Decision, Task
-from sdcl.experiment import begin, find_run, test, train
+from sdcl.experiment import begin, find_weights, test, train
 from sdcl.inference import slice_wise
 from sdcl.training import validation_iterations
 
@@ -202,7 +203,10 @@ def train_slices(config: Any, data_set: DataSet) -> None:
 def test_slices(config: Any, data_set: DataSet) -> None:
     """Do what a 2D data set's test script does: score a run on the volumes of a split; see train_slices()."""
     device = begin(config, lambda config: data_set.check_root(config.root_path))
-    folder, trained = find_run(config, data_set.name)
+    folder, trained = find_weights(config, data_set.name)
+    check_dimensions(SimpleNamespace(**trained), 2)
+    names = read_list(config.root_path / "data_split" / f"{config.split}.list")
+    facts = data_set.facts("argmax", [find_file(config.root_path, name) for name in names])
 
     def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
         size = trained["patch_size"]
@@ -213,4 +217,4 @@ def test_slices(config: Any, data_set: DataSet) -> None:
 
     decision = Decision("argmax", 26 if config.largest_component else None)
     task = Task(data_set.name, data_set.class_names, infer, decision)
-    test(config, task, device, folder, trained, read_cases, config.split, nifti=config.save_nifti)
+    test(config, task, device, folder, trained, read_cases, config.split, facts, nifti=config.save_nifti)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from dataloaders.files import Cache, Sample, read_affine, read_list, read_sample
 from dataloaders.streams import Streams
 from sdcl.errors import UserError
 from sdcl.evaluation import Case, Decision, Task
-from sdcl.experiment import begin, find_run, test, train
+from sdcl.experiment import begin, find_weights, test, train
 from sdcl.inference import sliding_window
 from sdcl.training import validation_iterations
 
@@ -244,7 +245,8 @@ def train_volumes(config: Any, data_set: DataSet, self_val_at: Collection[int]) 
 def test_volumes(config: Any, data_set: DataSet, split: str = "test") -> None:
     """Do what the test scripts of 3D data sets do: score a run on the cases of a split's list; see train_volumes()."""
     device = begin(config, lambda config: data_set.check_root(config.root_path))
-    folder, trained = find_run(config, data_set.name)
+    folder, trained = find_weights(config, data_set.name)
+    check_dimensions(SimpleNamespace(**trained), 3)
     stride = config.stride or trained["stride"] or [max(side // 2, 1) for side in trained["patch_size"]]
     check_windows(stride, trained["patch_size"])
     num_classes = data_set.num_classes
@@ -255,13 +257,15 @@ def test_volumes(config: Any, data_set: DataSet, split: str = "test") -> None:
             config.precision, config.window_weighting, config.tta,
         )  # fmt: skip
 
+    names = read_list(config.root_path / "data_split" / f"{split}.txt")
+    facts = data_set.facts(config.decision_rule, [data_set.path_of(config.root_path, name) for name in names])
+
     def read_cases() -> list[Case]:
-        names = read_list(config.root_path / "data_split" / f"{split}.txt")
         return read_volumes(names, config.root_path, data_set, config.spacing)
 
     decision = Decision(config.decision_rule, WIDEST_CONNECTIVITY if config.largest_component else None)
     task = Task(data_set.name, data_set.class_names, infer, decision, PLANES)
-    test(config, task, device, folder, trained, read_cases, split, nifti=config.save_nifti)
+    test(config, task, device, folder, trained, read_cases, split, facts, nifti=config.save_nifti)
 
 
 def _training_data(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdcl import config, experiment
+from sdcl import devices, experiment
 from sdcl.runs import LOGGER
 
 CPU = torch.device("cpu")
@@ -29,12 +29,12 @@ def told(caplog, monkeypatch):
 @pytest.fixture
 def arithmetic():
     yield
-    config.set_arithmetic(deterministic=False)
+    devices.set_arithmetic(deterministic=False)
 
 
 def test_tf32_is_on_only_when_asked_for_and_never_in_the_losses(arithmetic):
     for precision, expected in (("tf32", True), ("bf16", False), ("fp32", False)):
-        config.set_arithmetic(deterministic=False, precision=precision)
+        devices.set_arithmetic(deterministic=False, precision=precision)
         assert torch.backends.cudnn.allow_tf32 == expected
         assert not torch.backends.cuda.matmul.allow_tf32
 
@@ -58,7 +58,7 @@ def test_without_a_compiler_the_run_goes_on(told, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     network = nn.Linear(2, 2)
-    config.compile_networks([network], CPU)
+    devices.compile_networks([network], CPU)
     assert "NOTE: --compile finds no working compiler (no C++ compiler)" in told.text
     assert network(torch.ones(1, 2)).shape == (1, 2)
 
@@ -78,7 +78,7 @@ def test_a_compiled_network_keeps_its_names_and_its_output(told, users_locale):
     network = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     names, x = list(network.state_dict()), torch.randn(3, 4)
     expected = network(x)
-    config.compile_networks([network], CPU)
+    devices.compile_networks([network], CPU)
     if "NOTE" in told.text:
         pytest.skip(told.text.strip())
     assert list(network.state_dict()) == names

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import method
 
-from sdcl.config import set_arithmetic
+from sdcl.devices import set_arithmetic
 from sdcl.inference import slice_wise, sliding_window
 from sdcl.losses import discrepancy, mixed_losses
 from sdcl.networks import build_network

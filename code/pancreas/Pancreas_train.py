@@ -1,13 +1,15 @@
 """Train SDCL on Pancreas: `python code/pancreas/Pancreas_train.py`, with the numbers below or as flags."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.pancreas import DATA_SET
-from dataloaders.volumes import train_volumes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dataloaders.roots import check_root
 from sdcl.config import run_script
-from sdcl.training import validation_iterations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,6 +84,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Read the data and run both stages."""
+    check_root("pancreas", config.root_path)
+    from dataloaders.pancreas import DATA_SET  # these take seconds, which a wrong flag need not wait for
+    from dataloaders.volumes import train_volumes
+    from sdcl.training import validation_iterations
+
     early = validation_iterations(config.self_val_every, config.self_val_every, config.late_val_from - 1)
     late = validation_iterations(config.late_val_from, config.late_val_every, config.self_iterations)
     self_val_at = {*early, *late}

@@ -1,12 +1,16 @@
 """Test SDCL on Pancreas: `python code/pancreas/test_Pancreas.py`, with the settings below or as flags."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.pancreas import DATA_SET
-from dataloaders.volumes import test_volumes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dataloaders.roots import check_root
 from sdcl.config import run_script
+from sdcl.runs import find_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,6 +48,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Read the run's settings and the volumes, score, print and write."""
+    check_root("pancreas", config.root_path)
+    find_run(config, "pancreas")
+    from dataloaders.pancreas import DATA_SET  # these take seconds, which a wrong flag need not wait for
+    from dataloaders.volumes import test_volumes
+
     test_volumes(config, DATA_SET)
 
 

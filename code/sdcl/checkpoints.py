@@ -159,7 +159,9 @@ def check_best(folder: Path, names: Iterable[str]) -> None:
             ) from None
 
 
-def load_weights(network: nn.Module, path: Path | str, role: str | None = None) -> LoadReport:
+def load_weights(
+    network: nn.Module, path: Path | str, role: str | None = None, prefer: str | None = None
+) -> LoadReport:
     """Copy a checkpoint's weights into a network: ours, a bare state dict, or `{'net': …, 'opt': …, 'epoch': …}`.
 
     Args:
@@ -167,6 +169,7 @@ def load_weights(network: nn.Module, path: Path | str, role: str | None = None) 
         path: the checkpoint.
         role: which network of our own checkpoints: "student_a", "student_b" or "teacher"; None takes the only one
             that fits by name.
+        prefer: the role to take where several fit by name, as of two students of one architecture.
 
     Returns:
         What was loaded and what was left out.
@@ -178,7 +181,7 @@ def load_weights(network: nn.Module, path: Path | str, role: str | None = None) 
     """
     path = Path(path)
     payload = load(path)
-    state = _find_state(payload, network, path, role)
+    state = _find_state(payload, network, path, role, prefer)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     wanted = network.state_dict()
     unused = getattr(network, "unused_names", None)  # only some networks' published files hold such
@@ -189,7 +192,9 @@ def load_weights(network: nn.Module, path: Path | str, role: str | None = None) 
     return LoadReport(path, tuple(wanted), left_out, iteration if isinstance(iteration, int) else None)
 
 
-def _find_state(payload: dict[str, Any], network: nn.Module, path: Path, role: str | None) -> dict[str, Any]:
+def _find_state(
+    payload: dict[str, Any], network: nn.Module, path: Path, role: str | None, prefer: str | None
+) -> dict[str, Any]:
     """Return the state dict inside a checkpoint's container."""
     if "networks" in payload:
         states = payload["networks"]
@@ -197,6 +202,7 @@ def _find_state(payload: dict[str, Any], network: nn.Module, path: Path, role: s
             raise UserError(f"{path} holds no networks by role: choose a checkpoint of this repository.")
         if role is None:
             fitting = [r for r in states if r != "teacher" and states[r].keys() == network.state_dict().keys()]
+            fitting = [prefer] if prefer in fitting else fitting
             if len(fitting) != 1:
                 raise UserError(
                     f"{path} holds {', '.join(states)}, of which {len(fitting)} fit a {type(network).__name__}: "

@@ -1,22 +1,21 @@
-"""From a script's header to a checked configuration: command line, device, common refusals."""
+"""From a script's header to a checked configuration: command line, help, common refusals; without PyTorch."""
 
-import ctypes
+import codecs
+import contextlib
 import dataclasses
 import difflib
+import inspect
+import io
 import math
-import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import torch
 import tyro
-from torch import nn
 
 from sdcl.errors import UserError
-from sdcl.mixing import box_size
-from sdcl.runs import LOGGER
 
 Config = TypeVar("Config")
 POSITIVE_FIELDS = (
@@ -28,8 +27,11 @@ NON_NEGATIVE_FIELDS = (
     "pre_val_from", "pre_val_every", "self_val_every", "late_val_from", "max_angle_deg",
     "save_minutes",
 )  # fmt: skip
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of mallopt's parameters, from malloc.h
 SIDE_DIVISOR = 16  # every network halves its input four times
+GROUP = re.compile(r"\s*# --- (?P<title>[^(]*?)\s*(?:\((?P<remark>.*)\))?\s*---\s*$")  # a heading in a header
+FIELD = re.compile(r"    (?P<name>\w+): ")
+COMMENT = re.compile(r"  # (?P<text>.*)$")
+PLAIN = {"±": "+-", "×": "x", "…": "...", "°": " deg", "µ": "u"}  # what a terminal without UTF-8 shows instead
 
 
 def run_script(main: Callable[[Any], None], config_class: type) -> None:
@@ -39,13 +41,14 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         main: the script's main, called with an instance of config_class.
         config_class: the header; its docstring describes the script on the command line's help page.
     """
+    make_output_safe()
     try:
         main(parse(config_class, sys.argv[1:]))
     except UserError as error:
         sys.exit(f"error: {error}")
-    except torch.cuda.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full: lower --batch_size, --patch_size or, in 3D, --window_batch.")
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which may not be imported here
+            sys.exit("error: the GPU's memory is full: lower --batch_size, --patch_size or, in 3D, --window_batch.")
         if "deterministic" not in str(error) or "use_deterministic_algorithms" not in str(error):
             raise
         sys.exit(f"error: --deterministic: {str(error).split(', but')[0].strip()}: run without it, or on --device cpu.")
@@ -55,19 +58,87 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         sys.exit(130)
 
 
+def make_output_safe() -> None:
+    """Let standard output and error show in plain letters what their encoding lacks, instead of ending the run."""
+
+    def plainly(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        return "".join(PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+    codecs.register_error("sdcl-plain", plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="sdcl-plain")
+
+
 def parse(config_class: type[Config], arguments: list[str]) -> Config:
     """Build the header's dataclass from command-line arguments; `--field value` overrides a default.
 
     Raises:
-        UserError: a flag that the header does not have.
+        UserError: a flag that the header does not have, or a value that its flag or any data set refuses.
+        SystemExit: the help was asked for, and has been printed.
     """
-    config, unknown = tyro.cli(config_class, args=arguments, return_unknown_args=True, use_underscores=True)
+    if {"-h", "--help"} & set(arguments):
+        show_help(config_class)
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            config, unknown = tyro.cli(config_class, args=arguments, return_unknown_args=True, use_underscores=True)
+    except SystemExit:
+        raise UserError(_sentence(output.getvalue())) from None
     if unknown:
         flags = [f"--{field.name}" for field in dataclasses.fields(config_class)]
         close = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), flags, n=1)
         hint = f"did you mean {close[0]}?" if close else "see --help for the flags there are."
         raise UserError(f"unknown argument {unknown[0]}: {hint}")
+    check_common(config)
     return config
+
+
+def _sentence(box: str) -> str:
+    """Return what tyro's box on a terminal says first, in one sentence."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    end = next((i for i, line in enumerate(lines) if line and not line.strip("─")), len(lines))  # a rule ends it
+    text = " ".join(line for line in lines[:end] if line).replace("Error parsing ", "")
+    return f"{text[:1].lower()}{text[1:].rstrip('.')}: see --help for what it takes."
+
+
+def show_help(config_class: type) -> None:
+    """Print what the header says of each field, in the header's groups, and exit with status 0."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    titles: list[tuple[str, Any, Any]] = []
+    for (title, remark), comments in header_groups(config_class).items():
+        parts = []
+        for name, comment in comments.items():
+            field = fields[name]
+            default = dataclasses.field() if field.default is dataclasses.MISSING else field.default
+            parts.append((name, Annotated[field.type, tyro.conf.arg(help=comment)], default))
+        group = dataclasses.make_dataclass(title.title().replace(" ", "") or "Needed", parts)
+        group.__doc__ = remark
+        titles.append((title.replace(" ", "_") or "needed", group, dataclasses.field()))
+    whole = dataclasses.make_dataclass(config_class.__name__, titles)
+    marks = (tyro.conf.OmitArgPrefixes,)
+    tyro.cli(whole, args=["--help"], description=inspect.getdoc(config_class), use_underscores=True, config=marks)
+
+
+def header_groups(config_class: type) -> dict[tuple[str, str], dict[str, str]]:
+    """Read a header's source: its groups, each a heading `# --- title (remark) ---`, and each field's comment.
+
+    Returns:
+        (title, remark) to field to comment; fields before the first heading are under ("", "").
+    """
+    groups: dict[tuple[str, str], dict[str, str]] = {("", ""): {}}
+    name = ""
+    for line in inspect.getsource(config_class).splitlines():
+        if heading := GROUP.match(line):
+            groups[heading["title"], heading["remark"] or ""] = {}
+        elif field := FIELD.match(line):
+            name = field["name"]
+            list(groups.values())[-1][name] = ""
+        if name and (comment := COMMENT.search(line)) and not list(groups.values())[-1].get(name, "-"):
+            list(groups.values())[-1][name] = comment["text"]
+    return {key: fields for key, fields in groups.items() if fields}
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -89,103 +160,40 @@ def describe(config: Any) -> str:
 
 
 def check_common(config: Any) -> None:
-    """Refuse values that no data set can train with.
+    """Refuse values that no data set can train with; fields that are None are filled in later.
 
     Raises:
         UserError: names the flag and what it must be.
     """
-    for name in POSITIVE_FIELDS:
-        if hasattr(config, name) and not getattr(config, name) > 0:
-            raise UserError(f"--{name} is {getattr(config, name)}: it must be above 0.")
-    for name in NON_NEGATIVE_FIELDS:
-        if hasattr(config, name) and not getattr(config, name) >= 0:
-            raise UserError(f"--{name} is {getattr(config, name)}: it must not be negative.")
-    if hasattr(config, "ema_decay") and not 0 <= config.ema_decay <= 1:
-        raise UserError(f"--ema_decay is {config.ema_decay}: it must lie in [0, 1].")
-    if hasattr(config, "augment_probability") and not 0 <= config.augment_probability <= 1:
-        raise UserError(f"--augment_probability is {config.augment_probability}: it must lie in [0, 1].")
-    if getattr(config, "spacing", None) and not all(math.isfinite(side) and side > 0 for side in config.spacing):
+    values = {name: value for name, value in vars(config).items() if value is not None}
+    optional = {field.name for field in dataclasses.fields(config) if field.default == 0}  # 0 says "all of them"
+    for name in (name for name in POSITIVE_FIELDS if name in values):
+        if not values[name] > 0 and (name not in optional or values[name]):
+            raise UserError(f"--{name} is {values[name]}: it must be above 0.")
+    for name in (name for name in NON_NEGATIVE_FIELDS if name in values):
+        if not values[name] >= 0:
+            raise UserError(f"--{name} is {values[name]}: it must not be negative.")
+    for name in ("ema_decay", "augment_probability"):
+        if not 0 <= values.get(name, 0) <= 1:
+            raise UserError(f"--{name} is {values[name]}: it must lie in [0, 1].")
+    if values.get("pre_iterations") == values.get("self_iterations") == 0:
+        raise UserError("--pre_iterations and --self_iterations are both 0, which trains nothing: raise one of them.")
+    if not all(math.isfinite(side) and side > 0 for side in values.get("spacing", ())):
         raise UserError(f"--spacing is {' '.join(map(str, config.spacing))}: every side must be above 0 mm.")
-    if not hasattr(config, "patch_size"):
-        return
-    if any(side <= 0 or side % SIDE_DIVISOR for side in config.patch_size):
+    if "patch_size" in values:
+        _check_patch(config.patch_size, values.get("mask_fraction"))
+
+
+def _check_patch(patch_size: tuple[int, ...], mask_fraction: float | None) -> None:
+    if any(side <= 0 or side % SIDE_DIVISOR for side in patch_size):
         raise UserError(
-            f"--patch_size is {' '.join(map(str, config.patch_size))}: every side must be a multiple of "
+            f"--patch_size is {' '.join(map(str, patch_size))}: every side must be a multiple of "
             f"{SIDE_DIVISOR}, since the networks halve it four times."
         )
-    if math.prod(config.patch_size) == SIDE_DIVISOR ** len(config.patch_size):
+    if math.prod(patch_size) == SIDE_DIVISOR ** len(patch_size):
         raise UserError("--patch_size leaves a single voxel at the networks' bottom, which no normalisation can use.")
-    if hasattr(config, "mask_fraction"):
-        try:
-            box_size(config.patch_size, config.mask_fraction)
-        except ValueError as error:
-            raise UserError(f"--mask_fraction is {config.mask_fraction}: {error}.") from None
-
-
-def select_device(device: str, gpu: int) -> torch.device:
-    """Return the device of `--device auto|cpu|cuda` and `--gpu`.
-
-    Raises:
-        UserError: CUDA was asked for and is not there, or has no such GPU.
-    """
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for but PyTorch sees no CUDA GPU: use --device cpu, or auto.")
-    if gpu >= torch.cuda.device_count():
-        raise UserError(f"--gpu is {gpu} but there are only {torch.cuda.device_count()} GPUs: count from 0.")
-    torch.cuda.set_device(gpu)
-    return torch.device("cuda", gpu)
-
-
-def set_arithmetic(deterministic: bool, precision: str = "fp32") -> None:
-    """Make float32 mean float32 on a GPU, and with `deterministic` each run give the same bits.
-
-    Without it cuDNN picks the fastest kernels. "tf32" rounds the factors of convolutions to TF32; those of matrix
-    products, such as the losses' sums, stay in float32.
-    """
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = False
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 seconds
-        torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Tell whether a device has arithmetic for bfloat16; a CPU without it is some hundred times slower in it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every version of PyTorch
-    return is_supported is None or bool(is_supported())
-
-
-def compile_networks(networks: Iterable[nn.Module], device: torch.device) -> None:
-    """Let torch.compile fuse what networks do, under their parameters' own names; say so where it does not work.
-
-    Args:
-        networks: changed in place; each is compiled when it is first called, which takes a minute or so.
-        device: that they are on.
-    """
-    try:
-        torch.compile(torch.sin)(torch.ones(2, device=device))
-    except Exception as error:  # whatever a missing or broken compiler raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        LOGGER.info("NOTE: --compile finds no working compiler (%s): the run goes on without it.", reason)
-        return
-    for network in networks:
-        network.compile()
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed blocks for the next iteration instead of returning each to the system.
-
-    On a CPU a step allocates gigabytes in blocks so large that glibc maps each anew and the system zeroes its pages: a
-    quarter of the time of a 3D step. Elsewhere than on glibc nothing happens.
-    """
-    if sys.platform.startswith("linux"):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(M_MMAP_MAX, 0)
-            mallopt(M_TRIM_THRESHOLD, -1)  # -1: never
+    if mask_fraction is not None and not all(0 < int(side * mask_fraction + 1e-9) < side for side in patch_size):
+        raise UserError(
+            f"--mask_fraction is {mask_fraction}: a mask of {mask_fraction} of {patch_size} leaves no box, or nothing "
+            "around it; choose a fraction inside (0, 1)."
+        )

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -65,9 +66,9 @@ class Decision:
     largest_component: int | None = None
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
-        """Return the label map (*S), uint8."""
+        """Return the label map (*S), uint8, or uint16 for more than 256 classes."""
         labels = probabilities[1] > 0.5 if self.rule == "threshold" else probabilities.argmax(0)
-        labels = labels.astype(np.uint8)
+        labels = labels.astype(np.uint8 if len(probabilities) <= 256 else np.uint16)
         return labels if self.largest_component is None else largest_components(labels, self.largest_component)
 
 
@@ -152,7 +153,7 @@ class Predictors:
 def load_predictors(folder: Path, make_student: Callable[[str], nn.Module], selected_on: str) -> Predictors:
     """Load a stage's best and last student a, student b and mean; checkpoints of the same weights only once.
 
-    A run that was never validated has no best ones.
+    A run that was never validated has no best ones. Where the best is the last, one predictor is named as both.
 
     Args:
         folder: a run's pre_train/ or self_train/.
@@ -166,6 +167,7 @@ def load_predictors(folder: Path, make_student: Callable[[str], nn.Module], sele
     networks: list[nn.Module] = []
     members: dict[str, tuple[int, ...]] = {}
     was_validated = any((folder / f"best_{name}.pth").exists() for name in PREDICTORS)
+    best: dict[str, tuple[str, tuple[int, ...]]] = {}
     for kind in [f"best on {selected_on}"] * was_validated + ["last"]:
         for name, indices in PREDICTORS.items():
             path = folder / ("last.pth" if kind == "last" else f"best_{name}.pth")
@@ -177,7 +179,12 @@ def load_predictors(folder: Path, make_student: Callable[[str], nn.Module], sele
                     known[role, iteration] = len(networks)
                     networks.append(network)
                 chosen.append(known[role, iteration])
-            members[f"{name}, {kind} ({iteration})"] = tuple(chosen)
+            title = f"{name}, {kind} ({iteration})"
+            if kind == "last" and best.get(name, ("", ()))[1] == tuple(chosen):  # one row says both
+                members.pop(best[name][0])
+                title = f"{name}, best on {selected_on} and last ({iteration})"
+            best.setdefault(name, (title, tuple(chosen)))
+            members[title] = tuple(chosen)
     return Predictors(networks, members)
 
 
@@ -188,6 +195,7 @@ def evaluate(
     *,
     distances: bool = True,
     on_case: OnCase | None = None,
+    on_scored: Callable[[Case, list[CaseRow]], None] | None = None,
 ) -> list[CaseRow]:
     """Score every predictor on every case; each network sees each case once.
 
@@ -197,24 +205,38 @@ def evaluate(
         task: how to predict, how to decide, and the structures' names.
         distances: also compute 95HD and ASD.
         on_case: called with each case, its label maps (*S) and its probabilities (C, *S), both by predictor.
+        on_scored: called with each case and its rows, once they are there, in the cases' order.
 
     Returns:
         A row for each predictor, case and class.
     """
+    rows: list[CaseRow] = []
+
+    def collect(case: Case, futures: Sequence[Future[CaseRow]]) -> None:
+        mine = [future.result() for future in futures]
+        rows.extend(mine)
+        if on_scored is not None:
+            on_scored(case, mine)
+
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="metrics") as pool:
-        scored: list[Future[CaseRow]] = []
+        waiting: deque[tuple[Case, list[Future[CaseRow]]]] = deque()
         try:
             for case in cases:
                 label_maps, probabilities = _predict(predictors, case, task)
                 # Scored by other threads while the networks go on with the next case.
-                scored += [
+                futures = [
                     pool.submit(_score, name, case, structure, label_map == c, case.label == c, distances)
                     for name, label_map in label_maps.items()
                     for c, structure in enumerate(task.class_names, start=1)
                 ]
+                waiting.append((case, futures))
                 if on_case is not None:
                     on_case(case, label_maps, probabilities)
-            return [row.result() for row in scored]
+                while waiting and all(future.done() for future in waiting[0][1]):
+                    collect(*waiting.popleft())
+            while waiting:
+                collect(*waiting.popleft())
+            return rows
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the rest
 
@@ -288,10 +310,20 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(finite)) if finite else math.nan
 
 
+def case_dice(rows: Sequence[CaseRow]) -> dict[str, dict[str, float]]:
+    """Return each predictor's Dice of each case: the mean over those structures that could be scored; nan for none."""
+    groups: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        groups.setdefault(row.predictor, {}).setdefault(row.case, []).append(row.dice)
+    return {name: {case: _mean(values) for case, values in cases.items()} for name, cases in groups.items()}
+
+
 def mean_dice(rows: Sequence[CaseRow]) -> dict[str, float]:
-    """Return each predictor's Dice, averaged over structures and cases; nan only if nothing could be scored."""
-    predictors = dict.fromkeys(row.predictor for row in rows)
-    return {name: _mean([row.dice for row in rows if row.predictor == name]) for name in predictors}
+    """Return each predictor's Dice as the table's "mean" has it, and as checkpoints are selected.
+
+    The mean over the cases of case_dice(); nan only if nothing could be scored.
+    """
+    return {name: _mean(list(cases.values())) for name, cases in case_dice(rows).items()}
 
 
 def format_cases(rows: Sequence[CaseRow]) -> str:

@@ -1,5 +1,7 @@
 """What every data set's scripts do around the loops: prepare, train both stages, test."""
 
+import hashlib
+import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -8,21 +10,27 @@ from typing import Any
 import torch
 
 from sdcl.atomic import claimed
-from sdcl.checkpoints import LAST, load_weights
-from sdcl.config import (
-    as_dict,
-    check_common,
-    computes_bf16,
-    describe,
-    keep_freed_memory,
-    select_device,
-    set_arithmetic,
-)
+from sdcl.checkpoints import LAST, PREVIOUS, load, load_last, load_weights
+from sdcl.config import as_dict, check_common, describe
+from sdcl.devices import computes_bf16, keep_freed_memory, select_device, set_arithmetic
 from sdcl.errors import UserError
 from sdcl.evaluation import PREDICTORS, STUDENTS, Case, Predictors, Task, load_predictors
 from sdcl.networks import build_network
 from sdcl.report import test_report, validator
-from sdcl.runs import LOGGER, environment, open_run, read_config, run_folder, start_logging, trained_among
+from sdcl.runs import (
+    LOGGER,
+    differing_tasks,
+    environment,
+    find_run,
+    inherited,
+    known_runs,
+    open_run,
+    read_config,
+    read_task,
+    run_folder,
+    start_logging,
+    trained_among,
+)
 from sdcl.training import Streams, make_learners, pretrain, self_train
 
 
@@ -97,12 +105,16 @@ def train(
     folder = run_folder(config.models_path, task.name, config.exp, config.labelnum)
     stages = [make_streams(False)] if config.pretrained is None else [None]
     stages += [make_streams(True)] if config.self_iterations else [None]  # both before any training, for their refusals
-    _check_stages(config, folder)
+    pretrained = _check_stages(config, folder, facts)
     common = {"method": config, "validate": validator(cases, task), "validated_on": validated_on}
     common["config"] = as_dict(config)
     with claimed(folder):
         validation = [case.name for case in cases]
-        open_run(folder, as_dict(config), {**lists, "validation": validation}, device, facts, trained_on)
+        names = {**lists, "validation": validation}
+        open_run(folder, as_dict(config), names, device, facts, trained_on, pretrained)
+        known = {*trained_on, *(pretrained or {}).get("trained_on", ())}
+        if seen := [name for name in validation if name in known]:
+            LOGGER.warning("NOTE: training reads %d of the cases it is validated on (%s).", len(seen), _few(seen))
         if stages[0] is not None:
             pretrain(learners, stages[0], folder, validate_at=pre_val_at, **common)
         if stages[1] is not None:
@@ -123,43 +135,57 @@ def train(
     LOGGER.info("done: %s; the test script scores it with %s", folder, where)
 
 
-def _check_stages(config: Any, folder: Path) -> None:
-    """Refuse a run whose self-training would find nothing to start from, before its folder is made."""
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
+def _check_stages(config: Any, folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Refuse a run whose self-training would find nothing to start from, before its folder is made.
+
+    Returns:
+        What the run takes over from --pretrained; None without it, and once self-training has begun, since from then
+        on it is needed no more.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if any((folder / "self_train" / name).exists() for name in (LAST, PREVIOUS)):
+        return None
     if config.pretrained is None:
         if config.self_iterations and not config.pre_iterations and not (folder / "pre_train").exists():
             raise UserError("--pre_iterations 0 leaves self-training nothing to start from: give --pretrained.")
-        return
-    other = read_config(config.pretrained)
+        return None
+    where = f"--pretrained {config.pretrained}"
+    if not (config.pretrained / "config.json").is_file():
+        raise UserError(f"{where} is no run's folder ({known_runs(config.models_path)}): give one of these.")
+    other, other_settings = inherited(config.pretrained), read_config(config.pretrained)
     for name in ("student_a", "student_b", "labelnum"):
-        if other.get(name) != getattr(config, name):
+        if other_settings.get(name) != getattr(config, name):
             raise UserError(
-                f"--pretrained {config.pretrained} was trained with {name} {other.get(name)}, not "
+                f"{where} was trained with {name} {other_settings.get(name)}, not "
                 f"{getattr(config, name)}: choose a run of the same --{name}."
             )
+    if differing := differing_tasks(other["task"], facts):
+        raise UserError(f"{where} was trained on other data ({differing}): choose a run on these.")
     needed = [LAST] if config.select == "last" else [f"best_{role}.pth" for role in STUDENTS]
     for name in needed:
         if not (config.pretrained / "pre_train" / name).exists():
             raise UserError(
-                f"--pretrained {config.pretrained} has no pre_train/{name}: choose a run that finished pre-training"
+                f"{where} has no pre_train/{name}: choose a run that finished pre-training"
                 f"{'' if config.select == 'last' else ' with validation, or --select last'}."
             )
-
-
-def find_run(config: Any, data_set: str) -> tuple[Path, dict[str, Any]]:
-    """Return the run's folder that a test's header names, and the settings that it was trained with.
-
-    With weights given in files, the folder is student a's and the settings are the header's own.
-
-    Raises:
-        UserError: there is no such run, or only one of the two weights' files is given.
-    """
-    files = (config.student_a_weights, config.student_b_weights)
-    if any(files) and not all(files):
-        raise UserError("--student_a_weights and --student_b_weights belong together: give both or none.")
-    if all(files):
-        return config.student_a_weights.resolve().parent, as_dict(config)
-    folder = run_folder(config.models_path, data_set, config.exp, config.labelnum)
-    return folder, read_config(folder)
+    last = load_last(config.pretrained / "pre_train")
+    done, planned = (None if last is None else last.payload.get("iteration")), other["pre_iterations"]
+    if done != planned:
+        raise UserError(
+            f"{where} has done {done} of its {planned} iterations of pre-training: give its own command again to "
+            "finish it, or choose another run."
+        )
+    if other["select"] == "test" and config.select == "val":
+        LOGGER.warning("NOTE: %s selected its checkpoints on the TEST cases, which flatters this run's test.", where)
+    if not other["trained_on"]:
+        LOGGER.warning("NOTE: %s does not tell which cases it was trained on; a test of this run cannot say.", where)
+    return {key: value for key, value in other.items() if key != "task"}
 
 
 def test(
@@ -170,6 +196,7 @@ def test(
     trained: dict[str, Any],
     read_cases: Callable[[], Sequence[Case]],
     split: str,
+    facts: dict[str, Any],
     nifti: bool = False,
 ) -> None:
     """Score a run's best and last students and means, or given weights, in one pass; print and write the tables.
@@ -178,42 +205,91 @@ def test(
         config: the test script's header.
         task: what the data set fixes.
         device: where to compute.
-        folder: from find_run().
-        trained: from find_run().
+        folder: from find_weights().
+        trained: from find_weights().
         read_cases: reads the volumes to score, once the networks are there.
         split: their name.
+        facts: what the data set says of the files to score, as DataSet.facts() does.
         nifti: also write each case's image, label, prediction and probability as NIfTI.
 
     Raises:
-        UserError: a checkpoint is missing or does not fit.
+        UserError: a checkpoint is missing or does not fit, or the data are not prepared as those trained on.
     """
 
     def make_student(role: str) -> torch.nn.Module:
         return place(build_network(trained[role], task.num_classes), device)
 
     files = dict(zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True))
-    selected_on = None if all(files.values()) else "test" if trained["select"] == "test" else "val"
-    if selected_on is None:
+    are_given = all(files.values())
+    runs = {path.resolve().parents[1] for path in files.values()} if are_given else {folder}
+    runs = {run for run in runs if (run / "config.json").is_file()}  # published files lie in none
+    for run in runs:
+        if differing := differing_tasks(read_task(run), facts):
+            raise UserError(
+                f"{run} was trained on data prepared in another way than those of --root_path ({differing}): "
+                "prepare the data to test on as it was, or choose a run on these."
+            )
+    selected_on = None if are_given else "test" if trained["select"] == "test" else "val"
+    if are_given:
         networks = [make_student(role) for role in STUDENTS]
-        for network, path in zip(networks, files.values(), strict=True):
-            LOGGER.info("%s", load_weights(network, path))
+        for network, (role, path) in zip(networks, files.items(), strict=True):
+            LOGGER.info("%s", load_weights(network, path, prefer=role))
         predictors = Predictors(networks, PREDICTORS)
     else:
         predictors = load_predictors(folder / config.stage, make_student, selected_on)
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
-    facts = {"split": split, "selected_on": selected_on, "config": used, "environment": environment(device)}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
-    name = "_".join([config.stage if selected_on else "weights", split, *_options(config)])
+    name = "_".join([_weights_name(files) if are_given else config.stage, split, *_options(config)])
     cases, results = read_cases(), folder / "test" / name
-    seen = trained_among(folder, [case.name for case in cases]) if selected_on else []
-    facts["trained_on"] = seen
+    seen = list(dict.fromkeys(one for run in runs for one in trained_among(run, [case.name for case in cases])))
+    said = {"split": split, "selected_on": selected_on, "config": used, "environment": environment(device)}
+    said["trained_on"] = seen
     with claimed(results):
-        test_report(results, predictors, cases, task, config.protocol, facts, nifti)
+        test_report(results, predictors, cases, task, config.protocol, said, nifti)
     if seen:
-        shown = ", ".join(seen[:5]) + (" ..." if len(seen) > 5 else "")
-        LOGGER.warning("NOTE: the run was TRAINED on %d of these cases (%s), which flatters it.", len(seen), shown)
+        LOGGER.warning("NOTE: the run was TRAINED on %d of these cases (%s), which flatters it.", len(seen), _few(seen))
+    elif not runs:
+        LOGGER.info("NOTE: these files do not tell which cases they were trained on.")
     if selected_on == split:
         LOGGER.info("NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", split)
+
+
+def _weights_name(files: dict[str, Path]) -> str:
+    """Name a set of given weights, so that each has results of its own: the files' names and their content."""
+    content = hashlib.sha256()
+    for path in files.values():
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(2**20), b""):  # noqa: B023 - read at once
+                content.update(block)
+    stems = "_".join(re.sub(r"\W", "", path.stem) for path in files.values())
+    return f"weights_{stems[:60]}_{content.hexdigest()[:8]}"
+
+
+def find_weights(config: Any, data_set: str) -> tuple[Path, dict[str, Any]]:
+    """Do what find_run() does, and take the settings of given weights from their own checkpoints where they have some.
+
+    Raises:
+        UserError: see find_run(), or the two files are of different patches.
+    """
+    folder, settings = find_run(config, data_set)
+    if not config.student_a_weights:
+        return folder, settings
+    found: dict[str, list[Any]] = {}
+    for role, path in zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True):
+        own = load(path).get("config")
+        for name in ("patch_size", role):
+            if isinstance(own, dict) and name in own:
+                found.setdefault(name, []).append(own[name])
+    for name, values in found.items():
+        if any(value != values[0] for value in values):
+            raise UserError(
+                f"--student_a_weights and --student_b_weights were trained with {name} {values[0]} and {values[1]}: "
+                "give two files of one run."
+            )
+        if settings[name] != values[0]:
+            LOGGER.info("NOTE: %s is the checkpoint's own, %s, not this script's %s", name, values[0], settings[name])
+        settings[name] = values[0]
+    return folder, settings
 
 
 def _options(config: Any) -> list[str]:

@@ -27,6 +27,7 @@ from sdcl.evaluation import (
     Protocol,
     Task,
     Validation,
+    case_dice,
     evaluate,
     format_cases,
     format_table,
@@ -34,7 +35,8 @@ from sdcl.evaluation import (
     shown_metrics,
     summarise,
 )
-from sdcl.runs import LOGGER, write_csv
+from sdcl.runs import LOGGER, MACHINE_FIELDS, write_csv
+from sdcl.scored import ScoredCases, key_of
 
 # Okabe and Ito's colour-blind-safe colours, by foreground class.
 CLASS_COLOURS = np.array([(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178)]) / 255
@@ -276,7 +278,10 @@ def test_report(
     facts: dict[str, Any],
     nifti: bool = False,
 ) -> None:
-    """Score predictors; print the tables; write cases.csv, summary.json, cases.png and metrics.png.
+    """Score predictors; write cases.csv, summary.json, cases.png and metrics.png; print the tables.
+
+    Each case is kept as soon as it is scored, so that a test that was stopped goes on; cases.csv holds those that are
+    done, and summary.json comes when all are.
 
     Args:
         folder: where to.
@@ -287,30 +292,43 @@ def test_report(
         facts: what else summary.json says, such as the split.
         nifti: also write nifti/, from the first mean.
     """
-    LOGGER.info("scoring %d predictors on %d volumes", len(predictors.members), len(cases))
-    seen: dict[str, tuple[Case, dict[str, np.ndarray]]] = {}
-
     shown = list(predictors.members)[:3]
+    settings = {k: v for k, v in facts.get("config", {}).items() if k not in MACHINE_FIELDS and k != "protocol"}
+    kept = ScoredCases(folder / "scored", key_of(predictors.networks, settings | {"predictors": predictors.members}))
+    done = {case.name: found for case in cases if (found := kept.load(case)) is not None}
+    if done:
+        LOGGER.info("going on with a test that was stopped: %d of %d volumes are scored", len(done), len(cases))
+    (folder / "summary.json").unlink(missing_ok=True)  # of an earlier test, which cases.csv no longer is of
+    LOGGER.info("scoring %d predictors on %d volumes", len(predictors.members), len(cases) - len(done))
+    label_maps: dict[str, dict[str, np.ndarray]] = {name: maps for name, (_, maps) in done.items()}
+    rows_of: dict[str, list[CaseRow]] = {name: rows for name, (rows, _) in done.items()}
 
-    def keep(case: Case, label_maps: dict[str, np.ndarray], probabilities: dict[str, np.ndarray]) -> None:
-        seen[case.name] = (case, label_maps)
+    def keep_maps(case: Case, maps: dict[str, np.ndarray], probabilities: dict[str, np.ndarray]) -> None:
+        label_maps[case.name] = {name: maps[name] for name in shown}
         if nifti:
-            save_nifti(folder / "nifti", case, label_maps[shown[-1]], probabilities[shown[-1]])
+            save_nifti(folder / "nifti", case, maps[shown[-1]], probabilities[shown[-1]])
 
-    rows = evaluate(predictors, cases, task, on_case=keep)
-    summary = summarise(rows, protocol)
-    LOGGER.info("%s\n\n%s", format_cases(rows), format_table(summary, protocol))
+    def keep_rows(case: Case, rows: list[CaseRow]) -> None:
+        rows_of[case.name] = rows
+        kept.save(case, rows, label_maps[case.name])
+        write_csv(folder / "cases.csv", [asdict(row) for case in cases for row in rows_of.get(case.name, ())])
+
+    waiting = [case for case in cases if case.name not in done]
+    evaluate(predictors, waiting, task, on_case=keep_maps, on_scored=keep_rows)
+    rows = [row for case in cases for row in rows_of[case.name]]
     write_csv(folder / "cases.csv", [asdict(row) for row in rows])
+    summary = summarise(rows, protocol)
     content = facts | {"protocol": protocol, "summary": [asdict(row) for row in summary]}
     write_text(folder / "summary.json", json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
-    mine = [row for row in rows if row.predictor == shown[-1]]
-    dice = {name: float(np.mean([np.nan_to_num(r.dice) for r in mine if r.case == name])) for name in seen}
+    LOGGER.info("%s\n\n%s", format_cases(rows), format_table(summary, protocol))
+    dice, by_name = case_dice(rows)[shown[-1]], {case.name: case for case in cases}
     pictures = [
-        (f"{rank}: Dice {dice[name]:.3f}", seen[name][0], [seen[name][1][predictor] for predictor in shown])
+        (f"{rank}: Dice {dice[name]:.3f}", by_name[name], [label_maps[name][predictor] for predictor in shown])
         for rank, name in best_median_worst(rows, shown[-1]).items()
     ]
     save_case_figure(folder / "cases.png", pictures, task)
     save_metrics_figure(folder / "metrics.png", rows, shown_metrics(rows))
+    kept.remove()
     LOGGER.info("written to %s: cases.csv, summary.json, cases.png, metrics.png", folder)
 
 
@@ -347,11 +365,8 @@ def _without_nan(value: Any) -> Any:
 
 def best_median_worst(rows: Sequence[CaseRow], predictor: str) -> dict[str, str]:
     """Return "best", "median" and "worst" (two of two cases) to the case of that rank by a predictor's mean Dice."""
-    scores: dict[str, list[float]] = {}
-    for row in rows:
-        if row.predictor == predictor:
-            scores.setdefault(row.case, []).append(0.0 if math.isnan(row.dice) else row.dice)
-    ranked = sorted(scores, key=lambda case: -float(np.mean(scores[case])))
+    scores = {case: 0.0 if math.isnan(dice) else dice for case, dice in case_dice(rows)[predictor].items()}
+    ranked = sorted(scores, key=lambda case: -scores[case])
     if len(ranked) < 3:
         return dict(zip(("best", "worst"), ranked, strict=False))
     return {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}

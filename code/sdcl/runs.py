@@ -12,15 +12,18 @@ import threading
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
 from sdcl.atomic import write_text
+from sdcl.config import as_dict
 from sdcl.errors import UserError
-from sdcl.networks import NETWORKS
 
+if TYPE_CHECKING:
+    import torch
+
+NETWORKS = ("vnet", "resvnet", "unet", "resunet")  # by their names in config.json
 # Fields that say where and how a run is carried out, not what it computes: they may change when it goes on.
 MACHINE_FIELDS = frozenset(
     {
@@ -31,6 +34,7 @@ MACHINE_FIELDS = frozenset(
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
 MAX_CONFIG_BYTES = 2**24  # of config.json, which grows by half a kilobyte at each resume
 MAX_SIDE = 2**14  # of a patch in a config.json, in pixels
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 LOGGER = logging.getLogger("sdcl")
 
 
@@ -46,8 +50,10 @@ def _csv_field(value: Any) -> str:
     return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: "torch.device") -> dict[str, Any]:
     """Collect what is needed to run an experiment again: commit, versions, device."""
+    import torch  # here alone, so that what needs no network starts at once
+
     root = Path(__file__).resolve().parents[2]
     try:
         commit = subprocess.run(
@@ -73,13 +79,44 @@ def run_folder(models_path: Path, data_set: str, exp: str, labelnum: int) -> Pat
     return models_path / f"{data_set}_{exp}_{labelnum}_labeled"
 
 
+def find_run(config: Any, data_set: str) -> tuple[Path, dict[str, Any]]:
+    """Return the run's folder that a test's header names, and the settings that it was trained with.
+
+    With weights given in files, the folder is student a's and the settings are the header's own.
+
+    Raises:
+        UserError: there is no such run or file, or only one of the two weights' files is given.
+    """
+    files = (config.student_a_weights, config.student_b_weights)
+    if any(files) and not all(files):
+        raise UserError("--student_a_weights and --student_b_weights belong together: give both or none.")
+    if all(files):
+        for name, path in zip(("student_a", "student_b"), files, strict=True):
+            if not path.is_file():
+                raise UserError(f"--{name}_weights {path} does not exist: give the path of a checkpoint.")
+        return config.student_a_weights.resolve().parent, as_dict(config)
+    folder = run_folder(config.models_path, data_set, config.exp, config.labelnum)
+    return folder, read_config(folder)
+
+
+def known_runs(models_path: Path) -> str:
+    """Name the runs in a folder of models, for a message."""
+    names = sorted(path.parent.name for path in models_path.glob("*/config.json")) if models_path.is_dir() else []
+    return (
+        f"{models_path} holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        if names
+        else (f"{models_path} holds no run")
+    )
+
+
 def open_run(
     folder: Path,
     config: dict[str, Any],
     lists: Mapping[str, Sequence[str]],
-    device: torch.device,
+    device: "torch.device",
     task: dict[str, Any],
     trained_on: Sequence[str] = (),
+    pretrained: dict[str, Any] | None = None,
 ) -> None:
     """Create a run's folder with its config.json, or check that the one there is of the same run.
 
@@ -90,6 +127,7 @@ def open_run(
         device: where the run computes.
         task: what else prediction needs: classes, preprocessing.
         trained_on: the cases that training reads, as tests name them.
+        pretrained: of the run whose pre-training this one starts from, what inherited() says.
 
     Raises:
         UserError: the folder holds a run of another configuration or other cases; the message names what differs.
@@ -97,7 +135,8 @@ def open_run(
     path, now = folder / "config.json", environment(device)
     sums = {name: hashlib.sha256("\n".join(cases).encode()).hexdigest() for name, cases in lists.items()}
     content = {"config": config, "task": task, "lists": sums, "environment": now, "resumed": []}
-    content["trained_on"] = list(trained_on)
+    content["trained_on"] = list(dict.fromkeys([*trained_on, *(pretrained or {}).get("trained_on", ())]))
+    content["pretrained"] = pretrained
     if path.exists():
         content = _read_content(path)
         differing = differing_fields(content["config"], config)
@@ -113,10 +152,10 @@ def open_run(
                 "to go on with it, choose another --exp, or remove the folder."
             )
         kept = content.setdefault("task", json.loads(json.dumps(task)))
-        if kept != json.loads(json.dumps(task)):
+        if differing := differing_tasks(kept, task):
             raise UserError(
-                f"{folder} holds a run on data that were preprocessed in another way ({kept} there, {task} "
-                "now): restore the data to go on with it, choose another --exp, or remove the folder."
+                f"{folder} holds a run on data that were preprocessed in another way ({differing}): restore the data "
+                "to go on with it, choose another --exp, or remove the folder."
             )
         content["resumed"].append(now)
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -126,6 +165,44 @@ def differing_fields(there: dict[str, Any], now: dict[str, Any]) -> str:
     """Say which fields that matter to a run's result differ between two configurations; "" if none does."""
     names = [k for k in sorted({*there, *now} - MACHINE_FIELDS) if there.get(k) != now.get(k)]
     return ", ".join(f"{k} {there.get(k)} there, {now.get(k)} now" for k in names)
+
+
+def differing_tasks(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """Say how the data of two runs, or of a run and a test, differ; "" if they do not, as far as both tell.
+
+    Args:
+        there: what a run's config.json keeps of its data set, as from DataSet.facts().
+        now: the same of other data. How decisions are made is no property of the data and may differ.
+    """
+    pairs = [(name, there.get(name), now.get(name)) for name in ("name", "class_names")]
+    added = [("label_values", there.get("label_values"), now.get("label_values"))]  # earlier runs did not keep these
+    steps = [task.get("preprocessing") for task in (there, now)]
+    if all(isinstance(step, dict) for step in steps):
+        added += [(name, steps[0].get(name), steps[1][name]) for name in steps[1]]
+    else:
+        pairs.append(("preprocessing", *steps))
+    pairs += [(name, one, two) for name, one, two in added if one is not None and two is not None]
+    plain = [(name, *json.loads(json.dumps([one, two]))) for name, one, two in pairs]
+    return ", ".join(f"{name} {one} there, {two} now" for name, one, two in plain if one != two)
+
+
+def inherited(folder: Path) -> dict[str, Any]:
+    """Return what a run takes over from the one that its --pretrained names: folder, commit, cases trained on.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    content = _read_content(folder / "config.json")
+    environment_ = content.get("environment") if isinstance(content.get("environment"), dict) else {}
+    known = [name for name in content.get("trained_on") or () if isinstance(name, str)]
+    return {
+        "folder": str(folder.resolve()),
+        "commit": environment_.get("commit"),
+        "select": content["config"]["select"],
+        "pre_iterations": content["config"].get("pre_iterations"),
+        "task": content.get("task") if isinstance(content.get("task"), dict) else {},
+        "trained_on": known,
+    }
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -157,7 +234,8 @@ def _read_content(path: Path) -> dict[str, Any]:
         )
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist: train first, or give the run's --exp, --labelnum and --models_path."
+            f"{path} does not exist: train first, or give the run's --exp, --labelnum and --models_path "
+            f"({known_runs(path.parent.parent)})."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_sound = False
@@ -189,7 +267,8 @@ class _TqdmHandler(logging.Handler):
     """Prints log lines above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):  # whoever read the pipe is gone: log.txt has the line
+        # Whoever read the pipe is gone, or the terminal cannot show a letter: log.txt has the line.
+        with contextlib.suppress(OSError, ValueError):
             tqdm.write(self.format(record), file=sys.stdout)
 
 
@@ -202,7 +281,10 @@ def start_logging() -> None:
 
 
 class StopRequest:
-    """Turns SIGINT (Ctrl-C) and SIGTERM into a wish to stop after this iteration; a second one stops at once.
+    """Turns a signal to end into a wish to stop after this iteration; a second one stops at once.
+
+    SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal was closed; not under nohup, which has it ignored), and SIGUSR1 and
+    SIGUSR2, which clusters send before a job's time is up.
 
     Attributes:
         code: the exit status to end with, 128 + the signal's number; 0 while nobody asked.
@@ -215,7 +297,10 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         """Take over the signals; only the main thread can, elsewhere they stay as they are."""
         if threading.current_thread() is threading.main_thread():
-            self._earlier = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            known = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]  # Windows has few
+            # nohup ignores SIGHUP; a shell's background jobs ignore SIGINT too, but may be asked to stop by it.
+            heard = [n for n in known if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+            self._earlier = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

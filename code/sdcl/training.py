@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdcl import checkpoints
-from sdcl.config import compile_networks
+from sdcl.devices import compile_networks
 from sdcl.errors import UserError
 from sdcl.evaluation import PREDICTORS, STUDENTS, Validation
 from sdcl.mixing import box_size, copy_paste_mask

@@ -1,0 +1,83 @@
+"""Where a run computes and how exactly: the device, its arithmetic, compilation, memory."""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from sdcl.errors import UserError
+from sdcl.runs import LOGGER
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of mallopt's parameters, from malloc.h
+
+
+def select_device(device: str, gpu: int) -> torch.device:
+    """Return the device of `--device auto|cpu|cuda` and `--gpu`.
+
+    Raises:
+        UserError: CUDA was asked for and is not there, or has no such GPU.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for but PyTorch sees no CUDA GPU: use --device cpu, or auto.")
+    if gpu >= torch.cuda.device_count():
+        raise UserError(f"--gpu is {gpu} but there are only {torch.cuda.device_count()} GPUs: count from 0.")
+    torch.cuda.set_device(gpu)
+    return torch.device("cuda", gpu)
+
+
+def set_arithmetic(deterministic: bool, precision: str = "fp32") -> None:
+    """Make float32 mean float32 on a GPU, and with `deterministic` each run give the same bits.
+
+    Without it cuDNN picks the fastest kernels. "tf32" rounds the factors of convolutions to TF32; those of matrix
+    products, such as the losses' sums, stay in float32.
+    """
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 seconds
+        torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Tell whether a device has arithmetic for bfloat16; a CPU without it is some hundred times slower in it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every version of PyTorch
+    return is_supported is None or bool(is_supported())
+
+
+def compile_networks(networks: Iterable[nn.Module], device: torch.device) -> None:
+    """Let torch.compile fuse what networks do, under their parameters' own names; say so where it does not work.
+
+    Args:
+        networks: changed in place; each is compiled when it is first called, which takes a minute or so.
+        device: that they are on.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # whatever a missing or broken compiler raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        LOGGER.info("NOTE: --compile finds no working compiler (%s): the run goes on without it.", reason)
+        return
+    for network in networks:
+        network.compile()
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed blocks for the next iteration instead of returning each to the system.
+
+    On a CPU a step allocates gigabytes in blocks so large that glibc maps each anew and the system zeroes its pages: a
+    quarter of the time of a 3D step. Elsewhere than on glibc nothing happens.
+    """
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)  # -1: never
