@@ -13,6 +13,7 @@ from sdcl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPROCESSING = DATA_SET.preprocessing
+RULE = "published"
 FRAME = re.compile(r"(patient\d+)_frame(\d+)\.nii(\.gz)?")
 
 
@@ -28,12 +29,12 @@ class Config:
 
 
 def convert_frame(image_path: Path, label_path: Path, name: str, config: Config) -> None:
-    """Write one frame's single slices, then its volume."""
+    """Write one frame's single slices, then its volume, their axes as the challenge's own, however it is stored."""
     image, label = read_scan(image_path), read_label(label_path, DATA_SET.num_classes)
     on_image = label_by_index(image, label) if config.by_index else aligned_label(image, label)
     mask = prepare_label(on_image, image, PREPROCESSING)
     case = prepare(image, PREPROCESSING)
-    attributes = provenance(case, PREPROCESSING, rule="published", image=image_path, label=label_path, raw=config.raw)
+    attributes = provenance(case, PREPROCESSING, rule=RULE, image=image_path, label=label_path, raw=config.raw)
     write_slices(config.root_path, name, case.array, mask, attributes)
 
 
@@ -84,7 +85,8 @@ def main(config: Config) -> None:
             if name in jobs:
                 raise UserError(f"--raw {config.raw} holds {name} twice, once in {image.parent}: remove one of them.")
             run = lambda i=image, n=name: convert_frame(i, label_of(i), n, config)  # noqa: E731
-            jobs[name] = Job(name, [config.root_path / "data" / f"{name}.h5"], run)
+            made_by = {"rule": RULE, "preprocessing": PREPROCESSING.to_json()}
+            jobs[name] = Job(name, [config.root_path / "data" / f"{name}.h5"], run, image, label_of(image), made_by)
     convert(list(jobs.values()), config.workers, config.overwrite)
 
 

@@ -1,10 +1,12 @@
 """LA: from the challenge's NRRD files to HDF5: `python dataloaders/preprocess_la.py --raw <folder>`."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dataloaders.checks import name_fault
 from dataloaders.convert import Job, convert, provenance, write_case
 from dataloaders.files import sample_rng
 from dataloaders.la import DATA_SET
@@ -15,6 +17,7 @@ from sdcl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPROCESSING = DATA_SET.preprocessing
+RULE = "published"
 IMAGE, LABEL = "lgemri", "laendo"
 
 
@@ -46,10 +49,14 @@ def convert_case(image_path: Path, label_path: Path, target: Path, config: Confi
     box = with_margins(box, [*draw.tolist(), (0, 0)], mask.shape)
     box = (*box[:2], (0, mask.shape[2]))  # z is never cropped
     case = prepared.cropped(box)
-    attributes = provenance(
-        case, PREPROCESSING, rule="published", image=image_path, label=label_path, raw=config.raw, box=box
-    )
+    attributes = provenance(case, PREPROCESSING, rule=RULE, image=image_path, label=label_path, raw=config.raw, box=box)
+    attributes["crop"] = crop_of(config)
     write_case(target, case.array, mask[tuple(slice(*side) for side in box)], attributes)
+
+
+def crop_of(config: Config) -> str:
+    """Return what chooses the crops, as the files' attributes keep it."""
+    return json.dumps({"seed": config.seed, "min_side": config.min_side, "margin": list(config.margin)})
 
 
 def main(config: Config) -> None:
@@ -62,10 +69,14 @@ def main(config: Config) -> None:
     jobs = []
     for folder, image in images.items():
         label = next((path for s in SUFFIXES if (path := folder / f"{LABEL}{s}").exists()), folder / f"{LABEL}.nrrd")
+        if name_fault(folder.name):
+            raise UserError(f"{folder} cannot give a case its name ({name_fault(folder.name)}): rename the folder.")
         target = DATA_SET.path_of(config.root_path, folder.name)
         if any(target in job.targets for job in jobs):
             raise UserError(f"--raw {config.raw} holds the case {folder.name} twice: remove one of them.")
-        jobs.append(Job(folder.name, [target], lambda i=image, m=label, t=target: convert_case(i, m, t, config)))
+        run = lambda i=image, m=label, t=target: convert_case(i, m, t, config)  # noqa: E731
+        made_by = {"rule": RULE, "preprocessing": PREPROCESSING.to_json(), "crop": crop_of(config)}
+        jobs.append(Job(folder.name, [target], run, image, label, made_by))
     convert(jobs, config.workers, config.overwrite)
 
 

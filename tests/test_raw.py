@@ -280,7 +280,7 @@ def test_la_from_nrrd(tmp_path):
 def test_acdc_from_nifti(tmp_path):
     rng = np.random.default_rng(0)
     folder = tmp_path / "raw" / "training" / "patient007"
-    affine = affine_of("LAS", (1.5, 1.5, 10.0))
+    affine = affine_of("LPS", (1.5, 1.5, 10.0))  # as the challenge's files lie: nothing is turned
     images = {frame: rng.integers(0, 900, (24, 20, 4)).astype(np.int16) for frame in (11, 4)}
     for frame, image in images.items():
         label = np.digitize(smooth((24, 20, 4), frame), (0.4, 0.5, 0.6)).astype(np.uint8)
@@ -482,7 +482,7 @@ def test_labels_follow_their_images():
     [
         (("--normalise", "minmax"), "is of an import with other preprocessing: give --overwrite"),
         (("--class_names", "heart"), "is of an import with other class_names: give --overwrite"),
-        (("--label_values", "0"), "--label_values 0 must be different numbers from 1 to 255"),
+        (("--label_values", "0"), "--label_values 0 must be different numbers from 1 to 65535"),
         (("--test_fraction", "0"), "no case of the 5 labelled ones is left for the test: raise --test_fraction"),
         (("--workers", "0"), "--workers is 0: it must be above 0"),
     ],
