@@ -1,9 +1,11 @@
 """The doctor of a data set: `python dataloaders/check.py --dataset la`; what is wrong, before any training."""
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,9 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dataloaders import acdc, la, pancreas
-from dataloaders.datasets import SLICE, DataSet
+from dataloaders.convert import few
+from dataloaders.datasets import SLICE, DataSet, Duplicate, missing_classes
 from dataloaders.files import read_list, read_sample, read_spacing
-from dataloaders.own import read_data_set
+from dataloaders.own import DESCRIPTION, read_data_set
 from sdcl.config import run_script
 from sdcl.errors import UserError
 from sdcl.evaluation import Case
@@ -22,7 +25,6 @@ from sdcl.runs import LOGGER, start_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {"la": la.DATA_SET, "acdc": acdc.DATA_SET, "pancreas": pancreas.DATA_SET}
-SPLITS = ("train", "val", "test")  # that must not share cases
 
 
 @dataclass
@@ -35,6 +37,15 @@ class Config:
     workers: int = 4  # files read at a time
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what it is of, what kind it is, and the sentence."""
+
+    name: str
+    kind: str
+    text: str
+
+
 @dataclass
 class Finding:
     """What one file is found to be.
@@ -42,12 +53,14 @@ class Finding:
     Attributes:
         name: in the lists.
         split: the list that names it.
+        path: of the file.
         problem: what is wrong with it, or "".
         case: what was read, of a volume that is to be drawn.
     """
 
     name: str
     split: str
+    path: Path
     problem: str = ""
     shape: tuple[int, ...] = ()
     classes: frozenset = frozenset()
@@ -58,6 +71,16 @@ class Finding:
     high: float = 0.0
     is_labelled: bool = False
     case: Case | None = field(default=None, repr=False)
+
+    @property
+    def is_constant(self) -> bool:
+        """Tell whether the image is one value."""
+        return bool(self.shape) and self.low == self.high
+
+    @property
+    def case_name(self) -> str:
+        """Return the case's name, of a slice without its number."""
+        return self.name.rsplit(SLICE, 1)[0]
 
 
 def lists_of(root: Path, data_set: DataSet) -> dict[str, list[str]]:
@@ -77,7 +100,7 @@ def lists_of(root: Path, data_set: DataSet) -> dict[str, list[str]]:
 def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[str], keep: bool) -> Finding:
     """Read one file and say what it is, or what is wrong with it."""
     path = data_set.path_of(root, name)
-    found = Finding(name, split, is_labelled=split != "train" or name in labelled)
+    found = Finding(name, split, path, is_labelled=split != "train" or name in labelled)
     try:
         ndim = 2 if SLICE in name else 3
         sample = read_sample(path, ndim=ndim, num_classes=data_set.num_classes, needs_label=found.is_labelled)
@@ -91,30 +114,130 @@ def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[
                 found.problem = f"{path} has an empty label: correct it, or take the case out of the list"
             data_set.check_label(path, sample)
         if keep and sample.label is not None and ndim == 3:
-            found.case = Case(name, sample.image, sample.label, found.spacing)
+            found.case = drawable(Case(name, sample.image, sample.label, found.spacing))
     except UserError as error:
         found.problem = str(error)
     return found
 
 
-def doubles(findings: Sequence[Finding], data_set: DataSet) -> list[str]:
-    """Name the cases that two splits share, by name, by patient or by content, and equal files within one."""
-    problems, seen = [], {}
+def drawable(case: Case) -> Case:
+    """Return a case of at least two voxels along each axis, single ones doubled: a contour needs them."""
+    thin = [axis for axis, side in enumerate(case.image.shape) if side == 1]
+    image, label = case.image, case.label
+    for axis in thin:
+        image, label = np.repeat(image, 2, axis), np.repeat(label, 2, axis)
+    return replace(case, image=image, label=label)
+
+
+def doubles(findings: Sequence[Finding], data_set: DataSet) -> tuple[list[Problem], Counter[Duplicate]]:
+    """Find the cases that two splits share, by name, by patient or by content, and equal files within one.
+
+    Returns:
+        What is wrong; and how many files are equal as the collection is known to hold them, in one and the same split.
+    """
+    problems, known, seen = [], Counter(), {}
     for finding in findings:
-        if finding.content and finding.content in seen:
-            other = seen[finding.content]
-            where = "both " + finding.split if other.split == finding.split else f"{other.split} and {finding.split}"
-            problems.append(f"{other.name} and {finding.name} hold the same image ({where}): take one out")
-        seen.setdefault(finding.content, finding)
+        if not finding.content or finding.is_constant:
+            continue
+        other = seen.setdefault(finding.content, finding)
+        if other is finding:
+            continue
+        pair = {data_set.patient_of(other.name), data_set.patient_of(finding.name)}
+        duplicate = next((d for d in data_set.duplicates if pair <= set(d.patients)), None)
+        if duplicate is not None and other.split == finding.split:
+            known[duplicate] += 1
+            continue
+        where = "both " + finding.split if other.split == finding.split else f"{other.split} and {finding.split}"
+        text = f"{other.name} and {finding.name} hold the same image ({where}): take one out"
+        problems.append(Problem(finding.name, f"the same image, {where}", text))
     patients: dict[str, set[str]] = {}
     for finding in findings:
         patients.setdefault(data_set.patient_of(finding.name), set()).add(finding.split)
-    problems += [
-        f"{patient} is in {' and '.join(sorted(splits))}: take it out of one"
-        for patient, splits in patients.items()
-        if len(splits) > 1
+    for patient, splits in patients.items():
+        if len(splits) > 1:
+            where = " and ".join(sorted(splits))
+            problems.append(Problem(patient, f"in {where}", f"{patient} is in {where}: take it out of one"))
+    for duplicate in data_set.duplicates:
+        if duplicate.is_one_enough and set(duplicate.patients) & set(patients):
+            known[duplicate] += 0
+    return problems, known
+
+
+def labels_of(findings: Sequence[Finding], data_set: DataSet) -> tuple[str, list[Problem]]:
+    """Count the labelled training cases of each class, and name classes and cases that teach nothing."""
+    cases: dict[str, set[int]] = {}
+    for finding in findings:
+        if finding.split == "train" and finding.is_labelled and finding.classes:
+            cases.setdefault(finding.case_name, set()).update(finding.classes)
+    counts = [
+        f"{name} {sum(k in there for there in cases.values())}" for k, name in enumerate(data_set.class_names, start=1)
     ]
-    return problems
+    problems = [
+        Problem(name, "class", f"no labelled training case has the class {name}: label one, or leave the class out")
+        for name in (missing_classes(cases.values(), data_set) if cases else ())
+    ]
+    sliced = {finding.case_name for finding in findings if SLICE in finding.name}
+    problems += [
+        Problem(
+            name, "empty", f"{name} has an empty label in every slice: correct it, or take the case out of the list"
+        )
+        for name, there in cases.items()
+        if there == {0} and name in sliced
+    ]
+    return f"{', '.join(counts)} of {len(cases)} labelled training cases", problems
+
+
+def remarks(findings: Sequence[Finding], known: Counter[Duplicate], root: Path, data_set: DataSet) -> list[str]:
+    """Say what is unusual but not wrong."""
+    lines = []
+    for duplicate, count in known.items():
+        files = f", {count} files each" if count else ""
+        lines.append(f"known: {' and '.join(duplicate.patients)}{files}: {duplicate.remark}")
+    blank = [f.name for f in findings if f.is_constant]
+    if blank:
+        lines.append(
+            f"{len(blank)} slices hold one value (a margin, or nothing left by a mask) and train so: {few(blank)}"
+        )
+    volumes = [f for f in findings if len(f.shape) == 3]
+    thin = [f.name for f in volumes if 1 in f.shape]
+    if thin:
+        lines.append(f"{len(thin)} of {len(volumes)} volumes are a single slice: {few(thin)}")
+    if (root / DESCRIPTION).exists() and data_set.preprocessing.layout == "slices":
+        axis = data_set.preprocessing.slice_axis
+        lines.append(
+            f"slices lie across {axis}" if axis else
+            "the data set was imported before slices had one axis: import it again, with --overwrite"
+        )  # fmt: skip
+    return lines
+
+
+def same_preprocessing(findings: Sequence[Finding], data_set: DataSet) -> list[Problem]:
+    """Find training files that were made in several ways, which training refuses."""
+    paths = [f.path for f in findings if f.split == "train" and f.shape]
+    try:
+        if paths:
+            data_set.preprocessing_of(paths)
+    except UserError as error:
+        return [Problem("train", "preprocessing", str(error))]
+    return []
+
+
+def told(problems: Sequence[Problem]) -> list[str]:
+    """Return a line a kind of problem: the first of it, how many there are, and the names of a few others."""
+    kinds: dict[str, list[Problem]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.kind, []).append(problem)
+    lines = []
+    for same in kinds.values():
+        others = few(problem.name for problem in same[1:])
+        lines.append(f"WRONG: {same[0].text}" if not others else
+                     f"WRONG, {len(same)} times: {same[0].text} The others: {others}")  # fmt: skip
+    return lines
+
+
+def kind_of(finding: Finding) -> str:
+    """Return what a file's problem has in common with others': the split and the sentence, without path and numbers."""
+    return f"{finding.split}: " + re.sub(r"\d[\d.]*", "#", finding.problem.replace(str(finding.path), ""))
 
 
 def table(findings: Sequence[Finding], data_set: DataSet) -> str:
@@ -149,7 +272,8 @@ def main(config: Config) -> None:
     lists = lists_of(root, data_set)
     labelled = labelled_names(root, data_set, lists["train"])
     problems = [
-        f"train_lab names {name}, which train does not: correct the list" for name in labelled - set(lists["train"])
+        Problem(name, "train_lab", f"train_lab names {name}, which train does not: correct the list.")
+        for name in sorted(labelled - set(lists["train"]))
     ]
     jobs = [(name, split) for split, names in lists.items() for name in names]
     drawn = {name for names in lists.values() for name in names if SLICE not in name}
@@ -157,8 +281,12 @@ def main(config: Config) -> None:
     with ThreadPoolExecutor(config.workers) as pool:
         found = pool.map(lambda job: examine(*job, root, data_set, labelled, job[0] in drawn), jobs)
         findings = list(tqdm(found, total=len(jobs), unit="file", desc="checking", leave=False, disable=None))
-    problems += [finding.problem for finding in findings if finding.problem] + doubles(findings, data_set)
+    problems += [Problem(f.name, kind_of(f), f.problem) for f in findings if f.problem]
+    shared, known = doubles(findings, data_set)
+    classes, untaught = labels_of(findings, data_set)
+    problems += shared + untaught + same_preprocessing(findings, data_set)
     LOGGER.info("%s in %s\n\n%s\n", data_set.name, root.resolve(), table(findings, data_set))
+    LOGGER.info("classes: %s", classes)
     usual = max((f.spacing for f in findings if f.spacing), default=None)
     LOGGER.info("spacing: %s", "not known; distances come in voxels" if usual is None else "known, distances in mm too")
     cases = [finding.case for finding in findings if finding.case is not None]
@@ -167,8 +295,8 @@ def main(config: Config) -> None:
         figure.parent.mkdir(parents=True, exist_ok=True)
         save_label_figure(figure, cases, data_set.class_names, data_set.preprocessing.layout == "volume")
         LOGGER.info("look at %s: the contours must follow what they are of", figure)
-    for problem in problems:
-        LOGGER.info("WRONG: %s", problem)
+    for line in remarks(findings, known, root, data_set) + told(problems):
+        LOGGER.info("%s", line)
     if problems:
         raise UserError(f"{len(problems)} things are wrong with {root}: mend what the lines above name.")
     LOGGER.info("nothing is wrong: %d files", len(findings))

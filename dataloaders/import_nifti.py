@@ -246,7 +246,7 @@ def main(config: Config) -> None:
     earlier = Lists.read(config.output) if there and not config.resplit else None
     if earlier is not None:
         lists = keep(earlier, lists, config, there.get("split"))
-        content["split"] = there.get("split") or content["split"]
+        content["split"] = there.get("split")
     jobs = []
     for name, (image, label) in cases.items():
         run = lambda n=name, i=image, m=label: convert_case(n, i, m, how, labels, config)  # noqa: E731

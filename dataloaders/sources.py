@@ -70,12 +70,13 @@ def change_since(target: Path, image: Path, label: Path | None, made_by: Mapping
         of_image, of_label, label_source, *made = read_text_attributes(target, *names)
     except UserError:
         return "the file, which cannot be read,"
+    if label_source is not None and bool(label_source) != (label is not None):
+        return "the label"
     for (name, wanted), there in zip(made_by.items(), made, strict=True):
         if there is not None and not _agree(name, there, wanted):
             return "the way of making it"
     if of_image is None or of_label is None:
-        has_gained_or_lost = label_source is not None and bool(label_source) != (label is not None)
-        return "the label" if has_gained_or_lost else "unknown"
+        return "unknown"
     if not is_same(image, of_image):
         return "the image"
     return "" if is_same(label, of_label) else "the label"
