@@ -95,6 +95,18 @@ def convert(jobs: Sequence[Job], workers: int, overwrite: bool) -> None:
         )
 
 
+def check_trust(trust: Sequence[str], names: Iterable[str]) -> None:
+    """Refuse `--trust` of what is no labelled case, such as a misspelt name.
+
+    Raises:
+        UserError: names it.
+    """
+    names = set(names)
+    unknown = next((name for name in trust if name != "all" and name not in names), None)
+    if unknown is not None:
+        raise UserError(f"--trust names {unknown}, which is no labelled case: give {few(sorted(names))}, or all.")
+
+
 def few(names: Iterable[str]) -> str:
     """Name some things, and how many more there are."""
     names = list(names)

@@ -12,7 +12,7 @@ import numpy as np
 
 from dataloaders.alignment import TRUSTED, check_alignment
 from dataloaders.checks import name_fault
-from dataloaders.convert import Job, convert, provenance, write_case, write_slices
+from dataloaders.convert import Job, check_trust, convert, provenance, write_case, write_slices
 from dataloaders.datasets import SLICE
 from dataloaders.import_lists import Lists, draw, keep, settings_of, write_lists
 from dataloaders.label_values import LabelMap, choose_values, class_names
@@ -179,6 +179,8 @@ def _check(config: Config) -> None:
                 f"--{flag} {' '.join(f'{side:g}' for side in sides)}: every side must lie within {SIDES_MM[0]:g} and "
                 f"{SIDES_MM[1]:g} mm."
             )
+    if len(set(config.class_names)) < len(config.class_names):
+        raise UserError(f"--class_names {' '.join(config.class_names)} names a class twice: give different names.")
     if config.slice_axis is not None and config.layout != "slices":
         raise UserError(f"--slice_axis {config.slice_axis} is for 2D data alone: give --layout slices, too.")
     name = config.output.resolve().name
@@ -229,6 +231,7 @@ def main(config: Config) -> None:
     labels = LabelMap.of(config.label_values, config.merge, config.ignore)
     cases = join(config.images, config.labels)
     masks = {name: label for name, (_, label) in cases.items() if label is not None}
+    check_trust(config.trust, masks)
     labels = choose_values(masks, labels, config.class_names, config.workers)
     lists = draw(list(masks), [name for name in cases if name not in masks], config)
     there = _earlier(config)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.acdc import DATA_SET
-from dataloaders.convert import Job, convert, provenance, write_slices
+from dataloaders.convert import Job, convert, few, provenance, write_slices
 from dataloaders.preprocessing import prepare, prepare_label
 from dataloaders.scans import aligned_label, label_by_index, read_label, read_scan
 from sdcl.config import run_script
 from sdcl.errors import UserError
+from sdcl.runs import LOGGER, start_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPROCESSING = DATA_SET.preprocessing
@@ -69,8 +70,20 @@ def label_of(path: Path) -> Path:
     return found[0] if found else path.with_name(f"{stem}_gt.nii.gz")
 
 
+def tell_guesses(patients: dict[Path, list[Path]], raw: Path) -> None:
+    """Say where the order of the frames is a guess, and which labels have no frame."""
+    guessed = [folder.name for folder in patients if not (folder / "Info.cfg").exists()]
+    if guessed:
+        LOGGER.info("no Info.cfg, so that the frame of the lower number counts as end-diastole: %s", few(guessed))
+    labels = {label_of(path) for files in patients.values() for path in files}
+    alone = [path.name for path in sorted(raw.glob("**/patient*_frame*_gt.nii*")) if path not in labels]
+    if alone:
+        LOGGER.info("labels without a frame, left out: %s", few(alone))
+
+
 def main(config: Config) -> None:
     """Find the frames and convert them."""
+    start_logging()
     patients: dict[Path, list[Path]] = {}
     for path in sorted(config.raw.glob("**/patient*_frame*.nii*")):
         if FRAME.fullmatch(path.name):
@@ -79,6 +92,7 @@ def main(config: Config) -> None:
         raise UserError(
             f"--raw {config.raw} holds no patientXXX_frameYY.nii.gz at any depth: give the challenge's folder."
         )
+    tell_guesses(patients, config.raw)
     jobs: dict[str, Job] = {}
     for files in patients.values():
         for name, image in frame_names(files).items():

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.checks import name_fault
-from dataloaders.convert import Job, convert, provenance, write_case
+from dataloaders.convert import Job, convert, few, provenance, write_case
 from dataloaders.files import sample_rng
 from dataloaders.la import DATA_SET
 from dataloaders.preprocessing import at_least, label_box, prepare, prepare_label, with_margins
 from dataloaders.scans import SUFFIXES, Scan, aligned_label, label_by_index, read_label, read_scan
 from sdcl.config import run_script
 from sdcl.errors import UserError
+from sdcl.runs import LOGGER, start_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPROCESSING = DATA_SET.preprocessing
@@ -66,6 +67,11 @@ def main(config: Config) -> None:
     images = {path.parent: path for suffix in SUFFIXES for path in sorted(config.raw.glob(f"**/{IMAGE}{suffix}"))}
     if not images:
         raise UserError(f"--raw {config.raw} holds no <case>/{IMAGE}.nrrd at any depth: give the challenge's folder.")
+    start_logging()
+    labels = {path.parent for suffix in SUFFIXES for path in config.raw.glob(f"**/{LABEL}{suffix}")}
+    alone = sorted(folder.name for folder in labels - set(images))
+    if alone:
+        LOGGER.info("labels without a scan (%s), left out: %s", IMAGE, few(alone))
     jobs = []
     for folder, image in images.items():
         label = next((path for s in SUFFIXES if (path := folder / f"{LABEL}{s}").exists()), folder / f"{LABEL}.nrrd")

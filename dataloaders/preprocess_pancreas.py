@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from dataloaders.alignment import AXES, TRUSTED, check_alignment, measure_alignment
-from dataloaders.convert import Job, convert, few, provenance, write_case
+from dataloaders.convert import Job, check_trust, convert, few, provenance, write_case
 from dataloaders.pancreas import DATA_SET, LEFT_OUT
 from dataloaders.preprocessing import (
     WINDOW_HU,
@@ -169,6 +169,7 @@ def main(config: Config) -> None:
     """Find the cases, write the table of their names, convert them."""
     start_logging()
     pairs = pair(config.images, config.labels)
+    check_trust(config.trust, [name for name, *_ in pairs])
     table = [{"case": name, "image": image.name, "label": label.name} for name, image, label in pairs]
     write_csv(config.root_path / "data" / "cases.csv", table)
     LOGGER.info(

@@ -306,8 +306,10 @@ def _axes(turned: Scan, affine: np.ndarray, shape: Sequence[int], how: Preproces
         sides = nibabel.affines.voxel_sizes(affine).round(3)
         across = single[0] if len(single) == 1 else max(range(3), key=lambda axis: (sides[axis], axis))
         if turned.array.dtype.kind == "f":  # once a case, for its image
-            LOGGER.info("%s: its slices lie across %s, by its own voxels: no axis is kept for all scans", turned.path,
-                        AXES[across])  # fmt: skip
+            LOGGER.info(
+                "%s: its slices lie across its %s axis, by its own voxels%s: the training files said no more",
+                turned.path, AXES[across], "" if how.orientation else ", and its axes point as they are stored",
+            )  # fmt: skip
     return (across, *(axis for axis in (2, 1, 0) if axis != across))
 
 

@@ -121,7 +121,7 @@ def test_prediction_slices_as_the_training_did(heard):
         prepare(Scan("strip.nii", image[:, :1], affine_of("LPS", (1.0, 1.0, 1.0))), how)
     old = Preprocessing.from_dict({"normalise": "minmax", "layout": "slices"})
     assert prepare(Scan("old.nii", image[..., :1], affine_of("LPS", (1.0, 4.0, 1.0))), old).array.shape[0] == 1
-    assert "old.nii: its slices lie across z, by its own voxels" in heard.text
+    assert "old.nii: its slices lie across its z axis, by its own voxels: the training" in heard.text
 
 
 def acdc_in(folder, codes, image, label):
@@ -180,6 +180,23 @@ def test_a_run_takes_the_orientation_of_its_training_files(tmp_path):
     write(tmp_path / "data" / "e.h5", orientation="SPL")  # a slice made before slices said so: its volume's counts
     slice_ = write(tmp_path / "data" / "slices" / "e_slice_1.h5", preprocessing=json.dumps(old))
     assert DATA_SET.facts("argmax", [slice_])["preprocessing"]["orientation"] == "LPS"
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_learns_where_its_axes_point(acdc_phantom, tmp_path):
+    flags = ("--root_path", acdc_phantom, "--models_path", tmp_path, "--patch_size", 32, 32, "--labelnum", 2,
+             "--batch_size", 2, "--pre_iterations", 1, "--self_iterations", 0)  # fmt: skip
+    run("ACDC_train.py", *flags)
+    path = next(tmp_path.glob("*/config.json"))
+    content = json.loads(path.read_text())
+    whole = json.loads(json.dumps(content["task"]))
+    del content["task"]["label_values"], content["task"]["preprocessing"]["slice_axis"]
+    content["task"]["preprocessing"]["orientation"] = None
+    path.write_text(json.dumps(content))
+    run("ACDC_train.py", *flags)
+    assert json.loads(path.read_text())["task"] == whole
+    content["task"]["preprocessing"]["orientation"] = "RAS"
+    path.write_text(json.dumps(content))
+    assert "preprocessed in another way" in run("ACDC_train.py", *flags, fails=True)
 
 
 def write(path, **attrs):
@@ -445,6 +462,15 @@ def test_a_ct_of_soft_tissue_alone_needs_a_word(tmp_path):
     text = run(IMPORT, *flags, fails=True)
     assert "is no CT in HU" in text and "give the CT itself, or, if it is in HU after all, --trust_hu." in text
     assert "4 cases converted" in run(IMPORT, *flags, "--trust_hu")
+
+
+def test_flags_that_name_nothing_are_refused(tmp_path):
+    flags = write_set(tmp_path, plain(4))
+    assert "--trust names c9, which is no labelled case: give c0, c1, c2, c3, or all" in run(
+        IMPORT, *flags, "--trust", "c9", fails=True
+    )
+    assert "--class_names a a names a class twice" in run(IMPORT, *flags, "--class_names", "a", "a", fails=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_blank_slices_train(tmp_path):

@@ -28,6 +28,7 @@ MACHINE_FIELDS = frozenset(
         "window_batch",
     }
 )  # fmt: skip
+COMPLETED_LATER = frozenset({"orientation", "slice_axis", "label_values"})  # facts that earlier versions lacked
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
 MAX_CONFIG_BYTES = 2**24  # of config.json, which grows by half a kilobyte at each resume
 MAX_SIDE = 2**14  # of a patch in a config.json, in pixels
@@ -112,14 +113,27 @@ def open_run(
                 f"{folder} holds a run on other {' and '.join(changed)} cases: restore the lists in data_split/ "
                 "to go on with it, choose another --exp, or remove the folder."
             )
-        kept = content.setdefault("task", json.loads(json.dumps(task)))
-        if kept != json.loads(json.dumps(task)):
+        facts = json.loads(json.dumps(task))
+        kept = content.setdefault("task", facts)
+        if not _completes(facts, kept):
             raise UserError(
                 f"{folder} holds a run on data that were preprocessed in another way ({kept} there, {task} "
                 "now): restore the data to go on with it, choose another --exp, or remove the folder."
             )
+        content["task"] = facts
         content["resumed"].append(now)
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _completes(now: Any, kept: Any) -> bool:
+    """Tell whether facts are the kept ones, but for those that a run of an earlier version did not know of its data."""
+    if not (isinstance(now, dict) and isinstance(kept, dict)):
+        return now == kept
+    return all(
+        (kept.get(key) is None and key in COMPLETED_LATER)
+        or (key in now and key in kept and _completes(now[key], kept[key]))
+        for key in {*now, *kept}
+    )
 
 
 def differing_fields(there: dict[str, Any], now: dict[str, Any]) -> str:
