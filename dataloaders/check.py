@@ -212,13 +212,13 @@ def remarks(findings: Sequence[Finding], known: Counter[Duplicate], root: Path, 
 
 
 def same_preprocessing(findings: Sequence[Finding], data_set: DataSet) -> list[Problem]:
-    """Find training files that were made in several ways, which training refuses."""
-    paths = [f.path for f in findings if f.split == "train" and f.shape]
+    """Find files that were made in several ways: training refuses its own, and a test would score strangers."""
+    paths = [f.path for f in findings if f.shape]
     try:
         if paths:
             data_set.preprocessing_of(paths)
     except UserError as error:
-        return [Problem("train", "preprocessing", str(error))]
+        return [Problem("files", "preprocessing", str(error))]
     return []
 
 

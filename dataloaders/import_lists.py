@@ -1,14 +1,16 @@
 """Which imported cases train, validate and test: drawn once, kept when more come."""
 
-import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
+
 from dataloaders.convert import few
 from dataloaders.datasets import SLICE
 from dataloaders.files import read_list, sample_rng
+from dataloaders.slices import find_file
 from sdcl.atomic import write_text
 from sdcl.errors import UserError
 from sdcl.runs import LOGGER
@@ -170,6 +172,7 @@ def write_lists(root: Path, layout: str, lists: Lists) -> None:
 
 
 def slices_of(root: Path, name: str) -> list[str]:
-    """Return the names of a case's slices, in order."""
-    count = len(list((root / "data" / "slices").glob(f"{glob.escape(name)}{SLICE}*.h5")))
+    """Return the names of a case's slices, in order: as many as its volume has."""
+    with h5py.File(find_file(root, name), "r") as file:
+        count = len(file["image"])
     return [f"{name}{SLICE}{k}" for k in range(1, count + 1)]

@@ -43,8 +43,6 @@ class LabelMap:
             if is_twice or not all(1 <= number <= MAX_VALUE for number in numbers):
                 shown = " ".join(map(str, merge if flag == "merge" else numbers))
                 raise UserError(f"--{flag} {shown} must be different numbers from 1 to {MAX_VALUE}.")
-        if len(values) > MAX_CLASSES:
-            raise UserError(f"--label_values names {len(values)} values: more than {MAX_CLASSES} classes do not fit.")
         gone = [first for first, _ in pairs]
         both = next((n for n in gone if gone.count(n) > 1 or n in [second for _, second in pairs] or n in ignore), None)
         if both is not None:
@@ -105,6 +103,11 @@ def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str
         raise UserError(
             f"the labels hold the values {values}, not 1, 2, ...: give --label_values {' '.join(map(str, values))} "
             "to number them so (--merge counts one as another, --ignore leaves one out), or correct the files."
+        )
+    if len(values) > MAX_CLASSES:
+        raise UserError(
+            f"the labels have {len(values)} values, and {MAX_CLASSES} classes fit at most: give --merge or --ignore, "
+            "or the files of the labels, not of the images."
         )
     for path, there, before in zip(labels.values(), found, raw, strict=True):
         if not there <= set(values):

@@ -12,6 +12,7 @@ from test_raw import run
 from dataloaders import check, pancreas
 from dataloaders.acdc import DATA_SET
 from dataloaders.check import Finding, doubles, drawable
+from dataloaders.datasets import SLICE
 from dataloaders.files import read_list
 from dataloaders.preprocessing import Preprocessing
 from dataloaders.slices import find_file
@@ -82,11 +83,13 @@ def test_a_class_without_a_label_and_a_case_of_empty_slices(acdc_phantom, tmp_pa
 def test_files_that_lie_differently_are_found(acdc_phantom, tmp_path):
     root = shutil.copytree(acdc_phantom, tmp_path / "acdc")
     old = Preprocessing("minmax", None, layout="slices").to_json()
-    for k, path in enumerate(sorted((root / "data" / "slices").glob("*.h5"))):
-        with h5py.File(path, "a") as file:
-            file.attrs["preprocessing"], file.attrs["orientation"] = old, "SPL" if k else "SAL"
-    text = examined(root, tmp_path / "a.png", fails=True)
-    assert "point to SAL, those of" in text and "convert all alike" in text
+    first = find_file(root, read_list(root / "data_split" / "train_slices.list")[0])
+    for odd in (lambda path: path == first, lambda path: SLICE in path.name):  # one slice; all but the volumes
+        for path in (root / "data").glob("**/*.h5"):
+            with h5py.File(path, "a") as file:
+                file.attrs["preprocessing"], file.attrs["orientation"] = old, "SAL" if odd(path) else "SPL"
+        text = examined(root, tmp_path / "a.png", fails=True)
+        assert "point to SAL, those of" in text and "to SPL: convert all alike" in text
 
 
 def test_volumes_of_one_slice_are_drawn_and_named(tmp_path):
