@@ -48,13 +48,14 @@ class Job:
     made_by: Mapping[str, str] = field(default_factory=dict)
 
 
-def convert(jobs: Sequence[Job], workers: int, overwrite: bool) -> None:
+def convert(jobs: Sequence[Job], workers: int, overwrite: bool, there: Iterable[Path] = ()) -> None:
     """Convert cases in parallel; those whose files are there, made of the same sources in the same way, are skipped.
 
     Args:
         jobs: the cases.
         workers: cases at a time.
         overwrite: convert those that are there, too.
+        there: converted files; of which those are told that no case gives any longer, since they stay.
 
     Raises:
         UserError: some cases failed; every other one is finished, and each failure was printed.
@@ -62,6 +63,10 @@ def convert(jobs: Sequence[Job], workers: int, overwrite: bool) -> None:
     start_logging()
     if workers < 1:
         raise UserError(f"--workers is {workers}: it must be above 0.")
+    given = {target.resolve() for job in jobs for target in job.targets}
+    others = sorted(str(path) for path in there if SLICE not in path.name and path.resolve() not in given)
+    if others:
+        LOGGER.info("converted earlier, not among the raw cases now, and left as they are: %s", few(others))
     waiting = list(jobs) if overwrite else _waiting(jobs, workers)
     if len(waiting) < len(jobs):
         LOGGER.info(

@@ -101,7 +101,7 @@ def main(config: Config) -> None:
             run = lambda i=image, n=name: convert_frame(i, label_of(i), n, config)  # noqa: E731
             made_by = {"rule": RULE, "preprocessing": PREPROCESSING.to_json()}
             jobs[name] = Job(name, [config.root_path / "data" / f"{name}.h5"], run, image, label_of(image), made_by)
-    convert(list(jobs.values()), config.workers, config.overwrite)
+    convert(list(jobs.values()), config.workers, config.overwrite, (config.root_path / "data").glob("*.h5"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 from dataloaders.checks import name_fault
 from dataloaders.convert import Job, convert, few, provenance, write_case
 from dataloaders.files import sample_rng
-from dataloaders.la import DATA_SET
+from dataloaders.la import DATA_SET, FOLDER
 from dataloaders.preprocessing import at_least, label_box, prepare, prepare_label, with_margins
 from dataloaders.scans import SUFFIXES, Scan, aligned_label, label_by_index, read_label, read_scan
 from sdcl.config import run_script
@@ -83,7 +83,8 @@ def main(config: Config) -> None:
         run = lambda i=image, m=label, t=target: convert_case(i, m, t, config)  # noqa: E731
         made_by = {"rule": RULE, "preprocessing": PREPROCESSING.to_json(), "crop": crop_of(config)}
         jobs.append(Job(folder.name, [target], run, image, label, made_by))
-    convert(jobs, config.workers, config.overwrite)
+    there = (config.root_path / "data" / FOLDER).glob("*/mri_norm2.h5")
+    convert(jobs, config.workers, config.overwrite, there)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def main(config: Config) -> None:
         target = DATA_SET.path_of(config.root_path, name)
         run = lambda i=image, m=label, t=target: convert_case(i, m, t, config)  # noqa: E731
         jobs.append(Job(name, [target], run, image, label, made_by))
-    convert(jobs, config.workers, config.overwrite)
+    convert(jobs, config.workers, config.overwrite, (config.root_path / "data").glob("*.h5"))
 
 
 if __name__ == "__main__":

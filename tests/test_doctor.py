@@ -9,11 +9,12 @@ import numpy as np
 from test_import import IMPORT, plain, scan_and_label, write_set
 from test_raw import run
 
-from dataloaders import check, pancreas
+from dataloaders import pancreas
 from dataloaders.acdc import DATA_SET
-from dataloaders.check import Finding, doubles, drawable
+from dataloaders.check import drawable
 from dataloaders.datasets import SLICE
 from dataloaders.files import read_list
+from dataloaders.findings import Finding, doubles, remarks
 from dataloaders.preprocessing import Preprocessing
 from dataloaders.slices import find_file
 from sdcl.evaluation import Case
@@ -56,7 +57,7 @@ def test_known_duplicates_are_known():
     assert "patient074_frame01_slice_1 and patient001_frame01_slice_1 hold" in doubles(other, DATA_SET)[0][0].text
     blank = [finding("patient001_frame01_slice_1", low=1.0), finding("patient002_frame01_slice_1", low=1.0)]
     assert doubles(blank, DATA_SET) == ([], {})  # slices of one value are all alike
-    (remark,) = check.remarks(twice, doubles(twice, DATA_SET)[1], Path("none"), DATA_SET)
+    (remark,) = remarks(twice, doubles(twice, DATA_SET)[1], Path("none"), DATA_SET)
     assert remark.startswith("known: patient074 and patient076, 2 files each: the same images, labelled twice")
 
 

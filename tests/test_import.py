@@ -350,6 +350,12 @@ def test_raw_files_that_changed_are_converted_again(tmp_path):
     _, picture, structures = attributes(find_file(tmp_path / "acdc", "patient001_frame01_slice_2"))
     np.testing.assert_array_equal(structures, label.T[1])
     assert picture.shape == (20, 24)
+    (tmp_path / "raw" / "patient001").rename(tmp_path / "raw" / "patient002")
+    for file in (tmp_path / "raw" / "patient002").iterdir():
+        file.rename(file.with_name(file.name.replace("001", "002")))
+    text = run("../dataloaders/preprocess_acdc.py", "--raw", tmp_path / "raw", "--root_path", tmp_path / "acdc")
+    assert f"converted earlier, not among the raw cases now, and left as they are: {path}" in text
+    assert "no Info.cfg, so that the frame of the lower number counts as end-diastole: patient002" in text
 
 
 # --- what is refused, and what works though it looks odd ---
