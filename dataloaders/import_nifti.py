@@ -122,6 +122,9 @@ def convert_case(
 ):
     """Align, preprocess and write one case, in 2D its single slices first."""
     image, mask, alignment = read_image(image_path, config), None, ""
+    case = prepare(
+        image, how, config.trust_hu, tell=False
+    )  # choose_slice_axis() has told; what is no CT aligns nowhere
     if label_path is not None:
         label = read_label(label_path)
         on_image = aligned_label(image, Scan(label_path, labels.classes(label.array), label.affine))
@@ -131,7 +134,6 @@ def convert_case(
             check_alignment(label_path, clipped, on_image, is_organ_ct=False, way_out=f"give --trust {name}")
         mask = prepare_label(on_image, image, how)
         tell_lost(name, label_path, on_image, mask, config)
-    case = prepare(image, how, config.trust_hu)
     attributes = provenance(case, how, rule=RULE, image=image_path, label=label_path, raw=config.images)
     attributes |= {"alignment": alignment} | made_by(how, labels, label_path)
     if how.layout == "slices":

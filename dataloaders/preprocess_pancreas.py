@@ -91,9 +91,9 @@ def convert_case(image_path: Path, label_path: Path, target: Path, config: Confi
         on_image = label_by_index(image, label, [AXES.index(axis) for axis in config.label_flip])
     else:
         on_image = aligned_label(image, label)
-    mean_hu, alignment = check_case(label_path, image, on_image, target.stem, config.trust)
     how = preprocessing_of(config)
-    prepared, mask = prepare(image, how, config.trust_hu), prepare_label(on_image, image, how)
+    prepared, mask = prepare(image, how, config.trust_hu, tell=False), prepare_label(on_image, image, how)
+    mean_hu, alignment = check_case(label_path, image, on_image, target.stem, config.trust)
     if not mask.any():
         raise UserError(
             f"{label_path} vanishes at {how.spacing_mm[0]:g} mm: it is too small a label; leave the case out."

@@ -87,19 +87,25 @@ class Prepared:
         return Prepared(self.array[tuple(slice(*side) for side in box)], affine)
 
 
-def prepare(scan: Scan, how: Preprocessing, trust_hu: bool = False) -> Prepared:
+def prepare(scan: Scan, how: Preprocessing, trust_hu: bool = False, tell: bool = True) -> Prepared:
     """Bring an image into a network's axes, voxels and range.
 
     Args:
         scan: as it was read.
         how: what to do to it.
         trust_hu: somebody says that this "ct" is in HU, however it looks.
+        tell: log where the scan was itself sliced across another axis than its slices will lie, or cannot be turned.
 
     Raises:
         UserError: it does not suit what is to be done: see normalised(), check_slicing() and _grid().
     """
     turned = scan.oriented(how.orientation) if how.orientation else scan
-    check_slicing(turned, how)
+    if tell and how.orientation is None:
+        LOGGER.info(
+            "%s is taken with its axes as stored, %s: the training files do not say where theirs point",
+            scan.path, scan.orientation,
+        )  # fmt: skip
+    check_slicing(turned, how, tell)
     shape, affine = _grid(turned, how)
     values = resampled(turned.array, turned.affine, shape, affine, order=1)
     order = _axes(turned, affine, shape, how)
@@ -137,7 +143,7 @@ def own_slice_axis(shape: Sequence[int], sides: Sequence[float]) -> int | None:
     return alike[0] if alike else int(np.argmax(logs))
 
 
-def check_slicing(turned: Scan, how: Preprocessing) -> None:
+def check_slicing(turned: Scan, how: Preprocessing, tell: bool) -> None:
     """Refuse a scan of one slice across another axis than the data set's, and say where a stack lies across another.
 
     Raises:
@@ -153,10 +159,11 @@ def check_slicing(turned: Scan, how: Preprocessing) -> None:
             f"{turned.path} is a single slice across {AXES[own]}, but slices lie across {how.slice_axis} here: leave "
             f"it out, or make a data set with --slice_axis {AXES[own]}."
         )
-    LOGGER.info(
-        "%s was itself sliced across %s (voxels of %s mm); its slices here lie across %s, as in the whole data set",
-        turned.path, AXES[own], "×".join(f"{side:.3g}" for side in turned.spacing_mm), how.slice_axis,
-    )  # fmt: skip
+    if tell:
+        LOGGER.info(
+            "%s was itself sliced across %s (voxels of %s mm); its slices here lie across %s, as in the whole data set",
+            turned.path, AXES[own], _times(turned.spacing_mm), how.slice_axis,
+        )  # fmt: skip
 
 
 def onto_scan(values: np.ndarray, affine: np.ndarray, scan: Scan) -> np.ndarray:
@@ -307,8 +314,8 @@ def _axes(turned: Scan, affine: np.ndarray, shape: Sequence[int], how: Preproces
         across = single[0] if len(single) == 1 else max(range(3), key=lambda axis: (sides[axis], axis))
         if turned.array.dtype.kind == "f":  # once a case, for its image
             LOGGER.info(
-                "%s: its slices lie across its %s axis, by its own voxels%s: the training files said no more",
-                turned.path, AXES[across], "" if how.orientation else ", and its axes point as they are stored",
+                "%s: its slices lie across %s, by its own voxels: the training files do not say across which theirs lie",
+                turned.path, AXES[across],
             )  # fmt: skip
     return (across, *(axis for axis in (2, 1, 0) if axis != across))
 

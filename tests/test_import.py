@@ -91,6 +91,7 @@ def test_scans_sliced_differently_need_the_flag(tmp_path):
     assert "give --slice_axis z or y for all" in text and not (tmp_path / "out").exists()
     text = run(IMPORT, *flags, "--slice_axis", "y")
     assert "across y in every case; 4 of 5 scans were themselves sliced across another axis" in text
+    assert "was itself sliced" not in text  # one line for all
     shapes = [attributes(tmp_path / "out" / "data" / f"c{k}.h5")[1].shape for k in (0, 4)]
     assert shapes == [(18, 6, 20), (6, 18, 20)]
     run(IMPORT, *flags)  # the axis is kept by the data set
@@ -119,9 +120,10 @@ def test_prediction_slices_as_the_training_did(heard):
     assert "coronal.nii was itself sliced across y" in heard.text
     with pytest.raises(UserError, match="strip.nii is a single slice across y, but slices lie across z here"):
         prepare(Scan("strip.nii", image[:, :1], affine_of("LPS", (1.0, 1.0, 1.0))), how)
-    old = Preprocessing.from_dict({"normalise": "minmax", "layout": "slices"})
+    old = Preprocessing.from_dict({"normalise": "minmax", "layout": "slices", "orientation": None})
     assert prepare(Scan("old.nii", image[..., :1], affine_of("LPS", (1.0, 4.0, 1.0))), old).array.shape[0] == 1
-    assert "old.nii: its slices lie across its z axis, by its own voxels: the training" in heard.text
+    assert "old.nii: its slices lie across z, by its own voxels: the training" in heard.text
+    assert "old.nii is taken with its axes as stored, LPS" in heard.text
 
 
 def acdc_in(folder, codes, image, label):
@@ -464,7 +466,10 @@ def test_no_file_of_nan_is_written(tmp_path, value):
 
 
 def test_a_ct_of_soft_tissue_alone_needs_a_word(tmp_path):
-    flags = (*write_set(tmp_path, plain(4))[:-1], "ct", "--trust", "all")
+    flags = (*write_set(tmp_path, plain(4))[:-1], "ct")
+    text = run(IMPORT, *flags, fails=True)
+    assert "is no CT in HU" in text and "does not seem to lie on its image" not in text
+    flags = (*flags, "--trust", "all")
     text = run(IMPORT, *flags, fails=True)
     assert "is no CT in HU" in text and "give the CT itself, or, if it is in HU after all, --trust_hu." in text
     assert "4 cases converted" in run(IMPORT, *flags, "--trust_hu")
