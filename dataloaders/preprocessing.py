@@ -314,7 +314,7 @@ def _axes(turned: Scan, affine: np.ndarray, shape: Sequence[int], how: Preproces
         across = single[0] if len(single) == 1 else max(range(3), key=lambda axis: (sides[axis], axis))
         if turned.array.dtype.kind == "f":  # once a case, for its image
             LOGGER.info(
-                "%s: its slices lie across %s, by its own voxels: the training files do not say across which theirs lie",
+                "%s: its slices lie across %s, by its own voxels: the training files do not say how theirs lie",
                 turned.path, AXES[across],
             )  # fmt: skip
     return (across, *(axis for axis in (2, 1, 0) if axis != across))
