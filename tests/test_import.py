@@ -364,7 +364,7 @@ def test_raw_files_that_changed_are_converted_again(tmp_path):
 
 
 def test_odd_names_work_from_import_to_the_test(tmp_path):
-    names = ["scan [1]", "scan [2]", "it's, odd", "ünïcode (2)", "a.b.c", "a&b;c", "-r", "#1 50%"]
+    names = ["scan [1]", "scan [2]", "it's, odd", "ünïcode (2)", "a.b.c", "a&b;c", "-r", "#1 50%", "x_$_{$"]
     flags = write_set(tmp_path, {name: ((32, 32, 4), (1.0, 1.0, 3.0)) for name in names})
     run(IMPORT, *flags, "--layout", "slices", "--val_fraction", 0.2)
     root, split = tmp_path / "out", tmp_path / "out" / "data_split"
