@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dataloaders import acdc, la, pancreas
 from dataloaders.datasets import SLICE, DataSet
 from dataloaders.files import read_list, read_sample, read_spacing
+from dataloaders.findings import Finding, Problem, doubles, kind_of, labels_of, remarks, same_preprocessing, told
 from dataloaders.own import read_data_set
 from sdcl.config import run_script
 from sdcl.errors import UserError
@@ -22,7 +23,6 @@ from sdcl.runs import LOGGER, start_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {"la": la.DATA_SET, "acdc": acdc.DATA_SET, "pancreas": pancreas.DATA_SET}
-SPLITS = ("train", "val", "test")  # that must not share cases
 
 
 @dataclass
@@ -33,31 +33,6 @@ class Config:
     root_path: Path | None = None  # its folder, with data/ and data_split/; None: Datasets/<dataset>
     figure: Path | None = None  # PNG of a few labelled cases with contours; None: check_<dataset>.png, here
     workers: int = 4  # files read at a time
-
-
-@dataclass
-class Finding:
-    """What one file is found to be.
-
-    Attributes:
-        name: in the lists.
-        split: the list that names it.
-        problem: what is wrong with it, or "".
-        case: what was read, of a volume that is to be drawn.
-    """
-
-    name: str
-    split: str
-    problem: str = ""
-    shape: tuple[int, ...] = ()
-    classes: frozenset = frozenset()
-    num_bytes: int = 0
-    content: str = ""
-    spacing: tuple[float, ...] | None = None
-    low: float = 0.0
-    high: float = 0.0
-    is_labelled: bool = False
-    case: Case | None = field(default=None, repr=False)
 
 
 def lists_of(root: Path, data_set: DataSet) -> dict[str, list[str]]:
@@ -77,7 +52,7 @@ def lists_of(root: Path, data_set: DataSet) -> dict[str, list[str]]:
 def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[str], keep: bool) -> Finding:
     """Read one file and say what it is, or what is wrong with it."""
     path = data_set.path_of(root, name)
-    found = Finding(name, split, is_labelled=split != "train" or name in labelled)
+    found = Finding(name, split, path, is_labelled=split != "train" or name in labelled)
     try:
         ndim = 2 if SLICE in name else 3
         sample = read_sample(path, ndim=ndim, num_classes=data_set.num_classes, needs_label=found.is_labelled)
@@ -91,30 +66,19 @@ def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[
                 found.problem = f"{path} has an empty label: correct it, or take the case out of the list"
             data_set.check_label(path, sample)
         if keep and sample.label is not None and ndim == 3:
-            found.case = Case(name, sample.image, sample.label, found.spacing)
+            found.case = drawable(Case(name, sample.image, sample.label, found.spacing))
     except UserError as error:
         found.problem = str(error)
     return found
 
 
-def doubles(findings: Sequence[Finding], data_set: DataSet) -> list[str]:
-    """Name the cases that two splits share, by name, by patient or by content, and equal files within one."""
-    problems, seen = [], {}
-    for finding in findings:
-        if finding.content and finding.content in seen:
-            other = seen[finding.content]
-            where = "both " + finding.split if other.split == finding.split else f"{other.split} and {finding.split}"
-            problems.append(f"{other.name} and {finding.name} hold the same image ({where}): take one out")
-        seen.setdefault(finding.content, finding)
-    patients: dict[str, set[str]] = {}
-    for finding in findings:
-        patients.setdefault(data_set.patient_of(finding.name), set()).add(finding.split)
-    problems += [
-        f"{patient} is in {' and '.join(sorted(splits))}: take it out of one"
-        for patient, splits in patients.items()
-        if len(splits) > 1
-    ]
-    return problems
+def drawable(case: Case) -> Case:
+    """Return a case of at least two voxels along each axis, single ones doubled: a contour needs them."""
+    thin = [axis for axis, side in enumerate(case.image.shape) if side == 1]
+    image, label = case.image, case.label
+    for axis in thin:
+        image, label = np.repeat(image, 2, axis), np.repeat(label, 2, axis)
+    return replace(case, image=image, label=label)
 
 
 def table(findings: Sequence[Finding], data_set: DataSet) -> str:
@@ -149,7 +113,8 @@ def main(config: Config) -> None:
     lists = lists_of(root, data_set)
     labelled = labelled_names(root, data_set, lists["train"])
     problems = [
-        f"train_lab names {name}, which train does not: correct the list" for name in labelled - set(lists["train"])
+        Problem(name, "train_lab", f"train_lab names {name}, which train does not: correct the list.")
+        for name in sorted(labelled - set(lists["train"]))
     ]
     jobs = [(name, split) for split, names in lists.items() for name in names]
     drawn = {name for names in lists.values() for name in names if SLICE not in name}
@@ -157,8 +122,12 @@ def main(config: Config) -> None:
     with ThreadPoolExecutor(config.workers) as pool:
         found = pool.map(lambda job: examine(*job, root, data_set, labelled, job[0] in drawn), jobs)
         findings = list(tqdm(found, total=len(jobs), unit="file", desc="checking", leave=False, disable=None))
-    problems += [finding.problem for finding in findings if finding.problem] + doubles(findings, data_set)
+    problems += [Problem(f.name, kind_of(f), f.problem) for f in findings if f.problem]
+    shared, known = doubles(findings, data_set)
+    classes, untaught = labels_of(findings, data_set)
+    problems += shared + untaught + same_preprocessing(findings, data_set)
     LOGGER.info("%s in %s\n\n%s\n", data_set.name, root.resolve(), table(findings, data_set))
+    LOGGER.info("classes: %s", classes)
     usual = max((f.spacing for f in findings if f.spacing), default=None)
     LOGGER.info("spacing: %s", "not known; distances come in voxels" if usual is None else "known, distances in mm too")
     cases = [finding.case for finding in findings if finding.case is not None]
@@ -167,8 +136,8 @@ def main(config: Config) -> None:
         figure.parent.mkdir(parents=True, exist_ok=True)
         save_label_figure(figure, cases, data_set.class_names, data_set.preprocessing.layout == "volume")
         LOGGER.info("look at %s: the contours must follow what they are of", figure)
-    for problem in problems:
-        LOGGER.info("WRONG: %s", problem)
+    for line in remarks(findings, known, root, data_set) + told(problems):
+        LOGGER.info("%s", line)
     if problems:
         raise UserError(f"{len(problems)} things are wrong with {root}: mend what the lines above name.")
     LOGGER.info("nothing is wrong: %d files", len(findings))

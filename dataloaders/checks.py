@@ -13,7 +13,9 @@ MAX_VOXELS = 2**30  # of one array, 1024 x 1024 x 1024; the largest CT here has 
 MAX_RATIO = 1100  # of decoded to stored bytes: deflate cannot exceed 1032, so that more was never stored
 FREE_BYTES = 2**26  # an array up to this size may be stored in nothing at all
 REDO = "convert the case again"
-NOT_IN_A_NAME = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|\ufffd]')  # what some system's paths give a meaning
+# What some system's paths give a meaning, what ends a line of a list, and half characters, which no list can hold.
+NOT_IN_A_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|\ufffd\u2028\u2029\ud800-\udfff]')
+MAX_NAME_BYTES = 200  # so that a file's name, with slice and suffix, stays below the 255 that systems allow
 
 
 def check_file(path: Path) -> int:
@@ -41,6 +43,19 @@ def check_file(path: Path) -> int:
     return status.st_size
 
 
+def name_fault(name: str) -> str:
+    """Say why a case cannot be called so, or "": in lists, in files' names, in folders of any system."""
+    bad = NOT_IN_A_NAME.search(name)
+    if bad:
+        return f"it has the character {bad[0]!r}"
+    if name != name.strip() or not name:
+        return "it begins or ends with a space, or is empty"
+    if name.startswith(("/", "~")) or ".." in name.split("/"):
+        return "it leads out of its folder"
+    is_long = len(name.encode()) > MAX_NAME_BYTES
+    return f"it takes more than {MAX_NAME_BYTES} bytes" if is_long else ""
+
+
 def check_name(name: str, where: Path) -> None:
     """Refuse a case's name that could lead out of the data's folder.
 
@@ -51,7 +66,7 @@ def check_name(name: str, where: Path) -> None:
     Raises:
         UserError: the name is absolute, has `..`, or characters that no case's name has.
     """
-    if NOT_IN_A_NAME.search(name) or name.startswith(("/", "~")) or ".." in name.split("/") or len(name) > 200:
+    if name_fault(name):
         raise UserError(
             f"the list {where} names {name[:80]!r}, which is no case's name or leaves the data's folder: "
             "write names as the files have them, without a path."

@@ -1,12 +1,13 @@
 """What the preprocessing scripts share: cases in parallel, files that appear only when complete, their provenance."""
 
+import glob
 import io
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from tqdm import tqdm
 
 from dataloaders.datasets import SLICE
 from dataloaders.preprocessing import Box, Prepared, Preprocessing
+from dataloaders.sources import change_since, fingerprint
 from sdcl.atomic import replacing
 from sdcl.errors import UserError
 from sdcl.runs import LOGGER, start_logging
 
 FORMAT_VERSION = 1
+FEW = 5  # names that a message gives before it says only how many more there are
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,27 @@ class Job:
         name: of the case.
         targets: the files that make it finished, the last one written last.
         run: writes them.
+        image: the raw image that they are made of.
+        label: the raw label, or None.
+        made_by: attributes that say how they are made; a file that has others is made again.
     """
 
     name: str
     targets: Sequence[Path]
     run: Callable[[], None]
+    image: Path
+    label: Path | None = None
+    made_by: Mapping[str, str] = field(default_factory=dict)
 
 
-def convert(jobs: Sequence[Job], workers: int, overwrite: bool) -> None:
-    """Convert cases in parallel; those whose files are there are skipped.
+def convert(jobs: Sequence[Job], workers: int, overwrite: bool, there: Iterable[Path] = ()) -> None:
+    """Convert cases in parallel; those whose files are there, made of the same sources in the same way, are skipped.
 
     Args:
         jobs: the cases.
         workers: cases at a time.
         overwrite: convert those that are there, too.
+        there: converted files; of which those are told that no case gives any longer, since they stay.
 
     Raises:
         UserError: some cases failed; every other one is finished, and each failure was printed.
@@ -53,7 +63,11 @@ def convert(jobs: Sequence[Job], workers: int, overwrite: bool) -> None:
     start_logging()
     if workers < 1:
         raise UserError(f"--workers is {workers}: it must be above 0.")
-    waiting = [job for job in jobs if overwrite or not all(target.exists() for target in job.targets)]
+    given = {target.resolve() for job in jobs for target in job.targets}
+    others = sorted(str(path) for path in there if SLICE not in path.name and path.resolve() not in given)
+    if others:
+        LOGGER.info("converted earlier, not among the raw cases now, and left as they are: %s", few(others))
+    waiting = list(jobs) if overwrite else _waiting(jobs, workers)
     if len(waiting) < len(jobs):
         LOGGER.info(
             "%d of %d cases are there already (--overwrite converts them again)", len(jobs) - len(waiting), len(jobs)
@@ -86,6 +100,47 @@ def convert(jobs: Sequence[Job], workers: int, overwrite: bool) -> None:
         )
 
 
+def check_trust(trust: Sequence[str], names: Iterable[str]) -> None:
+    """Refuse `--trust` of what is no labelled case, such as a misspelt name.
+
+    Raises:
+        UserError: names it.
+    """
+    names = set(names)
+    unknown = next((name for name in trust if name != "all" and name not in names), None)
+    if unknown is not None:
+        raise UserError(f"--trust names {unknown}, which is no labelled case: give {few(sorted(names))}, or all.")
+
+
+def few(names: Iterable[str]) -> str:
+    """Name some things, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+
+
+def _waiting(jobs: Sequence[Job], workers: int) -> list[Job]:
+    """Return the jobs whose files are missing, or no longer what would be made; say which are made again, and why."""
+
+    def reason(job: Job) -> str:
+        if not all(target.exists() for target in job.targets):
+            return "missing"
+        return change_since(job.targets[-1], job.image, job.label, job.made_by)
+
+    with ThreadPoolExecutor(workers) as pool:
+        reasons = list(pool.map(reason, jobs))
+    names: dict[str, list[str]] = {}
+    for job, why in zip(jobs, reasons, strict=True):
+        names.setdefault(why, []).append(job.name)
+    for why in sorted(set(names) - {"", "missing", "unknown"}):
+        LOGGER.info("%s changed since the conversion of %s: made again", why, few(names[why]))
+    if "unknown" in names:
+        LOGGER.info(
+            "of what these files were made they do not say, and they stay (--overwrite makes them again): %s",
+            few(names["unknown"]),
+        )
+    return [job for job, why in zip(jobs, reasons, strict=True) if why not in ("", "unknown")]
+
+
 def write_case(
     path: Path, image: np.ndarray, label: np.ndarray | None, attributes: Mapping[str, Any] | None = None
 ) -> None:
@@ -96,10 +151,17 @@ def write_case(
         image: (*S), written as float32.
         label: (*S), written as uint8; None: the file holds none.
         attributes: of the file.
+
+    Raises:
+        UserError: the image holds nan or infinite values, which no script would take.
     """
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
+        image = image.astype(np.float32, copy=False)
+    if not np.isfinite(image).all():
+        raise UserError(f"{path} would hold nan or infinite values and is not written: look at the scan's own values.")
     memory = io.BytesIO()
     with h5py.File(memory, "w") as file:
-        file.create_dataset("image", data=image.astype(np.float32, copy=False), compression="gzip", shuffle=True)
+        file.create_dataset("image", data=image, compression="gzip", shuffle=True)
         if label is not None:
             file.create_dataset("label", data=label.astype(np.uint8, copy=False), compression="gzip")
         file.attrs.update(attributes or {})
@@ -120,12 +182,15 @@ def write_slices(
         attributes: from provenance(); the slices get those that do not speak of the volume.
     """
     folder = root_path / "data" / "slices"
-    for old in folder.glob(f"{name}{SLICE}*.h5"):
+    volume = root_path / "data" / f"{name}.h5"
+    volume.unlink(missing_ok=True)  # it says that its slices are complete
+    for old in folder.glob(f"{glob.escape(name)}{SLICE}*.h5"):
         old.unlink()  # of a conversion that gave more slices
-    of_slices = {key: attributes[key] for key in ("source", "label_source", "rule", "preprocessing", "version")}
+    kept = ("source", "label_source", "orientation", "rule", "preprocessing", "version")
+    of_slices = {key: attributes[key] for key in kept}
     for k, picture in enumerate(image, start=1):
         write_case(folder / f"{name}{SLICE}{k}.h5", picture, None if label is None else label[k - 1], of_slices)
-    write_case(root_path / "data" / f"{name}.h5", image, label, attributes)
+    write_case(volume, image, label, attributes)
 
 
 def provenance(
@@ -147,6 +212,8 @@ def provenance(
     return {
         "source": _relative(image, raw),
         "label_source": "" if label is None else _relative(label, raw),
+        "source_fingerprint": fingerprint(image),
+        "label_fingerprint": fingerprint(label),
         "spacing": sides,  # mm, along the array's axes
         "origin": case.affine[:3, 3],  # mm, RAS+: of the first voxel's centre
         "direction": (steps / sides).ravel(),  # row by row; column k is where the array's axis k points, RAS+

@@ -1,19 +1,35 @@
 """What a data set is to the scripts: names, files, preprocessing, and what its labels are checked for."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataloaders.alignment import TRUSTED, check_alignment
-from dataloaders.files import Sample, read_text_attribute
-from dataloaders.preprocessing import WINDOW_HU, Preprocessing
+from dataloaders.files import Sample, read_text_attributes
+from dataloaders.preprocessing import AXES, WINDOW_HU, Preprocessing
 from sdcl.errors import UserError
+from sdcl.runs import LOGGER
 
 SLICE = "_slice_"  # in a slice's name, before its number
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Patients whose images are known to be the same, a fault of the collection itself.
+
+    Attributes:
+        patients: as patient_of() names them.
+        remark: what to make of it, in one sentence.
+        is_one_enough: the lists should have none of them, not only not both.
+    """
+
+    patients: tuple[str, ...]
+    remark: str
+    is_one_enough: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,8 @@ class DataSet:
         is_organ_ct: labels are an organ's in CT, which lies on soft tissue.
         trained_on_crops: its files are cropped around the label.
         patient_of: maps a slice's name to its patient's, in 2D.
+        label_values: the classes 1 to C - 1 in the original label files; empty: the same.
+        duplicates: that the collection is known to hold.
     """
 
     name: str
@@ -39,6 +57,8 @@ class DataSet:
     is_organ_ct: bool = False
     trained_on_crops: bool = False
     patient_of: Callable[[str], str] = lambda name: name.rsplit(SLICE, 1)[0]
+    label_values: tuple[int, ...] = ()
+    duplicates: tuple[Duplicate, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -55,7 +75,7 @@ class DataSet:
             return
         if sample.label.ndim != 3:  # of a slice; its volume was checked when it was made
             return
-        if read_text_attribute(path, "alignment") == TRUSTED:
+        if read_text_attributes(path, "alignment")[0] == TRUSTED:
             return
         low, high = WINDOW_HU
         way_out = f'set the file\'s attribute `alignment` to "{TRUSTED}"'
@@ -63,26 +83,28 @@ class DataSet:
         check_alignment(path, hu, sample.label, is_organ_ct=self.is_organ_ct, way_out=way_out)
 
     def preprocessing_of(self, paths: Sequence[Path]) -> Preprocessing:
-        """Return how files were preprocessed, by their attributes; where they have none, this data set's usual way.
+        """Return how files were preprocessed, and where their axes point, by their attributes.
+
+        Files without attributes were made elsewhere: this data set's usual way is assumed.
 
         Raises:
-            UserError: they were preprocessed differently, or an attribute cannot be read.
+            UserError: they were preprocessed or lie differently, or an attribute cannot be read.
         """
-        found: dict[str | None, Path] = {}
+        found: dict[Preprocessing | None, Path] = {}
+        axes: dict[str, Path] = {}
         for path in paths:
-            found.setdefault(read_text_attribute(path, "preprocessing"), path)
+            text, orientation = read_text_attributes(path, "preprocessing", "orientation")
+            found.setdefault(None if text is None else _parsed(path, text), path)
+            if text is not None:
+                axes.setdefault(orientation or _orientation_of_volume(path), path)
         if len(found) > 1:
-            (text, first), (other_text, second), *_ = found.items()
+            (how, first), (other, second), *_ = found.items()
             raise UserError(
-                f"{first} and {second} were preprocessed differently ({text} and {other_text}): convert all alike."
+                f"{first} and {second} were preprocessed differently ({_text(how)} and {_text(other)}): "
+                "convert all alike."
             )
-        ((text, path),) = found.items()
-        try:
-            return self.preprocessing if text is None else Preprocessing.from_dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{path}: the attribute `preprocessing` cannot be read ({error}): convert it again."
-            ) from None
+        (how,) = found
+        return self.preprocessing if how is None else _with_axes(how, axes)
 
     def facts(self, decision_rule: str, paths: Sequence[Path]) -> dict[str, Any]:
         """Return what a run's config.json keeps of the data set, for prediction: see preprocessing_of()."""
@@ -90,7 +112,78 @@ class DataSet:
         return {
             "name": self.name,
             "class_names": list(self.class_names),
+            "label_values": list(self.label_values or range(1, self.num_classes)),
             "decision_rule": decision_rule,
             "trained_on_crops": self.trained_on_crops,
             "preprocessing": json.loads(how.to_json()),
         }
+
+
+def missing_classes(labels: Iterable[np.ndarray | Iterable[int]], data_set: DataSet) -> list[str]:
+    """Name the classes that no label has.
+
+    Args:
+        labels: label maps (*S), or the sets of the classes in them; nothing is learned of a class in none.
+        data_set: names the classes.
+    """
+    there: set[int] = set()
+    for label in labels:
+        there.update(np.unique(label).tolist() if isinstance(label, np.ndarray) else label)
+    return [name for k, name in enumerate(data_set.class_names, start=1) if k not in there]
+
+
+def _parsed(path: Path, text: str) -> Preprocessing:
+    try:
+        return Preprocessing.from_dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: the attribute `preprocessing` cannot be read ({error}): convert it again.") from None
+
+
+def _text(how: Preprocessing | None) -> str:
+    return "not known how" if how is None else how.to_json()
+
+
+def _orientation_of_volume(path: Path) -> str:
+    """Return the orientation of a slice's volume, where it lies; slices made earlier do not have their own."""
+    volume = f"{path.stem.rsplit(SLICE, 1)[0]}.h5"
+    for folder in (path.parents[1], path.parent) if SLICE in path.stem else ():
+        if (folder / volume).exists():
+            return read_text_attributes(folder / volume, "orientation")[0] or ""
+    return ""
+
+
+def _with_axes(how: Preprocessing, axes: dict[str, Path]) -> Preprocessing:
+    """Complete how files were preprocessed by where their axes point, so that a prediction's point there too.
+
+    Args:
+        how: as their attributes say.
+        axes: an orientation of each kind that there is, such as "SPL" of slices in axial planes, or "" for none; and
+            one of its files.
+
+    Raises:
+        UserError: there are several kinds, and nothing else says which way a scan is to be turned.
+    """
+    is_open = how.orientation is None or (how.layout == "slices" and how.slice_axis is None)
+    if not is_open:
+        return how
+    if len(axes) > 1 and how.trust_slice_spacing:
+        (one, first), (other, second), *_ = axes.items()
+        raise UserError(
+            f"the axes of {first} point to {one or 'nobody knows where'}, those of {second} to "
+            f"{other or 'nobody knows where'}: convert all alike."
+        )
+    codes = next(iter(axes)) if len(axes) == 1 else ""
+    if len(codes) != 3:
+        LOGGER.info("where the training files' axes point is not known or not one way: scans are taken as stored")
+        return how
+    if how.layout == "volume":
+        return replace(how, orientation=codes)
+    if how.orientation is None:
+        return replace(how, orientation=codes[::-1], slice_axis="z")
+    along = next(k for k, pair in enumerate(how.orientation) if codes[0] in _pair(pair))
+    return replace(how, slice_axis=AXES[along])
+
+
+def _pair(code: str) -> str:
+    """Return both ends of an anatomical axis, by one of them."""
+    return next(pair for pair in ("LR", "PA", "IS") if code in pair)

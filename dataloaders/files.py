@@ -70,7 +70,7 @@ def read_sample(path: Path, *, ndim: int, num_classes: int, needs_label: bool = 
         needs_label: without it a file may lack `label`; one that is there is ignored.
 
     Raises:
-        UserError: what is wrong with the file.
+        UserError: what is wrong with the file; a volume, but not a slice, must hold more than one value.
     """
     with _opened(path) as file:
         image = _read_array(path, file, "image")
@@ -78,7 +78,8 @@ def read_sample(path: Path, *, ndim: int, num_classes: int, needs_label: bool = 
     image = check_image(path, "`image`", image, ndim)
     if label is not None:
         label = check_label(path, "`label`", label, image.shape, num_classes)
-    check_varies(path, "`image`", image)
+    if ndim == 3:  # a scan's margin, or what lies beyond a stripped skull, is a slice of one value that trains as 0s do
+        check_varies(path, "`image`", image)
     return Sample(image, label)
 
 
@@ -118,11 +119,12 @@ def read_affine(path: Path) -> np.ndarray | None:
     return affine
 
 
-def read_text_attribute(path: Path, name: str) -> str | None:
-    """Return a file's attribute, a text, or None where it has none."""
+def read_text_attributes(path: Path, *names: str) -> tuple[str | None, ...]:
+    """Return attributes of a file that are texts, None for each that it lacks or that is none."""
     with _opened(path) as file:
-        value = file.attrs.get(name)
-    return value.decode() if isinstance(value, bytes) else value if isinstance(value, str) else None
+        values = [file.attrs.get(name) for name in names]
+    values = [value.decode() if isinstance(value, bytes) else value for value in values]
+    return tuple(value if isinstance(value, str) else None for value in values)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def check_root(root_path: Path) -> None:
 
 
 def read_data_set(root_path: Path) -> DataSet:
-    """Read what a folder's dataset.json says: the name, the foreground classes, the preprocessing.
+    """Read what a folder's dataset.json says: the name, the classes and their label values, the preprocessing.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -40,7 +40,7 @@ def read_data_set(root_path: Path) -> DataSet:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names, how = tuple(map(str, content["class_names"])), Preprocessing.from_dict(content["preprocessing"])
-        name = str(content["name"])
+        name, values = str(content["name"]), tuple(map(int, content.get("label_values", ())))
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist: give as --root_path the folder that `dataloaders/import_nifti.py` wrote."
@@ -49,7 +49,11 @@ def read_data_set(root_path: Path) -> DataSet:
         raise UserError(f"{path} cannot be read ({error}): import the data again.") from None
     if not names or not is_name(name):
         raise UserError(f"{path} needs class_names and a name of letters, digits, - and _: correct it.")
-    return DataSet(name=name, class_names=names, preprocessing=how, path_of=find_file, check_root=check_root)
+    if values and len(values) != len(names):
+        raise UserError(f"{path} has {len(names)} class_names and {len(values)} label_values: correct it.")
+    return DataSet(
+        name=name, class_names=names, preprocessing=how, path_of=find_file, check_root=check_root, label_values=values
+    )
 
 
 def count_labelled(root_path: Path, data_set: DataSet) -> int:

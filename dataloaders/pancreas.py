@@ -3,9 +3,16 @@
 from pathlib import Path
 
 from dataloaders.checks import inside
-from dataloaders.datasets import DataSet
+from dataloaders.datasets import DataSet, Duplicate
 from dataloaders.preprocessing import Preprocessing
 from sdcl.errors import UserError
+
+LEFT_OUT = (25, 70)  # of the collection's cases
+TWICE = Duplicate(
+    tuple(f"data{number:04d}" for number in LEFT_OUT),
+    "duplicates of other cases, named in no published list; take them out of the lists",
+    is_one_enough=True,
+)
 
 
 def path_of(root_path: Path, name: str) -> Path:
@@ -35,4 +42,5 @@ DATA_SET = DataSet(
     check_root=check_root,
     trained_on_crops=True,
     is_organ_ct=True,
+    duplicates=(TWICE,),
 )

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.acdc import DATA_SET
-from dataloaders.convert import Job, convert, provenance, write_slices
+from dataloaders.convert import Job, convert, few, provenance, write_slices
 from dataloaders.preprocessing import prepare, prepare_label
 from dataloaders.scans import aligned_label, label_by_index, read_label, read_scan
 from sdcl.config import run_script
 from sdcl.errors import UserError
+from sdcl.runs import LOGGER, start_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPROCESSING = DATA_SET.preprocessing
+RULE = "published"
 FRAME = re.compile(r"(patient\d+)_frame(\d+)\.nii(\.gz)?")
 
 
@@ -28,12 +30,12 @@ class Config:
 
 
 def convert_frame(image_path: Path, label_path: Path, name: str, config: Config) -> None:
-    """Write one frame's single slices, then its volume."""
+    """Write one frame's single slices, then its volume, their axes as the challenge's own, however it is stored."""
     image, label = read_scan(image_path), read_label(label_path, DATA_SET.num_classes)
     on_image = label_by_index(image, label) if config.by_index else aligned_label(image, label)
     mask = prepare_label(on_image, image, PREPROCESSING)
     case = prepare(image, PREPROCESSING)
-    attributes = provenance(case, PREPROCESSING, rule="published", image=image_path, label=label_path, raw=config.raw)
+    attributes = provenance(case, PREPROCESSING, rule=RULE, image=image_path, label=label_path, raw=config.raw)
     write_slices(config.root_path, name, case.array, mask, attributes)
 
 
@@ -68,8 +70,20 @@ def label_of(path: Path) -> Path:
     return found[0] if found else path.with_name(f"{stem}_gt.nii.gz")
 
 
+def tell_guesses(patients: dict[Path, list[Path]], raw: Path) -> None:
+    """Say where the order of the frames is a guess, and which labels have no frame."""
+    guessed = [folder.name for folder in patients if not (folder / "Info.cfg").exists()]
+    if guessed:
+        LOGGER.info("no Info.cfg, so that the frame of the lower number counts as end-diastole: %s", few(guessed))
+    labels = {label_of(path) for files in patients.values() for path in files}
+    alone = [path.name for path in sorted(raw.glob("**/patient*_frame*_gt.nii*")) if path not in labels]
+    if alone:
+        LOGGER.info("labels without a frame, left out: %s", few(alone))
+
+
 def main(config: Config) -> None:
     """Find the frames and convert them."""
+    start_logging()
     patients: dict[Path, list[Path]] = {}
     for path in sorted(config.raw.glob("**/patient*_frame*.nii*")):
         if FRAME.fullmatch(path.name):
@@ -78,14 +92,16 @@ def main(config: Config) -> None:
         raise UserError(
             f"--raw {config.raw} holds no patientXXX_frameYY.nii.gz at any depth: give the challenge's folder."
         )
+    tell_guesses(patients, config.raw)
     jobs: dict[str, Job] = {}
     for files in patients.values():
         for name, image in frame_names(files).items():
             if name in jobs:
                 raise UserError(f"--raw {config.raw} holds {name} twice, once in {image.parent}: remove one of them.")
             run = lambda i=image, n=name: convert_frame(i, label_of(i), n, config)  # noqa: E731
-            jobs[name] = Job(name, [config.root_path / "data" / f"{name}.h5"], run)
-    convert(list(jobs.values()), config.workers, config.overwrite)
+            made_by = {"rule": RULE, "preprocessing": PREPROCESSING.to_json()}
+            jobs[name] = Job(name, [config.root_path / "data" / f"{name}.h5"], run, image, label_of(image), made_by)
+    convert(list(jobs.values()), config.workers, config.overwrite, (config.root_path / "data").glob("*.h5"))
 
 
 if __name__ == "__main__":

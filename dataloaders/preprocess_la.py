@@ -1,20 +1,24 @@
 """LA: from the challenge's NRRD files to HDF5: `python dataloaders/preprocess_la.py --raw <folder>`."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dataloaders.convert import Job, convert, provenance, write_case
+from dataloaders.checks import name_fault
+from dataloaders.convert import Job, convert, few, provenance, write_case
 from dataloaders.files import sample_rng
-from dataloaders.la import DATA_SET
+from dataloaders.la import DATA_SET, FOLDER
 from dataloaders.preprocessing import at_least, label_box, prepare, prepare_label, with_margins
 from dataloaders.scans import SUFFIXES, Scan, aligned_label, label_by_index, read_label, read_scan
 from sdcl.config import run_script
 from sdcl.errors import UserError
+from sdcl.runs import LOGGER, start_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPROCESSING = DATA_SET.preprocessing
+RULE = "published"
 IMAGE, LABEL = "lgemri", "laendo"
 
 
@@ -46,10 +50,14 @@ def convert_case(image_path: Path, label_path: Path, target: Path, config: Confi
     box = with_margins(box, [*draw.tolist(), (0, 0)], mask.shape)
     box = (*box[:2], (0, mask.shape[2]))  # z is never cropped
     case = prepared.cropped(box)
-    attributes = provenance(
-        case, PREPROCESSING, rule="published", image=image_path, label=label_path, raw=config.raw, box=box
-    )
+    attributes = provenance(case, PREPROCESSING, rule=RULE, image=image_path, label=label_path, raw=config.raw, box=box)
+    attributes["crop"] = crop_of(config)
     write_case(target, case.array, mask[tuple(slice(*side) for side in box)], attributes)
+
+
+def crop_of(config: Config) -> str:
+    """Return what chooses the crops, as the files' attributes keep it."""
+    return json.dumps({"seed": config.seed, "min_side": config.min_side, "margin": list(config.margin)})
 
 
 def main(config: Config) -> None:
@@ -59,14 +67,24 @@ def main(config: Config) -> None:
     images = {path.parent: path for suffix in SUFFIXES for path in sorted(config.raw.glob(f"**/{IMAGE}{suffix}"))}
     if not images:
         raise UserError(f"--raw {config.raw} holds no <case>/{IMAGE}.nrrd at any depth: give the challenge's folder.")
+    start_logging()
+    labels = {path.parent for suffix in SUFFIXES for path in config.raw.glob(f"**/{LABEL}{suffix}")}
+    alone = sorted(folder.name for folder in labels - set(images))
+    if alone:
+        LOGGER.info("labels without a scan (%s), left out: %s", IMAGE, few(alone))
     jobs = []
     for folder, image in images.items():
         label = next((path for s in SUFFIXES if (path := folder / f"{LABEL}{s}").exists()), folder / f"{LABEL}.nrrd")
+        if name_fault(folder.name):
+            raise UserError(f"{folder} cannot give a case its name ({name_fault(folder.name)}): rename the folder.")
         target = DATA_SET.path_of(config.root_path, folder.name)
         if any(target in job.targets for job in jobs):
             raise UserError(f"--raw {config.raw} holds the case {folder.name} twice: remove one of them.")
-        jobs.append(Job(folder.name, [target], lambda i=image, m=label, t=target: convert_case(i, m, t, config)))
-    convert(jobs, config.workers, config.overwrite)
+        run = lambda i=image, m=label, t=target: convert_case(i, m, t, config)  # noqa: E731
+        made_by = {"rule": RULE, "preprocessing": PREPROCESSING.to_json(), "crop": crop_of(config)}
+        jobs.append(Job(folder.name, [target], run, image, label, made_by))
+    there = (config.root_path / "data" / FOLDER).glob("*/mri_norm2.h5")
+    convert(jobs, config.workers, config.overwrite, there)
 
 
 if __name__ == "__main__":

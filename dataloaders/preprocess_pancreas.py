@@ -1,5 +1,6 @@
 """Pancreas: from Pancreas-CT's DICOM and labels to HDF5: `python dataloaders/preprocess_pancreas.py --images ...`."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,16 +10,23 @@ from typing import Literal
 import numpy as np
 
 from dataloaders.alignment import AXES, TRUSTED, check_alignment, measure_alignment
-from dataloaders.convert import Job, convert, provenance, write_case
-from dataloaders.pancreas import DATA_SET
-from dataloaders.preprocessing import WINDOW_HU, at_least, label_box, prepare, prepare_label, with_margins
+from dataloaders.convert import Job, check_trust, convert, few, provenance, write_case
+from dataloaders.pancreas import DATA_SET, LEFT_OUT
+from dataloaders.preprocessing import (
+    WINDOW_HU,
+    Preprocessing,
+    at_least,
+    label_box,
+    prepare,
+    prepare_label,
+    with_margins,
+)
 from dataloaders.scans import Scan, aligned_label, find_scans, label_by_index, read_label, read_scan
 from sdcl.config import run_script
 from sdcl.errors import UserError
 from sdcl.runs import LOGGER, start_logging, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
-DUPLICATES = (25, 70)  # of the collection's cases; the published lists have neither
 PUBLISHED = replace(DATA_SET.preprocessing, orientation=None, trust_slice_spacing=False)
 
 
@@ -32,6 +40,8 @@ class Config:
     rule: Literal["header", "published"] = "header"  # published: in-plane spacing on all axes, label by index
     label_flip: tuple[Literal["x", "y", "z"], ...] = ()  # lay labels on by index, flipped so; headers do not count
     trust: tuple[str, ...] = ()  # cases whose label somebody has looked at and found right, or "all"
+    trust_hu: bool = False  # scans are CT in HU though they look otherwise, such as soft tissue alone
+    pixel_spacing_mm: tuple[float, float] | None = None  # of DICOM files that do not say it: between rows, columns
     margin: int = 25  # voxels (mm) beyond the label's box on each side
     min_side: int = 96  # voxels that a crop holds, where the scan has them
     workers: int = 2  # cases at a time; each takes up to 3 GiB
@@ -44,12 +54,22 @@ def case_number(name: str) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def in_file_order(image: Scan) -> Scan:
-    """Order a DICOM series' slices by their files' names, as the published files have them."""
-    if not image.slice_names:
-        return image
-    order = np.argsort(image.slice_names)
-    return replace(image, array=image.array[..., order])
+def in_file_order(image: Scan) -> tuple[Scan, bool]:
+    """Order a DICOM series' slices by their files' names, as the published files have them.
+
+    Returns:
+        The scan, and whether its affine still says where its slices lie: it cannot where the names run in neither
+        direction.
+    """
+    names = list(image.slice_names)
+    if names == sorted(names):
+        return image, True
+    array = image.array[..., np.argsort(names)]
+    turn = np.diag([1.0, 1.0, -1.0, 1.0])
+    turn[2, 3] = len(names) - 1
+    is_reversed = names == sorted(names, reverse=True)
+    affine = image.affine @ turn if is_reversed else image.affine
+    return replace(image, array=array, affine=affine, slice_names=tuple(sorted(names))), is_reversed
 
 
 def check_case(label_path: Path, image: Scan, label: np.ndarray, name: str, trust: Sequence[str]) -> tuple[float, str]:
@@ -63,16 +83,17 @@ def check_case(label_path: Path, image: Scan, label: np.ndarray, name: str, trus
 
 def convert_case(image_path: Path, label_path: Path, target: Path, config: Config) -> None:
     """Align, resample, crop and write one case."""
-    image, label = read_scan(image_path), read_label(label_path, 2)
-    is_published = config.rule == "published"
+    geometry = {"pixel_spacing_mm": config.pixel_spacing_mm} if config.pixel_spacing_mm else {}
+    image, label = read_scan(image_path, **geometry), read_label(label_path, 2)
+    is_published, is_placed = config.rule == "published", True
     if is_published or config.label_flip:
-        image = in_file_order(image) if is_published else image
+        image, is_placed = in_file_order(image) if is_published else (image, True)
         on_image = label_by_index(image, label, [AXES.index(axis) for axis in config.label_flip])
     else:
         on_image = aligned_label(image, label)
+    how = preprocessing_of(config)
+    prepared, mask = prepare(image, how, config.trust_hu, tell=False), prepare_label(on_image, image, how)
     mean_hu, alignment = check_case(label_path, image, on_image, target.stem, config.trust)
-    how = PUBLISHED if is_published else DATA_SET.preprocessing
-    prepared, mask = prepare(image, how), prepare_label(on_image, image, how)
     if not mask.any():
         raise UserError(
             f"{label_path} vanishes at {how.spacing_mm[0]:g} mm: it is too small a label; leave the case out."
@@ -81,11 +102,26 @@ def convert_case(image_path: Path, label_path: Path, target: Path, config: Confi
     box = at_least(box, [config.min_side] * 3, mask.shape)
     case = prepared.cropped(box)
     attributes = provenance(case, how, rule=config.rule, image=image_path, label=label_path, raw=config.images, box=box)
-    attributes |= {"label_mean_hu": mean_hu, "alignment": alignment}
+    attributes |= {"label_mean_hu": mean_hu, "alignment": alignment, "crop": crop_of(config)}
+    if not is_placed:
+        attributes = {key: value for key, value in attributes.items() if key not in ("origin", "direction")}
+        attributes["orientation"] = ""
+        LOGGER.info("%s: its files' names run up and down the body; the file does not say where it lies", target.stem)
     write_case(target, case.array, mask[tuple(slice(*side) for side in box)], attributes)
     LOGGER.info(
         "%s: %s voxels, mean under the label %.0f HU", target.stem, "×".join(map(str, case.array.shape)), mean_hu
     )
+
+
+def preprocessing_of(config: Config) -> Preprocessing:
+    """Return what the rule does to a scan."""
+    return PUBLISHED if config.rule == "published" else DATA_SET.preprocessing
+
+
+def crop_of(config: Config) -> str:
+    """Return what chooses label and crop, as the files' attributes keep it."""
+    crop = {"margin": config.margin, "min_side": config.min_side, "label_flip": "".join(config.label_flip)}
+    return json.dumps(crop)
 
 
 def pair(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
@@ -108,7 +144,7 @@ def pair(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
     pairs, left_out = [], []
     for name, path in find_scans(images).items():
         number = case_number(name)
-        if number in DUPLICATES:
+        if number in LEFT_OUT:
             left_out.append(name)
         elif number not in label_of:
             raise UserError(
@@ -118,6 +154,10 @@ def pair(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
             raise UserError(f"--images {images} holds two scans of the number {number}: move one of them away.")
         else:
             pairs.append((f"data{number:04d}", path, label_of[number]))
+    used = {label for _, _, label in pairs} | {label_of[n] for n in LEFT_OUT if n in label_of}
+    alone = [path.name for path in label_of.values() if path not in used]
+    if alone:
+        LOGGER.info("%d labels in %s have no scan in %s: %s", len(alone), labels, images, few(alone))
     if left_out:
         LOGGER.info("left out %s: duplicates of other cases, named in no published list", ", ".join(left_out))
     if not pairs:
@@ -129,16 +169,21 @@ def main(config: Config) -> None:
     """Find the cases, write the table of their names, convert them."""
     start_logging()
     pairs = pair(config.images, config.labels)
+    check_trust(config.trust, [name for name, *_ in pairs])
     table = [{"case": name, "image": image.name, "label": label.name} for name, image, label in pairs]
     write_csv(config.root_path / "data" / "cases.csv", table)
     LOGGER.info(
         "%d cases by the rule '%s'; names: %s", len(pairs), config.rule, config.root_path / "data" / "cases.csv"
     )
+    made_by = {
+        "rule": config.rule, "preprocessing": preprocessing_of(config).to_json(), "crop": crop_of(config)
+    }  # fmt: skip
     jobs = []
     for name, image, label in pairs:
         target = DATA_SET.path_of(config.root_path, name)
-        jobs.append(Job(name, [target], lambda i=image, m=label, t=target: convert_case(i, m, t, config)))
-    convert(jobs, config.workers, config.overwrite)
+        run = lambda i=image, m=label, t=target: convert_case(i, m, t, config)  # noqa: E731
+        jobs.append(Job(name, [target], run, image, label, made_by))
+    convert(jobs, config.workers, config.overwrite, (config.root_path / "data").glob("*.h5"))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import nibabel
 import numpy as np
 from scipy import ndimage
 
 from dataloaders.scans import Scan
 from sdcl.errors import UserError
+from sdcl.runs import LOGGER
 
+Axis = Literal["x", "y", "z"]
+AXES: tuple[Axis, ...] = ("x", "y", "z")
+SAME_SIDE = 0.01  # relative difference up to which two voxel sides count as equal
 Normalisation = Literal["zscore", "minmax", "ct"]
 WINDOW_HU = (-125.0, 275.0)  # of "ct", mapped to [0, 1]
+_NORMALISATIONS = Normalisation.__args__
 Box = tuple[tuple[int, int], ...]
 
 
@@ -28,7 +34,9 @@ class Preprocessing:
         spacing_mm: voxel sides after resampling, in the array's axes; None: the scan's own.
         trust_slice_spacing: False resamples as if slices were as far apart as their pixels, the published way of
             Pancreas; slices lie across the axis whose voxel side is unlike the other two.
-        layout: "volume" (X, Y, Z), or "slices" (slices, rows, columns), across the axis with the longest voxel side.
+        layout: "volume" (X, Y, Z), or "slices" (slices, rows, columns).
+        slice_axis: of the oriented array, across which the slices lie; None, in files and runs made before there was
+            such a field: across each scan's own axis with the longest voxel side.
     """
 
     normalise: Normalisation
@@ -36,6 +44,7 @@ class Preprocessing:
     spacing_mm: tuple[float, float, float] | None = None
     trust_slice_spacing: bool = True
     layout: Literal["volume", "slices"] = "volume"
+    slice_axis: Axis | None = None
 
     def to_json(self) -> str:
         """Return the fields as JSON, the same text for the same fields."""
@@ -43,15 +52,19 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Preprocessing":
-        """Make it of what to_json() wrote, read back.
+        """Make it of what to_json() wrote, read back; a field that was not there yet gets its default.
 
         Raises:
             ValueError: the fields are not these.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != names or fields["normalise"] not in Normalisation.__args__:
+        if not isinstance(fields, dict) or not set(fields) <= names or fields.get("normalise") not in _NORMALISATIONS:
             raise ValueError(f"{fields} is no preprocessing, which has {', '.join(sorted(names))}")
-        spacing = fields["spacing_mm"]
+        if not isinstance(fields.get("orientation", "LPS"), (str, type(None))):
+            raise ValueError(f"{fields['orientation']!r} is no orientation, which is three letters such as LPS")
+        if fields.get("slice_axis") not in (None, *AXES):
+            raise ValueError(f"{fields['slice_axis']!r} is no slicing axis, which is x, y or z")
+        spacing = fields.get("spacing_mm")
         return cls(**fields | {"spacing_mm": None if spacing is None else tuple(spacing)})
 
 
@@ -74,12 +87,29 @@ class Prepared:
         return Prepared(self.array[tuple(slice(*side) for side in box)], affine)
 
 
-def prepare(scan: Scan, how: Preprocessing) -> Prepared:
-    """Bring an image into a network's axes, voxels and range."""
+def prepare(scan: Scan, how: Preprocessing, trust_hu: bool = False, tell: bool = True) -> Prepared:
+    """Bring an image into a network's axes, voxels and range.
+
+    Args:
+        scan: as it was read.
+        how: what to do to it.
+        trust_hu: somebody says that this "ct" is in HU, however it looks.
+        tell: log where the scan was itself sliced across another axis than its slices will lie, or cannot be turned.
+
+    Raises:
+        UserError: it does not suit what is to be done: see normalised(), check_slicing() and _grid().
+    """
     turned = scan.oriented(how.orientation) if how.orientation else scan
+    if tell and how.orientation is None:
+        LOGGER.info(
+            "%s is taken with its axes as stored, %s: the training files do not say where theirs point",
+            scan.path, scan.orientation,
+        )  # fmt: skip
+    check_slicing(turned, how, tell)
     shape, affine = _grid(turned, how)
-    array = normalised(resampled(turned.array, turned.affine, shape, affine, order=1), how.normalise, scan)
-    order = _axes(affine, how)
+    values = resampled(turned.array, turned.affine, shape, affine, order=1)
+    order = _axes(turned, affine, shape, how)
+    array = normalised(values, how.normalise, scan, trust_hu)
     return Prepared(np.ascontiguousarray(array.transpose(order)), _permuted(affine, order))
 
 
@@ -89,7 +119,51 @@ def prepare_label(label: np.ndarray, image: Scan, how: Preprocessing) -> np.ndar
     turned = turned.oriented(how.orientation) if how.orientation else turned
     shape, affine = _grid(turned, how)
     array = resampled(turned.array, turned.affine, shape, affine, order=0)
-    return np.ascontiguousarray(array.transpose(_axes(affine, how)))
+    return np.ascontiguousarray(array.transpose(_axes(turned, affine, shape, how)))
+
+
+def own_slice_axis(shape: Sequence[int], sides: Sequence[float]) -> int | None:
+    """Return the axis across which a scan was sliced, as its grid tells.
+
+    Args:
+        shape: voxels along x, y and z.
+        sides: of a voxel along them, in any unit.
+
+    Returns:
+        The axis of the only slice; else the one whose side is unlike the two others, which are alike; else that of the
+        longest side; None where all are alike.
+    """
+    single = [axis for axis in range(3) if shape[axis] == 1]
+    if len(single) == 1:
+        return single[0]
+    logs = np.log(sides)
+    alike = [axis for axis in range(3) if abs(np.subtract(*np.delete(logs, axis))) < SAME_SIDE]
+    if len(alike) == 3:
+        return None
+    return alike[0] if alike else int(np.argmax(logs))
+
+
+def check_slicing(turned: Scan, how: Preprocessing, tell: bool) -> None:
+    """Refuse a scan of one slice across another axis than the data set's, and say where a stack lies across another.
+
+    Raises:
+        UserError: the slices would be strips.
+    """
+    if how.layout != "slices":
+        return
+    own = own_slice_axis(turned.array.shape, turned.spacing_mm)
+    if how.slice_axis is None or own is None or AXES[own] == how.slice_axis:
+        return
+    if turned.array.shape[own] == 1:
+        raise UserError(
+            f"{turned.path} is a single slice across {AXES[own]}, but slices lie across {how.slice_axis} here: leave "
+            f"it out, or make a data set with --slice_axis {AXES[own]}."
+        )
+    if tell:
+        LOGGER.info(
+            "%s was itself sliced across %s (voxels of %s mm); its slices here lie across %s, as in the whole data set",
+            turned.path, AXES[own], _times(turned.spacing_mm), how.slice_axis,
+        )  # fmt: skip
 
 
 def onto_scan(values: np.ndarray, affine: np.ndarray, scan: Scan) -> np.ndarray:
@@ -149,23 +223,34 @@ def _turned(array: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> tuple[
     return np.ascontiguousarray(turned), np.eye(3), (offset[source] - start) * signs
 
 
-def normalised(array: np.ndarray, how: Normalisation, scan: Scan) -> np.ndarray:
+def normalised(array: np.ndarray, how: Normalisation, scan: Scan, trust_hu: bool = False) -> np.ndarray:
     """Bring intensities into a network's range, float32.
 
+    Args:
+        array: the scan's values, resampled.
+        how: see Preprocessing.
+        scan: for the message.
+        trust_hu: see prepare().
+
     Raises:
-        UserError: a "ct" without soft tissue, which is then no CT in HU.
+        UserError: a "ct" without air and soft tissue, which is then no CT in HU; or all values are equal.
     """
     if how == "ct":
         low, high = WINDOW_HU
         inside = float(((array > low) & (array < high)).mean())
-        if array.min() >= 0 or inside < 0.01:
+        if (array.min() >= 0 or inside < 0.01) and not trust_hu:
             raise UserError(
                 f"{scan.path} is no CT in HU: it reaches from {array.min():g} to {array.max():g}, {100 * inside:.1f} % "
-                f"of it within {low:g} to {high:g}; give the CT itself, or another --normalise."
+                f"of it within {low:g} to {high:g}; give the CT itself, or, if it is in HU after all, --trust_hu."
             )
         return ((np.clip(array, low, high) - low) / (high - low)).astype(np.float32)
     values = array.astype(np.float64)
     low, scale = (values.mean(), values.std()) if how == "zscore" else (values.min(), np.ptp(values))
+    if not scale > 0:
+        raise UserError(
+            f"{scan.path} holds one value, {values.flat[0]:g}, when it is resampled to {_times(array.shape)} voxels: "
+            "choose a finer --spacing_mm, or leave the scan out."
+        )
     return ((values - low) / scale).astype(np.float32)
 
 
@@ -202,21 +287,41 @@ def _grid(scan: Scan, how: Preprocessing) -> tuple[tuple[int, ...], np.ndarray]:
     if not how.trust_slice_spacing:
         across = min((2, 1, 0), key=lambda axis: abs(np.subtract(*np.log(np.delete(sides, axis)))))
         sides = tuple(sides[across - 1] if axis == across else side for axis, side in enumerate(sides))
-    ratio = np.divide(how.spacing_mm, sides)  # new step in old voxels
+    # A single slice has no neighbour to make others from: it stays one, as thick as it is.
+    ratio = np.where(np.equal(scan.array.shape, 1), 1.0, np.divide(how.spacing_mm, sides))  # new step in old voxels
     shape = tuple(max(1, round(n / r)) for n, r in zip(scan.array.shape, ratio, strict=True))
+    for axis, (before, now) in enumerate(zip(scan.array.shape, shape, strict=True)):
+        if now == 1 < before:
+            raise UserError(
+                f"{scan.path}: its {before} voxels of {sides[axis]:.3g} mm along {AXES[axis]} shrink to one of "
+                f"{how.spacing_mm[axis]:g} mm: choose a finer --spacing_mm, or leave the scan out."
+            )
     first = ((np.array(scan.array.shape) - 1) - (np.array(shape) - 1) * ratio) / 2
     step = np.eye(4)
     step[:3, :3], step[:3, 3] = np.diag(ratio), first
     return shape, scan.affine @ step
 
 
-def _axes(affine: np.ndarray, how: Preprocessing) -> tuple[int, ...]:
-    """Return the order of (x, y, z) in the layout; slices lie across the longest voxel side, the last of equal ones."""
+def _axes(turned: Scan, affine: np.ndarray, shape: Sequence[int], how: Preprocessing) -> tuple[int, ...]:
+    """Return the order of (x, y, z) in the layout, slices first; what is left runs from z to x."""
     if how.layout == "volume":
         return (0, 1, 2)
-    sides = np.linalg.norm(affine[:3, :3], axis=0).round(3)
-    across = max(range(3), key=lambda axis: (sides[axis], axis))
+    if how.slice_axis is not None:
+        across = AXES.index(how.slice_axis)
+    else:
+        single = [axis for axis in range(3) if shape[axis] == 1]
+        sides = nibabel.affines.voxel_sizes(affine).round(3)
+        across = single[0] if len(single) == 1 else max(range(3), key=lambda axis: (sides[axis], axis))
+        if turned.array.dtype.kind == "f":  # once a case, for its image
+            LOGGER.info(
+                "%s: its slices lie across %s, by its own voxels: the training files do not say how theirs lie",
+                turned.path, AXES[across],
+            )  # fmt: skip
     return (across, *(axis for axis in (2, 1, 0) if axis != across))
+
+
+def _times(values: Sequence[float]) -> str:
+    return "×".join(f"{value:.4g}" for value in values)
 
 
 def _permuted(affine: np.ndarray, order: Sequence[int]) -> np.ndarray:

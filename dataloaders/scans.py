@@ -1,6 +1,5 @@
 """Raw scans and labels with their geometry: NIfTI, NRRD, MetaImage and DICOM series, every mistake named."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ SUFFIXES = (*NIFTI, *ITK)
 SIDES_MM = (0.01, 50.0)  # plausible voxel sides; beyond them the header's unit is not the millimetre
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 GEOMETRY_TOLERANCE = 0.1  # of a voxel's smallest side, at the grid's corners
+ROUNDING = 1e-3  # up to which a label is the whole number beside it: stored with a slope, 3 comes as 2.9999
 GAP_TOLERANCE = 0.1  # of the usual gap between two slices of a DICOM series
 
 
@@ -127,31 +127,28 @@ def read_label(path: Path, num_classes: int | None = None) -> Scan:
 
     Args:
         path: see read_scan().
-        num_classes: labels must lie in [0, num_classes); None: in [0, 255].
+        num_classes: labels must lie in [0, num_classes); None: in [0, 65535].
 
     Returns:
-        The label map; array uint8 (X, Y, Z).
+        The label map; array uint8 (X, Y, Z), or uint16 where it holds values above 255.
 
     Raises:
         UserError: it cannot be read, or holds something else than classes, or nothing but background.
     """
     label = _read(Path(path))
-    top = num_classes or 256
+    top = num_classes or 2**16
     classes = np.unique(label.array)
-    wrong = [value for value in classes.tolist() if not (value == int_or_nan(value) and 0 <= value < top)]
+    whole = np.round(classes)
+    wrong = [v for v, w in zip(classes.tolist(), whole, strict=True) if not (abs(v - w) <= ROUNDING and 0 <= w < top)]
     if wrong:
         raise UserError(
             f"{path} holds the label {wrong[0]:g}, outside the classes 0 to {top - 1}: correct it, "
             "or give the file of the labels, not of the image or of probabilities."
         )
-    if classes.max() == 0:
+    if whole.max() == 0:
         raise UserError(f"{path} is empty, all background: give the case's own label, or leave the case out.")
-    return replace(label, array=np.ascontiguousarray(label.array, np.uint8))
-
-
-def int_or_nan(value: float) -> float:
-    """Round a number, nan and infinities to nan."""
-    return math.floor(value) if math.isfinite(value) else math.nan
+    dtype = np.uint8 if whole.max() < 256 else np.uint16
+    return replace(label, array=np.ascontiguousarray(np.round(label.array), dtype))
 
 
 def aligned_label(image: Scan, label: Scan) -> np.ndarray:

@@ -180,7 +180,10 @@ DATA: dict[str, tuple] = {
     "image with nan": (arrays(image=with_nan(IMAGE, np.nan)), r"`image` holds nan or infinite values: convert"),
     "image with infinity": (arrays(image=with_nan(IMAGE, -np.inf)), r"`image` holds nan or infinite values"),
     "image beyond float32": (arrays(image=with_nan(IMAGE.astype(np.float64), 1e300)), r"nan or infinite values"),
-    "image constant": (arrays(image=np.full((36, 40), 7.0)), r"`image` is 7 everywhere: convert .*, or take it out"),
+    "image constant": (
+        arrays(VOLUME, image=np.full((2, 36, 40), 7.0), label=np.stack([LABEL] * 2)),
+        r"`image` is 7 everywhere: convert .*, or take it out",
+    ),
     "image declares a terabyte": (
         hdf5(lambda f: f.create_dataset("image", (2**20, 2**18), "f4", chunks=(64, 64))),
         r"declares 274877906944 voxels, more than the \d+ allowed: crop",

@@ -270,17 +270,20 @@ def test_la_from_nrrd(tmp_path):
     affine = read_affine(tmp_path / "la/data/2018LA_Seg_Training Set/CASE1/mri_norm2.h5")
     np.testing.assert_allclose(affine[:3, 3], (-0.625 * x[0], -0.625 * y[0], 0), atol=1e-6)
     assert attributes(tmp_path / "la/data/2018LA_Seg_Training Set/CASE2/mri_norm2.h5")[1].shape[0] == 90
+    shutil.copytree(tmp_path / "raw" / "CASE1", tmp_path / "raw" / "CASE3")
+    (tmp_path / "raw" / "CASE3" / "lgemri.nrrd").unlink()
     (tmp_path / "raw" / "CASE2" / "laendo.nrrd").unlink()
     text = run(
         "../dataloaders/preprocess_la.py", "--raw", tmp_path / "raw", "--root_path", tmp_path / "new", fails=True
     )
     assert "laendo.nrrd does not exist" in text and "1 of 2 cases were refused" in text
+    assert "labels without a scan (lgemri), left out: CASE3" in text
 
 
 def test_acdc_from_nifti(tmp_path):
     rng = np.random.default_rng(0)
     folder = tmp_path / "raw" / "training" / "patient007"
-    affine = affine_of("LAS", (1.5, 1.5, 10.0))
+    affine = affine_of("LPS", (1.5, 1.5, 10.0))  # as the challenge's files lie: nothing is turned
     images = {frame: rng.integers(0, 900, (24, 20, 4)).astype(np.int16) for frame in (11, 4)}
     for frame, image in images.items():
         label = np.digitize(smooth((24, 20, 4), frame), (0.4, 0.5, 0.6)).astype(np.uint8)
@@ -294,7 +297,9 @@ def test_acdc_from_nifti(tmp_path):
     )
     assert "lacks patient007_frame04, which its Info.cfg names: copy it" in text and not (tmp_path / "x").exists()
     kept.rename(systole)
-    run("../dataloaders/preprocess_acdc.py", "--raw", tmp_path / "raw", "--root_path", tmp_path / "acdc")
+    write_nifti(folder / "patient007_frame09_gt", label, affine)
+    text = run("../dataloaders/preprocess_acdc.py", "--raw", tmp_path / "raw", "--root_path", tmp_path / "acdc")
+    assert "labels without a frame, left out: patient007_frame09_gt.nii" in text and "no Info.cfg" not in text
     for name, frame in (("patient007_frame01", 11), ("patient007_frame02", 4)):
         facts, array, mask = attributes(tmp_path / "acdc" / "data" / f"{name}.h5")
         raw = images[frame].T.astype(float)
@@ -482,7 +487,7 @@ def test_labels_follow_their_images():
     [
         (("--normalise", "minmax"), "is of an import with other preprocessing: give --overwrite"),
         (("--class_names", "heart"), "is of an import with other class_names: give --overwrite"),
-        (("--label_values", "0"), "--label_values 0 must be different numbers from 1 to 255"),
+        (("--label_values", "0"), "--label_values 0 must be different numbers from 1 to 65535"),
         (("--test_fraction", "0"), "no case of the 5 labelled ones is left for the test: raise --test_fraction"),
         (("--workers", "0"), "--workers is 0: it must be above 0"),
     ],

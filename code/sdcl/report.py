@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from torch import nn
 
 from sdcl.atomic import replacing, write_text
@@ -240,6 +241,8 @@ def save_metrics_figure(path: Path, rows: Sequence[CaseRow], metrics: Sequence[s
 
 
 def _save_figure(figure: Figure, path: Path) -> None:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # two $ in a case's name are no formula
     with replacing(path) as temporary:
         figure.savefig(temporary)
 

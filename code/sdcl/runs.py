@@ -31,6 +31,7 @@ MACHINE_FIELDS = frozenset(
         "window_batch",
     }
 )  # fmt: skip
+COMPLETED_LATER = frozenset({"orientation", "slice_axis", "label_values"})  # facts that earlier versions lacked
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
 MAX_CONFIG_BYTES = 2**24  # of config.json, which grows by half a kilobyte at each resume
 MAX_SIDE = 2**14  # of a patch in a config.json, in pixels
@@ -151,12 +152,13 @@ def open_run(
                 f"{folder} holds a run on other {' and '.join(changed)} cases: restore the lists in data_split/ "
                 "to go on with it, choose another --exp, or remove the folder."
             )
-        kept = content.setdefault("task", json.loads(json.dumps(task)))
-        if differing := differing_tasks(kept, task):
+        facts = json.loads(json.dumps(task))
+        if differing := differing_tasks(content.setdefault("task", facts), facts):
             raise UserError(
                 f"{folder} holds a run on data that were preprocessed in another way ({differing}): restore the data "
                 "to go on with it, choose another --exp, or remove the folder."
             )
+        content["task"] = facts
         content["resumed"].append(now)
     write_text(path, json.dumps(content, indent=2) + "\n")
 
@@ -174,16 +176,18 @@ def differing_tasks(there: dict[str, Any], now: dict[str, Any]) -> str:
         there: what a run's config.json keeps of its data set, as from DataSet.facts().
         now: the same of other data. How decisions are made is no property of the data and may differ.
     """
-    pairs = [(name, there.get(name), now.get(name)) for name in ("name", "class_names")]
-    added = [("label_values", there.get("label_values"), now.get("label_values"))]  # earlier runs did not keep these
+    pairs = [(name, there.get(name), now.get(name)) for name in ("name", "class_names", "label_values")]
     steps = [task.get("preprocessing") for task in (there, now)]
     if all(isinstance(step, dict) for step in steps):
-        added += [(name, steps[0].get(name), steps[1][name]) for name in steps[1]]
+        pairs += [(name, steps[0].get(name), steps[1].get(name)) for name in dict.fromkeys([*steps[1], *steps[0]])]
     else:
         pairs.append(("preprocessing", *steps))
-    pairs += [(name, one, two) for name, one, two in added if one is not None and two is not None]
     plain = [(name, *json.loads(json.dumps([one, two]))) for name, one, two in pairs]
-    return ", ".join(f"{name} {one} there, {two} now" for name, one, two in plain if one != two)
+    return ", ".join(
+        f"{name} {one} there, {two} now"
+        for name, one, two in plain
+        if one != two and not (name in COMPLETED_LATER and None in (one, two))
+    )
 
 
 def inherited(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""Which imported cases train, validate and test: drawn once, kept when more come."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from dataloaders.convert import few
+from dataloaders.datasets import SLICE
+from dataloaders.files import read_list, sample_rng
+from dataloaders.slices import find_file
+from sdcl.atomic import write_text
+from sdcl.errors import UserError
+from sdcl.runs import LOGGER
+
+SUFFIXES = {"volume": ".txt", "slices": ".list"}
+LISTS = ("train", "train_lab", "train_unlab", "train_slices", "val", "test")
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Names of the cases: labelled and unlabelled ones for training, and those that training must not see."""
+
+    labelled: list[str]
+    unlabelled: list[str]
+    val: list[str]
+    test: list[str]
+
+    @classmethod
+    def read(cls, root: Path) -> "Lists | None":
+        """Read the lists of an earlier import, or None without any.
+
+        Raises:
+            UserError: a list is broken.
+        """
+        folder = root / "data_split"
+        suffix = next((s for s in SUFFIXES.values() if (folder / f"train{s}").exists()), None)
+        if suffix is None:
+            return None
+        names = {key: _names(folder / f"{key}{suffix}") for key in ("train", "train_lab", "val", "test")}
+        labelled = {name.rsplit(SLICE, 1)[0] for name in names["train_lab"]}
+        train = names["train"]
+        return cls(
+            [n for n in train if n in labelled], [n for n in train if n not in labelled], names["val"], names["test"]
+        )
+
+
+def _names(path: Path) -> list[str]:
+    return read_list(path) if path.exists() and path.read_text(encoding="utf-8-sig").strip() else []
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """Return what chose the lists, as dataset.json keeps it."""
+    return {
+        "test_fraction": config.test_fraction, "val_fraction": config.val_fraction, "seed": config.seed,
+        "test_list": read_list(config.test_list) if config.test_list else None,
+    }  # fmt: skip
+
+
+def draw(labelled: Sequence[str], unlabelled: Sequence[str], config: Any) -> Lists:
+    """Divide the labelled cases into training, validation and test.
+
+    Raises:
+        UserError: fewer than two are left for training, or the test list names others.
+    """
+    if not (0 <= config.test_fraction < 1 and 0 <= config.val_fraction < 1):
+        raise UserError(
+            f"--test_fraction {config.test_fraction} and --val_fraction {config.val_fraction} must lie in [0, 1)."
+        )
+    order = sample_rng(config.seed, "split").permutation(sorted(labelled)).tolist()
+    test = read_list(config.test_list) if config.test_list else order[: round(config.test_fraction * len(order))]
+    unknown = next((name for name in test if name not in labelled), None)
+    if unknown:
+        raise UserError(
+            f"--test_list {config.test_list} names {unknown}, which has no scan or no label: correct the list."
+        )
+    rest = [name for name in order if name not in test]
+    val = rest[: round(config.val_fraction * len(labelled))]
+    train = [name for name in rest if name not in val]
+    if not test:
+        raise UserError(
+            f"no case of the {len(labelled)} labelled ones is left for the test: raise --test_fraction, or give "
+            "--test_list."
+        )
+    if len(train) < 2:
+        raise UserError(
+            f"{len(train)} labelled cases are left for training, {len(val)} for validation, {len(test)} for the test: "
+            "at least two must be left; lower --test_fraction or --val_fraction, or label more."
+        )
+    return Lists(sorted(train), sorted(unlabelled), sorted(val), sorted(test))
+
+
+def keep(earlier: Lists, drawn: Lists, config: Any, settings: Mapping[str, Any] | None) -> Lists:
+    """Keep an earlier import's division, add new cases to training, and say what stays, came, changed and went.
+
+    Args:
+        earlier: the lists that are there.
+        drawn: as they would be drawn now.
+        config: the header.
+        settings: what the earlier lists were drawn with, or None where that is not known.
+
+    Raises:
+        UserError: --test_list contradicts them, or too few cases are left.
+    """
+    labelled = {*drawn.labelled, *drawn.val, *drawn.test}
+    cases = labelled | set(drawn.unlabelled)
+    if config.test_list and set(drawn.test) != set(earlier.test) & labelled:
+        other = sorted(set(drawn.test) ^ set(earlier.test))[0]
+        raise UserError(
+            f"--test_list {config.test_list} and the test cases of the earlier import differ in {other}: give "
+            "--resplit to divide the cases anew, or leave --test_list away."
+        )
+    held = {*earlier.val, *earlier.test}
+    before = [*earlier.labelled, *earlier.unlabelled]
+    train = [name for name in before if name in cases]
+    new = sorted(cases - set(before) - held)
+    kept = Lists(
+        [name for name in (*train, *new) if name in labelled],
+        [name for name in (*train, *new) if name not in labelled],
+        [name for name in earlier.val if name in labelled],
+        [name for name in earlier.test if name in labelled],
+    )
+    _tell(earlier, kept, cases, new)
+    if settings is None or settings != settings_of(config):
+        LOGGER.info(
+            "the lists stay as they were divided, not as --test_fraction %g, --val_fraction %g and --seed %d would do "
+            "it now: --resplit divides anew", config.test_fraction, config.val_fraction, config.seed,
+        )  # fmt: skip
+    if not kept.test or len(kept.labelled) < 2:
+        raise UserError(
+            f"of the earlier lists {len(kept.test)} test cases and {len(kept.labelled)} labelled training cases are "
+            "left, and at least one and two are needed: give --resplit, or put the files back."
+        )
+    return kept
+
+
+def _tell(earlier: Lists, kept: Lists, cases: set[str], new: Sequence[str]) -> None:
+    """Say what differs from the earlier lists."""
+    before = {*earlier.labelled, *earlier.unlabelled, *earlier.val, *earlier.test}
+    held = sorted({*earlier.val, *earlier.test} - {*kept.val, *kept.test})
+    lines = {
+        "the test and validation cases stay those of the earlier import": [*kept.test, *kept.val],
+        "new, for training (--resplit divides anew)": new,
+        "labelled since": [name for name in kept.labelled if name in earlier.unlabelled],
+        "no longer labelled, now an unlabelled training case": [n for n in kept.unlabelled if n in earlier.labelled],
+        "no longer labelled, left out of every list, since it was held out from training": [
+            name for name in held if name in cases
+        ],
+        "gone from --images, left out of every list (the converted file stays)": sorted(before - cases),
+    }
+    for what, names in lines.items():
+        if names:
+            LOGGER.info("%s: %s", what, few(names))
+
+
+def write_lists(root: Path, layout: str, lists: Lists) -> None:
+    """Write the lists, labelled cases first; in 2D the training cases' slices."""
+    folder, suffix = root / "data_split", SUFFIXES[layout]
+    names = {"train": [*lists.labelled, *lists.unlabelled], "test": lists.test}
+    parts = {"train_lab": lists.labelled, "train_unlab": lists.unlabelled}
+    if layout == "slices":
+        parts = {key: [s for name in part for s in slices_of(root, name)] for key, part in parts.items()}
+        parts["train_slices"] = [*parts["train_lab"], *parts["train_unlab"]]
+    names |= parts | ({"val": lists.val} if lists.val else {})
+    for old in (folder / f"{key}{s}" for key in LISTS for s in SUFFIXES.values()):
+        if old.suffix != suffix or old.stem not in names:
+            old.unlink(missing_ok=True)  # of an import with another layout, or with validation cases
+    for key, part in names.items():
+        write_text(folder / f"{key}{suffix}", "".join(f"{name}\n" for name in part))
+
+
+def slices_of(root: Path, name: str) -> list[str]:
+    """Return the names of a case's slices, in order: as many as its volume has."""
+    with h5py.File(find_file(root, name), "r") as file:
+        count = len(file["image"])
+    return [f"{name}{SLICE}{k}" for k in range(1, count + 1)]
