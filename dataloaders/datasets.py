@@ -11,6 +11,7 @@ import numpy as np
 from dataloaders.alignment import TRUSTED, check_alignment
 from dataloaders.files import Sample, read_text_attributes
 from dataloaders.preprocessing import AXES, WINDOW_HU, Preprocessing
+from dataloaders.roots import check_root
 from sdcl.errors import UserError
 from sdcl.runs import LOGGER
 
@@ -41,7 +42,7 @@ class DataSet:
         class_names: of the foreground classes 1 to C - 1.
         preprocessing: of files that do not say their own.
         path_of: maps the data set's folder and a case's name to its file.
-        check_root: refuses a folder without the data set.
+        files: whose layout the folder has, as roots.ROOTS names them; "own": what import_nifti.py writes.
         is_organ_ct: labels are an organ's in CT, which lies on soft tissue.
         trained_on_crops: its files are cropped around the label.
         patient_of: maps a slice's name to its patient's, in 2D.
@@ -53,12 +54,16 @@ class DataSet:
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     path_of: Callable[[Path, str], Path]
-    check_root: Callable[[Path], None]
+    files: str = "own"
     is_organ_ct: bool = False
     trained_on_crops: bool = False
     patient_of: Callable[[str], str] = lambda name: name.rsplit(SLICE, 1)[0]
     label_values: tuple[int, ...] = ()
     duplicates: tuple[Duplicate, ...] = ()
+
+    def check_root(self, root_path: Path) -> None:
+        """Refuse a folder that does not hold the data set; see roots.check_root()."""
+        check_root(self.files, root_path)
 
     @property
     def num_classes(self) -> int:
@@ -130,6 +135,29 @@ def missing_classes(labels: Iterable[np.ndarray | Iterable[int]], data_set: Data
     for label in labels:
         there.update(np.unique(label).tolist() if isinstance(label, np.ndarray) else label)
     return [name for k, name in enumerate(data_set.class_names, start=1) if k not in there]
+
+
+def check_classes(classes: Iterable[int], data_set: DataSet) -> None:
+    """Tell of the classes that no labelled training case has, which no training can learn.
+
+    Args:
+        classes: those in the labelled cases, background included.
+        data_set: names them.
+
+    Raises:
+        UserError: there is none but the background.
+    """
+    missing = missing_classes([classes], data_set)
+    if len(missing) == len(data_set.class_names):
+        raise UserError(
+            f"no labelled training case has any of the classes {', '.join(missing)}, all their labels are empty: give "
+            "labels with these structures, or other labelled cases (--labelnum takes the first of the list)."
+        )
+    if missing:
+        LOGGER.warning(
+            "WARNING: no labelled training case has the class %s: it cannot be learned, and its Dice will be 0.",
+            ", ".join(missing),
+        )
 
 
 def _parsed(path: Path, text: str) -> Preprocessing:

@@ -83,6 +83,16 @@ def read_sample(path: Path, *, ndim: int, num_classes: int, needs_label: bool = 
     return Sample(image, label)
 
 
+def has_label(path: Path) -> bool:
+    """Tell whether a file has a `label`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with _opened(path) as file:
+        return "label" in file
+
+
 def read_spacing(path: Path) -> tuple[float, ...] | None:
     """Return the voxel sides in mm that a file's attribute `spacing` gives, or None where it has none.
 
@@ -175,6 +185,9 @@ class Cache:
         dtype: of the images kept.
         check: what else to refuse of a file, called once with its path and sample; raises UserError.
 
+    Attributes:
+        classes: those in the labels, background included; none of unlabelled files.
+
     Raises:
         UserError: the first file that is missing or wrong; every file is checked here, before any training.
     """
@@ -195,6 +208,7 @@ class Cache:
         self._paths = list(paths)
         self._how = {"ndim": ndim, "num_classes": num_classes, "needs_label": needs_label}
         self._kept: list[Sample | None] = []
+        self.classes: set[int] = set()
         total = kept = 0
 
         def read(path: Path) -> Sample:
@@ -211,6 +225,8 @@ class Cache:
                     disable=None,
                 ):  # fmt: skip
                     total += sample.num_bytes
+                    if sample.label is not None:
+                        self.classes |= set(np.flatnonzero(np.bincount(sample.label.ravel())).tolist())
                     keep = total <= bound_gb * 2**30
                     kept += sample.num_bytes if keep else 0
                     self._kept.append(sample if keep else None)

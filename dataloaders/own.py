@@ -17,19 +17,6 @@ def is_name(name: str) -> bool:
     return name.replace("_", "").replace("-", "").isalnum()
 
 
-def check_root(root_path: Path) -> None:
-    """Refuse a folder that does not hold such a data set.
-
-    Raises:
-        UserError: says what is missing.
-    """
-    if not any((root_path / "data").glob("*.h5")):
-        raise UserError(
-            f"{root_path.resolve() / 'data'} (--root_path) holds no .h5 files: "
-            "make them with `python dataloaders/import_nifti.py --output <folder>`, see docs/own_data.md."
-        )
-
-
 def read_data_set(root_path: Path) -> DataSet:
     """Read what a folder's dataset.json says: the name, the classes and their label values, the preprocessing.
 
@@ -51,9 +38,7 @@ def read_data_set(root_path: Path) -> DataSet:
         raise UserError(f"{path} needs class_names and a name of letters, digits, - and _: correct it.")
     if values and len(values) != len(names):
         raise UserError(f"{path} has {len(names)} class_names and {len(values)} label_values: correct it.")
-    return DataSet(
-        name=name, class_names=names, preprocessing=how, path_of=find_file, check_root=check_root, label_values=values
-    )
+    return DataSet(name=name, class_names=names, preprocessing=how, path_of=find_file, label_values=values)
 
 
 def count_labelled(root_path: Path, data_set: DataSet) -> int:

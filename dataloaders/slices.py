@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from dataloaders.checks import check_apart, check_dimensions, inside
-from dataloaders.datasets import SLICE, DataSet
+from dataloaders.datasets import SLICE, DataSet, check_classes
 from dataloaders.files import Cache, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
 from dataloaders.transforms import apply_index, augmentation_index
@@ -92,6 +92,11 @@ class Slices:
     def __len__(self) -> int:
         """Count the slices."""
         return len(self._cache)
+
+    @property
+    def classes(self) -> set[int]:
+        """Return the classes in the labels, background included."""
+        return self._cache.classes
 
     def name(self, index: int) -> str:
         """Return a slice's name."""
@@ -183,6 +188,7 @@ def train_slices(config: Any, data_set: DataSet) -> None:
         )  # fmt: skip
 
     labelled = slices_of(labelled_names, labelled=True)
+    check_classes(labelled.classes, data_set)
     unlabelled = slices_of(unlabelled_names, labelled=False) if config.self_iterations else None
     has_val = (root / "data_split" / "val.list").exists() or config.select == "val"
     train(
@@ -216,5 +222,5 @@ def test_slices(config: Any, data_set: DataSet) -> None:
         return read_volumes(config.root_path, config.split, data_set.num_classes)
 
     decision = Decision("argmax", 26 if config.largest_component else None)
-    task = Task(data_set.name, data_set.class_names, infer, decision)
+    task = Task(data_set.name, data_set.class_names, infer, decision, label_values=data_set.label_values)
     test(config, task, device, folder, trained, read_cases, config.split, facts, nifti=config.save_nifti)

@@ -9,8 +9,8 @@ import numpy as np
 from torch import nn
 
 from dataloaders.checks import check_apart, check_dimensions
-from dataloaders.datasets import DataSet
-from dataloaders.files import Cache, Sample, read_affine, read_list, read_sample, read_spacing
+from dataloaders.datasets import DataSet, check_classes
+from dataloaders.files import Cache, Sample, has_label, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
 from sdcl.errors import UserError
 from sdcl.evaluation import Case, Decision, Task
@@ -106,6 +106,11 @@ class CroppedVolumes:
     def __len__(self) -> int:
         """Count the volumes."""
         return len(self._cache)
+
+    @property
+    def classes(self) -> set[int]:
+        """Return the classes in the labels, background included."""
+        return self._cache.classes
 
     def name(self, index: int) -> str:
         """Return a case's name."""
@@ -229,7 +234,7 @@ def train_volumes(config: Any, data_set: DataSet, self_val_at: Collection[int]) 
     make_streams, lists, cases, facts = _training_data(config, data_set)
     train(
         config,
-        Task(data_set.name, data_set.class_names, infer, Decision(config.decision_rule), PLANES),
+        Task(data_set.name, data_set.class_names, infer, Decision(config.decision_rule), PLANES, data_set.label_values),
         device,
         make_streams=make_streams,
         lists=lists,
@@ -264,7 +269,7 @@ def test_volumes(config: Any, data_set: DataSet, split: str = "test") -> None:
         return read_volumes(names, config.root_path, data_set, config.spacing)
 
     decision = Decision(config.decision_rule, WIDEST_CONNECTIVITY if config.largest_component else None)
-    task = Task(data_set.name, data_set.class_names, infer, decision, PLANES)
+    task = Task(data_set.name, data_set.class_names, infer, decision, PLANES, data_set.label_values)
     test(config, task, device, folder, trained, read_cases, split, facts, nifti=config.save_nifti)
 
 
@@ -304,6 +309,7 @@ def _training_data(
         )  # fmt: skip
 
     labelled_set = volumes(labelled, "random", True)
+    check_classes(labelled_set.classes, data_set)
     unlabelled_set = volumes(unlabelled, config.unlabelled_crop, False) if config.self_iterations else None
 
     def make_streams(with_unlabelled: bool) -> Streams:
@@ -313,4 +319,10 @@ def _training_data(
     facts = data_set.facts(config.decision_rule, [data_set.path_of(root, name) for name in used])
     scored = others[test] if config.select == "test" else others.get(val, held_out)
     names = {"labelled": labelled, "unlabelled": unlabelled}
+    bare = [name for name in held_out if not has_label(data_set.path_of(root, name))]
+    if bare:
+        raise UserError(
+            f"--val_cases {config.val_cases} holds out {bare[0]}, which has no label to score against: label the held "
+            "out cases, or give --select last and no --val_cases."
+        )
     return make_streams, names, read_volumes(scored, root, data_set), facts

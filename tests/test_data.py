@@ -5,7 +5,7 @@ import pytest
 from helpers import ROOT, write_h5
 from scipy import ndimage
 
-from dataloaders.acdc import DATA_SET, check_root
+from dataloaders.acdc import DATA_SET
 from dataloaders.files import Cache, read_list, read_sample, sample_rng
 from dataloaders.slices import Slices, read_volumes, split_by_patients
 from dataloaders.streams import Streams
@@ -135,7 +135,7 @@ def test_slices_are_found_in_either_place(acdc_phantom, tmp_path):
 
 def test_a_missing_data_set_says_where_and_what(tmp_path):
     with pytest.raises(UserError) as error:
-        check_root(tmp_path / "none")
+        DATA_SET.check_root(tmp_path / "none")
     for part in (str(tmp_path / "none"), "--root_path", "data/slices/", "docs/data.md", "phantom.py"):
         assert part in str(error.value)
 

@@ -203,3 +203,65 @@ def test_labels_beyond_the_classes_are_refused(value, dtype):
     label = torch.full((1, 4, 4), value, dtype=dtype)
     with pytest.raises(RuntimeError, match="labels must lie in"):
         mixed_losses(torch.zeros(1, 2, 4, 4), label, label, None, image_weight=1, patch_weight=1, dice="batch")
+
+
+def small_batch(classes=3):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, classes, 4, 5, generator=generator)
+    labels = [torch.randint(min(classes, 3), (2, 4, 5), generator=generator) for _ in range(2)]
+    mask = torch.rand(4, 5, generator=generator) > 0.4
+    where = torch.rand(2, 4, 5, generator=generator) > 0.5
+    return logits, labels, mask, where
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_a_discrepancy_of_any_numbers_is_where_they_are_not_0(dtype):
+    logits, labels, mask, where = small_batch()
+    expected = mixed_losses(logits, *labels, mask, **weights(True), dice="batch", discrepancy=where)
+    given = mixed_losses(logits, *labels, mask, **weights(True), dice="batch", discrepancy=where.to(dtype) * 255)
+    assert {name: value.item() for name, value in given.items()} == {n: v.item() for n, v in expected.items()}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_labels_that_are_no_integers_are_refused(which):
+    logits, labels, mask, _ = small_batch()
+    labels[which] = labels[which] + 0.5
+    with pytest.raises(ValueError, match="_label is of the type torch.float32, it needs whole numbers"):
+        mixed_losses(logits, *labels, mask, **weights(True), dice="batch")
+
+
+def test_an_impossible_class_that_no_target_has_leaves_the_losses_right():
+    """With -inf for class 3, Dice, CE and MSE are those of a very low logit; the KL term is infinite."""
+    logits, labels, mask, where = small_batch(classes=4)
+    low, never = logits.clone(), logits.clone()
+    low[:, 3], never[:, 3] = -80.0, -torch.inf
+    with_kl = {"discrepancy": where, "dice": "sample", **weights(False)}
+    expected, given = (mixed_losses(z.requires_grad_(), *labels, mask, **with_kl) for z in (low, never))
+    for name in ("dice", "ce", "mse"):
+        assert given[name].item() == pytest.approx(expected[name].item(), rel=1e-6)
+    assert given["kl"].item() == torch.inf
+    (gradient,) = torch.autograd.grad(given["dice"] + given["ce"] + given["mse"], never)
+    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+    nowhere = mixed_losses(never, *labels, mask, **(with_kl | {"discrepancy": torch.zeros_like(where)}))
+    assert nowhere["kl"].item() == 0
+
+
+def test_a_target_of_probability_0_has_an_infinite_cross_entropy():
+    logits, labels, mask, _ = small_batch()
+    logits[0, labels[0][0, 0, 0], 0, 0] = -torch.inf
+    mask[0, 0] = True
+    assert mixed_losses(logits, *labels, mask, **weights(True), dice="batch")["ce"].item() == torch.inf
+
+
+def test_more_than_256_classes_do_not_wrap():
+    logits = torch.zeros(1, 300, 2, 2)
+    logits[0, 299, 0, 0] = logits[0, 257, 0, 1] = 9.0
+    assert losses_module.class_map(logits).tolist() == [[[299, 257], [0, 0]]]
+    other = torch.zeros(1, 300, 2, 2)
+    other[0, 299 - 256, 0, 0] = 9.0
+    assert discrepancy(logits, other)[0, 0].tolist() == [True, True]
+    target = torch.tensor([[[299, 257], [0, 0]]])
+    found = mixed_losses(logits, target, target, None, **weights(True), dice="batch", discrepancy=torch.ones(1, 2, 2))
+    assert found["kl"].item() == 0  # this one is right everywhere
+    plain = torch.nn.functional.cross_entropy(logits, target)
+    assert found["ce"].item() == pytest.approx(weights(True)["image_weight"] * plain.item(), rel=1e-5)

@@ -82,6 +82,7 @@ class Task:
         infer: maps networks and a volume (*S) to each network's probabilities (C, *S).
         decision: how probabilities become a label map.
         planes: axes across which slices are shown, the most familiar one first.
+        label_values: the classes 1 to C - 1 in the original label files and in what is written; empty: the same.
     """
 
     name: str
@@ -89,6 +90,12 @@ class Task:
     infer: Infer
     decision: Decision = Decision()
     planes: tuple[int, ...] = (0,)
+    label_values: tuple[int, ...] = ()
+
+    def original(self, label_map: np.ndarray) -> np.ndarray:
+        """Return a label map (*S) with the original files' values instead of classes: uint8, or uint16 where needed."""
+        values = (0, *(self.label_values or range(1, self.num_classes)))
+        return np.array(values, np.uint8 if max(values) < 256 else np.uint16)[label_map]
 
     @property
     def num_classes(self) -> int:

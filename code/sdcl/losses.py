@@ -13,6 +13,8 @@ DICE_SMOOTH = {"sample": 1e-5, "batch": 1e-10}
 REGIONS = ("image", "patch")
 # Voxels that are worked on together: on a CPU so few a core that what is made of them stays in its cache.
 CORE_CHUNK, DEVICE_CHUNK = 2**15, 2**19
+# Log-probabilities are no lower in the sums, since 0 voxels of -inf are nan; a sum that is, is infinite in the losses.
+LEAST_LOG_P, INFINITE = -1e30, 1e29
 
 
 def class_map(scores: Tensor) -> Tensor:
@@ -25,12 +27,13 @@ def class_map(scores: Tensor) -> Tensor:
         scores: logits or probabilities (N, C, *S).
 
     Returns:
-        uint8 (N, *S), without gradient.
+        uint8 (N, *S), of more than 256 classes int32; without gradient.
     """
     highest, *others = scores.detach().unbind(1)
-    classes = torch.zeros_like(highest, dtype=torch.uint8)
+    dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
+    classes = torch.zeros_like(highest, dtype=dtype)
     for c, score in enumerate(others, start=1):
-        classes = torch.maximum(classes, (score > highest).to(torch.uint8) * c)  # where() is slow on bytes
+        classes = torch.maximum(classes, (score > highest).to(dtype) * c)  # where() is slow on bytes
         if c < len(others):
             highest = torch.maximum(highest, score)
     return classes
@@ -73,7 +76,7 @@ def mixed_losses(
         patch_weight: weight of the region where the mask is 0.
         dice: "sample" (Dice3D: sums per sample and class) or "batch" (Dice2D: sums over the whole batch, squared
             probabilities in the denominator).
-        discrepancy: bool (N, *S), where the students disagree; None: "mse" and "kl" are 0.
+        discrepancy: bool or 0/1 (N, *S), where the students disagree; None: "mse" and "kl" are 0.
 
     Returns:
         Scalars in float32: "dice" and "ce", each the weighted sum over the two regions; "mse", the pull to the target
@@ -81,7 +84,7 @@ def mixed_losses(
         carries its loss weight.
 
     Raises:
-        ValueError: the shapes do not fit each other, or the kind of Dice is unknown.
+        ValueError: the shapes do not fit each other, labels are no integers, or the kind of Dice is unknown.
         RuntimeError: a label lies outside the classes (on a GPU later, at the next call that waits for it).
 
     Source: docs/method.md, "Losses of one mixed batch".
@@ -117,8 +120,9 @@ def _codes(
         code = (~inside).to(dtype) * (states * classes)
     torch._assert_async(target.max() < classes, f"labels must lie in [0, {classes})")  # waits for no GPU
     if discrepancy is not None:
-        wrong = discrepancy & (class_map(logits) != target)
-        code = code + (discrepancy.to(dtype) + wrong) * classes
+        disagree = discrepancy.bool()  # of 0 and 255 too
+        wrong = disagree & (class_map(logits) != target)
+        code = code + (disagree.to(dtype) + wrong) * classes
     return code + target, states
 
 
@@ -145,16 +149,21 @@ def _losses_of_sums(sums: Tensor, weights: tuple[float, float], dice: DiceOver) 
         overlap, size = overlap.sum(0, keepdim=True), size.sum(0, keepdim=True)
     smooth = DICE_SMOOTH[dice]
     dice_loss = 1 - ((2 * overlap + smooth) / (size + smooth)).mean((0, 2))  # (region)
-    ce = -log_p_target.sum((0, 2, 3)) / count.sum((0, 2, 3)).clamp_min(1)  # (region)
+    ce = _endless(-log_p_target.sum((0, 2, 3))) / count.sum((0, 2, 3)).clamp_min(1)  # (region)
     # mean_c (p_c - 1[t=c])^2 = (sum_c p_c^2 - 2 p_t + 1) / C: no one-hot tensor is needed.
     error = (square.sum(-1) - 2 * p_target + count)[:, :, 1:].sum((0, 2, 3)) / classes
-    entropy = -log_p[:, :, 2:].sum((0, 2, 3, 4)) / classes
+    entropy = _endless(-log_p[:, :, 2:].sum((0, 2, 3, 4))) / classes
     return {
         "dice": weigh(dice_loss),
         "ce": weigh(ce),
         "mse": weigh(error) / count[:, :, 1:].sum().clamp_min(1),  # with no voxel the sum is 0 too
         "kl": weigh(entropy) / count[:, :, 2:].sum().clamp_min(1),
     }
+
+
+def _endless(sums: Tensor) -> Tensor:
+    """Return sums of -log p, infinite where a p of 0 is among them; with the gradient of a finite sum."""
+    return torch.where(sums > INFINITE, sums + torch.inf, sums)
 
 
 class _CodeSums(torch.autograd.Function):
@@ -173,7 +182,7 @@ class _CodeSums(torch.autograd.Function):
         for z, is_code in _chunks(logits, code, codes):
             features = z.new_ones(len(z), 3 * classes + 1, z.shape[2])
             p, square, log_p, _ = features.split(classes, 1)
-            log_p.copy_(F.log_softmax(z, 1))
+            torch.clamp(F.log_softmax(z, 1), min=LEAST_LOG_P, out=log_p)
             torch.exp(log_p, out=p)
             torch.mul(p, p, out=square)
             sums = sums + features @ is_code.mT
@@ -219,6 +228,9 @@ def _check_shapes(
     if dice not in DICE_SMOOTH:
         raise ValueError(f"unknown kind of Dice {dice!r}: choose 'sample' or 'batch'")
     expected = (logits.shape[0], *logits.shape[2:])
+    for name, label in (("image_label", image_label), ("patch_label", patch_label)):
+        if label.is_floating_point() or label.is_complex():
+            raise ValueError(f"{name} is of the type {label.dtype}, it needs whole numbers: the classes")
     for name, tensor in (("image_label", image_label), ("patch_label", patch_label), ("discrepancy", where)):
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, the logits need {expected}")

@@ -17,7 +17,7 @@ CONNECTIVITIES = {2: (4, 8), 3: (6, 18, 26)}
 
 
 def decide(probabilities: Tensor, rule: Rule) -> Tensor:
-    """Turn probabilities (N, C, *S) into label maps (N, *S), uint8.
+    """Turn probabilities (N, C, *S) into label maps (N, *S), uint8, of more than 256 classes int32.
 
     Args:
         probabilities: softmax output.
@@ -86,7 +86,7 @@ class PendingLabels:
         decision = decide(torch.softmax(logits.detach().float(), dim=1), rule)
         self._device, self._copied = decision.device, None
         if decision.is_cuda:
-            self._labels = torch.empty(decision.shape, dtype=torch.uint8, pin_memory=True)
+            self._labels = torch.empty(decision.shape, dtype=decision.dtype, pin_memory=True)
             self._labels.copy_(decision, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -104,7 +104,7 @@ class PendingLabels:
         """Wait for the cleaning and return the labels.
 
         Returns:
-            uint8 tensor (N, *S) on the logits' device, without gradient.
+            uint8 (of more than 256 classes int32) tensor (N, *S) on the logits' device, without gradient.
 
         Raises:
             ValueError: see largest_components().
@@ -128,7 +128,7 @@ def pseudo_label(logits: Tensor, rule: Rule, connectivity: int) -> Tensor:
         connectivity: see largest_components(); LA 26, Pancreas 18, ACDC 8.
 
     Returns:
-        uint8 tensor (N, *S) on the logits' device, without gradient.
+        uint8 (of more than 256 classes int32) tensor (N, *S) on the logits' device, without gradient.
 
     Raises:
         ValueError: see decide() and largest_components().

@@ -309,7 +309,7 @@ def test_report(
     def keep_maps(case: Case, maps: dict[str, np.ndarray], probabilities: dict[str, np.ndarray]) -> None:
         label_maps[case.name] = {name: maps[name] for name in shown}
         if nifti:
-            save_nifti(folder / "nifti", case, maps[shown[-1]], probabilities[shown[-1]])
+            save_nifti(folder / "nifti", case, maps[shown[-1]], probabilities[shown[-1]], task)
 
     def keep_rows(case: Case, rows: list[CaseRow]) -> None:
         rows_of[case.name] = rows
@@ -335,7 +335,9 @@ def test_report(
     LOGGER.info("written to %s: cases.csv, summary.json, cases.png, metrics.png", folder)
 
 
-def save_nifti(folder: Path, case: Case, label_map: np.ndarray, probabilities: np.ndarray) -> None:
+def save_nifti(
+    folder: Path, case: Case, label_map: np.ndarray, probabilities: np.ndarray, task: Task | None = None
+) -> None:
     """Write `<case>_{image,label,prediction,probability}.nii.gz`, in the HDF5 file's own order of axes.
 
     With the case's affine they lie where the scan lay; without it the affine holds the spacing, or 1 where unknown.
@@ -345,11 +347,13 @@ def save_nifti(folder: Path, case: Case, label_map: np.ndarray, probabilities: n
         case: a volume (*S).
         label_map: (*S).
         probabilities: (C, *S); written as (*S, C - 1), the foreground classes, or (*S) for one.
+        task: for the label files' own values; None: label maps hold classes.
     """
     affine = np.diag([*(case.spacing or (1.0,) * case.image.ndim), 1.0]) if case.affine is None else case.affine
     foreground = probabilities[1] if len(probabilities) == 2 else np.moveaxis(probabilities[1:], 0, -1)
+    label, prediction = (array if task is None else task.original(array) for array in (case.label, label_map))
     for name, array in (
-        ("image", case.image), ("label", case.label), ("prediction", label_map), ("probability", foreground),
+        ("image", case.image), ("label", label), ("prediction", prediction), ("probability", foreground),
     ):  # fmt: skip
         picture = nibabel.Nifti1Image(array, affine)
         picture.header.set_xyzt_units("mm")
