@@ -74,11 +74,11 @@ class Prepared:
         return Prepared(self.array[tuple(slice(*side) for side in box)], affine)
 
 
-def prepare(scan: Scan, how: Preprocessing) -> Prepared:
-    """Bring an image into a network's axes, voxels and range."""
+def prepare(scan: Scan, how: Preprocessing, trust_hu: bool = False) -> Prepared:
+    """Bring an image into a network's axes, voxels and range; `trust_hu` takes any values of a CT for HU."""
     turned = scan.oriented(how.orientation) if how.orientation else scan
     shape, affine = _grid(turned, how)
-    array = normalised(resampled(turned.array, turned.affine, shape, affine, order=1), how.normalise, scan)
+    array = normalised(resampled(turned.array, turned.affine, shape, affine, order=1), how.normalise, scan, trust_hu)
     order = _axes(affine, how)
     return Prepared(np.ascontiguousarray(array.transpose(order)), _permuted(affine, order))
 
@@ -149,7 +149,7 @@ def _turned(array: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> tuple[
     return np.ascontiguousarray(turned), np.eye(3), (offset[source] - start) * signs
 
 
-def normalised(array: np.ndarray, how: Normalisation, scan: Scan) -> np.ndarray:
+def normalised(array: np.ndarray, how: Normalisation, scan: Scan, trust_hu: bool = False) -> np.ndarray:
     """Bring intensities into a network's range, float32.
 
     Raises:
@@ -158,10 +158,11 @@ def normalised(array: np.ndarray, how: Normalisation, scan: Scan) -> np.ndarray:
     if how == "ct":
         low, high = WINDOW_HU
         inside = float(((array > low) & (array < high)).mean())
-        if array.min() >= 0 or inside < 0.01:
+        if not trust_hu and (array.min() >= 0 or inside < 0.01):
             raise UserError(
                 f"{scan.path} is no CT in HU: it reaches from {array.min():g} to {array.max():g}, {100 * inside:.1f} % "
-                f"of it within {low:g} to {high:g}; give the CT itself, or another --normalise."
+                f"of it within {low:g} to {high:g}; give the CT itself, or, if it is in HU after "
+                "all, --trust_hu."
             )
         return ((np.clip(array, low, high) - low) / (high - low)).astype(np.float32)
     values = array.astype(np.float64)
