@@ -1,13 +1,18 @@
 """Where an iteration of self-training spends its time, on random data: `python benchmarks/step_parts.py`."""
 
 import dataclasses
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch

@@ -1,19 +1,24 @@
 """Segment scans with a trained run: `python code/predict.py --run models/<run> --input scan.nii.gz --output out`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
+
 import numpy as np
 
-from dataloaders.prediction import Run, check_roi, inference_of, nifti_like, save_nifti_file, segment
+from dataloaders.finding import SeriesPath
+from dataloaders.prediction import Run, box_on_grid, check_roi, inference_of, segment
+from dataloaders.results import is_sheared, nifti_like, read_volumes, save_nifti_file, upright, write_volumes
 from dataloaders.scans import Scan, find_scans, name_of, read_scan
 from dataloaders.volumes import check_windows
 from sdcl.config import run_script
 from sdcl.errors import UserError
 from sdcl.experiment import begin
 from sdcl.report import save_scan_figure
-from sdcl.runs import LOGGER, write_csv
+from sdcl.runs import LOGGER
 
 
 @dataclass
@@ -25,7 +30,7 @@ class Config:
     """
 
     run: Path  # a run's folder, models/<data set>_<exp>_<labelnum>_labeled
-    input: Path  # a scan (.nii .nii.gz .nrrd .mha), a DICOM folder, or a folder of these
+    input: Path  # a scan (.nii .nii.gz .nrrd .mha .mgz), a DICOM folder, or a folder with these at any depth
     output: Path  # folder that receives <name>_prediction.nii.gz, <name>.png and volumes.csv
 
     # --- which weights ---
@@ -39,6 +44,10 @@ class Config:
     tta: bool = False  # average over the eight flips of each window (3D)
     largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure
 
+    # --- what a scan's header lacks ---
+    pixel_spacing_mm: tuple[float, float] | None = None  # between rows, between columns: DICOM without PixelSpacing
+    trust_hu: bool = False  # a run on CT: take the scan's values for HU, whatever they look like
+
     # --- what to write ---
     save_probability: bool = False  # also <name>_probability.nii.gz, of the foreground classes
     save_figure: bool = True  # <name>.png: the prediction over the scan in three planes
@@ -51,58 +60,116 @@ class Config:
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks
 
 
-def write_results(config: Config, run: Run, name: str, scan: Scan, probabilities: np.ndarray) -> list[dict]:
-    """Write one scan's label map, and what else is asked for; return its structures' volumes."""
+def predict(config: Config, run: Run, name: str, path: Path, model: tuple) -> list[dict]:
+    """Segment one scan and write its label map, and the probabilities if asked for; return its structures' volumes.
+
+    Args:
+        config: the header.
+        run: the trained run.
+        name: of the scan.
+        path: of the scan.
+        model: what infers, and the networks.
+    """
+    original = scan = read_scan(path, pixel_spacing_mm=config.pixel_spacing_mm)
+    roi, inside = check_roi(config.roi, scan) if config.roi else None, None
+    if is_sheared(scan) and scan.header is None:
+        scan, inside = upright(scan)
+        roi = box_on_grid(roi, original, scan.affine, scan.array.shape) if roi else None
+        shapes = ["×".join(map(str, s.array.shape)) for s in (original, scan)]
+        LOGGER.info(
+            "NOTE: %s: its slices are tilted against their line, which not every program can read; it is resampled "
+            "onto an upright grid, %s to %s voxels, which the prediction has", path, *shapes
+        )  # fmt: skip
+    elif is_sheared(scan):
+        LOGGER.info("NOTE: %s: its axes are sheared; the prediction's are, too (qform code 0)", path)
+    probabilities = segment(scan, run.preprocessing, *model, roi, config.trust_hu)
+    if inside is not None:
+        probabilities *= inside
+        probabilities[0][~inside] = 1
     label = run.decision(probabilities)
-    save_nifti_file(nifti_like(scan, label), config.output / f"{name}_prediction.nii.gz")
+    save_nifti_file(nifti_like(scan, run.in_label_values(label)), config.output / f"{name}_prediction.nii.gz")
     if config.save_probability:
         foreground = probabilities[1] if run.num_classes == 2 else np.moveaxis(probabilities[1:], 0, -1)
         save_nifti_file(nifti_like(scan, foreground), config.output / f"{name}_probability.nii.gz")
     if config.save_figure:
-        turned, shown = scan.oriented("LAS"), Scan(scan.path, label, scan.affine).oriented("LAS").array
-        window = (-125.0, 275.0) if run.preprocessing.normalise == "ct" else None
-        save_scan_figure(
-            config.output / f"{name}.png", name, turned.array, shown, turned.spacing_mm, run.class_names, window
-        )
+        save_figure(config, run, name, scan, label)
     ml = abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     counts = {structure: int((label == c).sum()) for c, structure in enumerate(run.class_names, start=1)}
-    return [{"scan": name, "structure": s, "volume_ml": n * ml, "voxels": n} for s, n in counts.items()]
+    return [{"scan": name, "structure": s, "volume_ml": float(n * ml), "voxels": n} for s, n in counts.items()]
+
+
+def save_figure(config: Config, run: Run, name: str, scan: Scan, label: np.ndarray) -> None:
+    """Draw a prediction over its scan; what the drawing library raises loses the figure alone."""
+    turned, shown = scan.oriented("LAS"), Scan(scan.path, label, scan.affine).oriented("LAS").array
+    window = (-125.0, 275.0) if run.preprocessing.normalise == "ct" else None
+    title = name.replace("$", r"\$")  # between two of them matplotlib expects a formula
+    path = config.output / f"{name}.png"
+    try:
+        save_scan_figure(path, title, turned.array, shown, turned.spacing_mm, run.class_names, window)
+    except Exception as error:
+        LOGGER.info("NOTE: %s could not be drawn (%s)", path, reason_of(error))
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error as one sentence."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return "the memory is full: give --roi, or a smaller --window_batch or --batch_size."
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}"
+
+
+def scans_of(path: Path) -> dict[str, Path]:
+    """Return the scans to predict by name; of one series, however deep it lies, the name of the folder given counts."""
+    if not path.exists():
+        raise UserError(f"--input {path} does not exist: check the path.")
+    if path.is_file():
+        return {name_of(path): path}
+    scans = find_scans(path)
+    only = next(iter(scans.values()))
+    return {path.resolve().name: only} if len(scans) == 1 and isinstance(only, SeriesPath) else scans
+
+
+def tell_limits(config: Config, run: Run) -> None:
+    """Say what of a run makes its predictions doubtful."""
+    how = run.preprocessing
+    if run.trained_on_crops and config.roi is None:
+        LOGGER.info("NOTE: this run was trained on crops around the structure; without --roi expect false findings.")
+    if how.orientation is None:
+        LOGGER.info(
+            "NOTE: this run's files kept the axes that they were stored in: a scan of other axes is not turned."
+        )
+    if how.layout == "slices" and getattr(how, "slice_axis", None) is None:
+        LOGGER.info("NOTE: this run fixes no slicing axis: each scan is sliced across its own longest voxel side.")
 
 
 def main(config: Config) -> None:
-    """Read the run, then segment one scan after the other."""
+    """Read the run, then segment one scan after the other; what fails is told at the end, the others are there."""
     if config.input.is_dir() and config.output.resolve().is_relative_to(config.input.resolve()):
         raise UserError(f"--output {config.output} lies in --input, where predictions pass for scans: move it.")
+    if config.pixel_spacing_mm and not all(0 < side < np.inf for side in config.pixel_spacing_mm):
+        raise UserError(f"--pixel_spacing_mm {config.pixel_spacing_mm} must be two numbers above 0.")
     device = begin(config, lambda _: None)
     run = Run.read(config.run, config.largest_component)
     if config.stride and run.is_3d:
         check_windows(config.stride, run.settings["patch_size"])
-    if config.input.is_file():
-        scans = {name_of(config.input): config.input}
-    else:
-        scans = find_scans(config.input)
-        if len(scans) == 1 and next(iter(scans.values())).is_dir():  # one series, however deep: the name given counts
-            scans = {config.input.resolve().name: config.input}
-    if run.trained_on_crops and config.roi is None:
-        LOGGER.info("NOTE: this run was trained on crops around the structure; without --roi expect false findings.")
-    networks, infer = run.load(config.stage, config.predictor, device), inference_of(run, config)
-    rows, failures = [], []
+    scans = scans_of(config.input)
+    tell_limits(config, run)
+    model = inference_of(run, config), run.load(config.stage, config.predictor, device)
+    table = config.output / "volumes.csv"
+    earlier, rows, failures, kept = read_volumes(table), [], [], 0
     for name, path in scans.items():
         try:
-            scan = read_scan(path)
-            roi = check_roi(config.roi, scan) if config.roi else None
-            rows += write_results(config, run, name, scan, segment(scan, run.preprocessing, infer, networks, roi))
-            LOGGER.info(
-                "%s: %s",
-                name,
-                ", ".join(f"{r['structure']} {r['volume_ml']:.2f} ml" for r in rows if r["scan"] == name),
-            )
-        except UserError as error:
-            failures.append(str(error))
-            LOGGER.info("%s: %s", name, error)
+            found = predict(config, run, name, path, model)
+            rows += found
+            kept = write_volumes(table, earlier, rows)
+            LOGGER.info("%s: %s", name, ", ".join(f"{r['structure']} {r['volume_ml']:.3g} ml" for r in found))
+        except Exception as error:  # whatever a library raises, the other scans are predicted
+            failures.append(f"{'' if isinstance(error, UserError) else f'{path}: '}{reason_of(error)}")
+            LOGGER.info("%s: REFUSED: %s", name, failures[-1])
     if rows:
-        write_csv(config.output / "volumes.csv", rows)
-        LOGGER.info("written to %s", config.output)
+        LOGGER.info("written to %s%s", config.output, f"; {kept} rows of other scans stay in {table.name}" * bool(kept))
     if failures:
         raise UserError(f"{len(failures)} of {len(scans)} scans were refused, the first: {failures[0]}")
 

@@ -1,10 +1,16 @@
-"""DICOM files before a library reads them: which they are, and whether their parts fit into them."""
+"""DICOM files one by one: which they are, whether their parts fit into them, what their headers say."""
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
+import pydicom
+
+from dataloaders.checks import check_declared
 from sdcl.errors import UserError
 
 LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
@@ -12,6 +18,64 @@ IMPLICIT, BIG_ENDIAN, DEFLATED = b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.2", b
 TRANSFER_SYNTAX, PIXELS = (0x0002, 0x0010), (0x7FE0, 0x0010)
 META, ITEM = 0x0002, 0xFFFE  # groups: the file's own header, always explicit; parts of sequences, without a VR
 UNDEFINED = 0xFFFFFFFF  # length of what ends at a delimiter
+TAGS = [
+    "SOPClassUID", "SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber",
+    "SeriesDescription", "ImageType", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
+    "PhotometricInterpretation", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+]  # fmt: skip
+DERIVED = ("Segmentation Storage", "Surface", "RT Dose", "Parametric Map", "Real World Value")  # made from images
+AXES_TOLERANCE = 0.01  # of a direction's length and of two directions' product
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One picture of a DICOM file and where it lies, in mm, x to the patient's left (LPS).
+
+    Attributes:
+        path: of its file.
+        number: in its file, from 0.
+        position: (3,), of the first pixel's centre.
+        axes: (2, 3), where the picture's x (along a row) and y (down a column) point.
+        sides: of a pixel along x and y; None where the header has no PixelSpacing.
+    """
+
+    path: Path
+    number: int
+    position: np.ndarray
+    axes: np.ndarray
+    sides: tuple[float, float] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """What a DICOM image file says of itself.
+
+    Attributes:
+        path: the file.
+        series, study, patient, instance: its identifiers; "" where there is none.
+        number: of the series in its study.
+        description: of the series.
+        is_localiser: its ImageType says so.
+        shape: (columns, rows).
+        count: of its pictures.
+        frames: its pictures, in the file's order; none where there is a problem.
+        problem: why it cannot be part of a scan, to follow the file's name; "" if it can.
+    """
+
+    path: Path
+    series: str
+    study: str
+    patient: str
+    instance: str
+    number: int | None
+    description: str
+    is_localiser: bool
+    shape: tuple[int, int]
+    count: int
+    frames: tuple[Frame, ...]
+    problem: str
 
 
 def is_dicom(path: Path) -> bool:
@@ -70,3 +134,129 @@ def check_lengths(path: Path) -> None:
                 syntax = file.read(length).strip(b"\0 ")
             elif not is_container:
                 file.seek(length, os.SEEK_CUR)
+
+
+def guarded(path: Path, read: Callable[[Path], Result]) -> Result:
+    """Call a library's reader; a damaged file makes it fail in many ways, all of which mean the same.
+
+    Raises:
+        UserError: it failed.
+    """
+    try:
+        return read(path)
+    except UserError:
+        raise
+    except MemoryError:
+        raise UserError(f"{path} does not fit into memory: close other programs, or crop it.") from None
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1][:160] if lines else type(error).__name__
+        raise UserError(f"{path} cannot be read ({reason}): it is damaged or no such file; copy it again.") from None
+
+
+def read_header(path: Path) -> Header | None:
+    """Read an image file's header; None for a file that holds no image: a report, a presentation state, a plan.
+
+    Segmentations and doses, which are made from images, count as none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return guarded(path, _read_header)
+
+
+def _read_header(path: Path) -> Header | None:
+    check_lengths(path)
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # else it warns of each odd character
+    data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
+    kind = pydicom.uid.UID(str(data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID") or ""))
+    if any(word in kind.name for word in DERIVED) or (kind and not data.get("Rows") and "Image" not in kind.name):
+        return None
+    shape, count = (int(data.Columns), int(data.Rows)), int(data.get("NumberOfFrames") or 1)
+    check_declared(path, "its header", (*shape, count), 1, path.stat().st_size)
+    frames, problem = (), _colours(data) or _scalings(data)
+    if not problem:
+        try:
+            frames = tuple(_frame(path, data, number, count) for number in range(count))
+        except (KeyError, AttributeError, IndexError) as error:
+            problem = _unplaced(count, error)
+    text = {name: str(data.get(tag) or "").strip("\0 ") for name, tag in _TEXTS.items()}
+    number = str(data.get("SeriesNumber") or "")
+    return Header(
+        path, **text, number=int(number) if number.isdecimal() else None, shape=shape, count=count, frames=frames,
+        is_localiser="LOCALIZER" in str(data.get("ImageType", "")).upper(), problem=problem,
+    )  # fmt: skip
+
+
+_TEXTS = {
+    "series": "SeriesInstanceUID", "study": "StudyInstanceUID", "patient": "PatientID", "instance": "SOPInstanceUID",
+    "description": "SeriesDescription",
+}  # fmt: skip
+
+
+def _colours(data: pydicom.Dataset) -> str:
+    """Say why a picture is no map of one number a pixel; "" if it is."""
+    kind = str(data.get("PhotometricInterpretation") or "MONOCHROME2")
+    if int(data.get("SamplesPerPixel") or 1) == 1 and kind in ("MONOCHROME1", "MONOCHROME2"):
+        return ""
+    return f"holds colours ({kind}), not one number a pixel: give the series that it was made from"
+
+
+def _scalings(data: pydicom.Dataset) -> str:
+    """Say that frames are rescaled each in its own way, which the pixels' reader does not do; "" if they are not."""
+    name = "PixelValueTransformationSequence"
+    groups = [group[name].value[0] for group in data.get("PerFrameFunctionalGroupsSequence") or () if name in group]
+    if len({(str(group.get("RescaleSlope")), str(group.get("RescaleIntercept"))) for group in groups}) < 2:
+        return ""
+    return "is a multi-frame file whose frames are scaled each in its own way: convert the series with dcm2niix"
+
+
+def _unplaced(count: int, error: Exception) -> str:
+    """Say what a header lacks; the way out differs for files of many frames."""
+    if count > 1:
+        return (
+            f"is a multi-frame file whose header does not say where each of its {count} frames lies: convert the "
+            "series with dcm2niix and check the distance of its slices"
+        )
+    attribute = str(error).strip("'\"").split("'")[-1] or "ImagePositionPatient"
+    return f"does not say where its picture lies ({attribute}): export the series again, or move the file away"
+
+
+def _frame(path: Path, data: pydicom.Dataset, number: int, count: int) -> Frame:
+    """Return one picture's place, from its own functional group, the file's shared one, or the header itself.
+
+    Source: DICOM PS3.3 C.7.6.2 (image plane) and C.7.6.16 (multi-frame functional groups).
+    """
+    groups = data.get("PerFrameFunctionalGroupsSequence")
+    if groups is not None and len(groups) != count:
+        raise ValueError(f"{len(groups)} groups for {count} frames")
+    if groups is None and count > 1:
+        raise KeyError("PerFrameFunctionalGroupsSequence")
+    shared = data.get("SharedFunctionalGroupsSequence")
+    places = [groups[number]] if groups is not None else []
+    places += [shared[0]] if shared else []
+
+    def value(sequence: str, attribute: str) -> Any:
+        inside = next((place[sequence].value[0] for place in places if sequence in place), data)
+        return inside.get(attribute)
+
+    position = value("PlanePositionSequence", "ImagePositionPatient")
+    axes = value("PlaneOrientationSequence", "ImageOrientationPatient")
+    spacing = value("PixelMeasuresSequence", "PixelSpacing")
+    for found, attribute in ((position, "ImagePositionPatient"), (axes, "ImageOrientationPatient")):
+        if not found:
+            raise KeyError(attribute)
+    position, axes = np.array(position, float).reshape(3), np.array(axes, float).reshape(2, 3)
+    if not np.isfinite(position).all() or not np.allclose(axes @ axes.T, np.eye(2), rtol=0, atol=AXES_TOLERANCE):
+        raise ValueError(f"ImageOrientationPatient is {axes.ravel().round(4).tolist()}")
+    return Frame(path, number, position, axes, _sides(spacing))
+
+
+def _sides(spacing: Any) -> tuple[float, float] | None:
+    """Return a pixel's sides along x and y; PixelSpacing has them the other way round."""
+    if not spacing:
+        return None
+    rows, columns = (float(side) for side in spacing)
+    if not (0 < rows < np.inf and 0 < columns < np.inf):
+        raise ValueError(f"PixelSpacing is {rows:g} {columns:g}")
+    return columns, rows

@@ -6,10 +6,14 @@ yet they are small enough to train on with a CPU.
 """
 
 import string
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import nibabel
 import numpy as np

@@ -13,7 +13,6 @@ from torch import nn
 
 from dataloaders.preprocessing import Box, Preprocessing, onto_scan, prepare
 from dataloaders.scans import Scan
-from sdcl.atomic import replacing
 from sdcl.checkpoints import load_weights
 from sdcl.errors import UserError
 from sdcl.evaluation import PREDICTORS, STUDENTS, Decision
@@ -37,6 +36,7 @@ class Run:
         decision: how probabilities become labels.
         preprocessing: what its training files went through.
         trained_on_crops: they were cropped around the label, which a new scan does not have.
+        label_values: what the label files called the foreground classes, and predictions call them.
     """
 
     folder: Path
@@ -45,6 +45,7 @@ class Run:
     decision: Decision
     preprocessing: Preprocessing
     trained_on_crops: bool
+    label_values: tuple[int, ...]
 
     @classmethod
     def read(cls, folder: Path, largest_component: bool) -> "Run":
@@ -57,7 +58,9 @@ class Run:
         try:
             how = Preprocessing.from_dict(task["preprocessing"])
             decision = Decision(task["decision_rule"], 26 if largest_component else None)
-            return cls(folder, settings, tuple(task["class_names"]), decision, how, bool(task["trained_on_crops"]))
+            names = tuple(task["class_names"])
+            values = _label_values(task.get("label_values"), len(names))
+            return cls(folder, settings, names, decision, how, bool(task["trained_on_crops"]), values)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder / 'config.json'} lacks what prediction needs ({error}): restore it.") from None
 
@@ -65,6 +68,12 @@ class Run:
     def num_classes(self) -> int:
         """Count the classes, background included."""
         return len(self.class_names) + 1
+
+    def in_label_values(self, classes: np.ndarray) -> np.ndarray:
+        """Return a map of classes as the label files number them: uint8, or uint16 or int32 where a number needs it."""
+        largest = max(self.label_values, default=0)
+        dtype = np.uint8 if largest < 2**8 else np.uint16 if largest < 2**16 else np.int32
+        return np.array([0, *self.label_values], dtype)[classes]
 
     @property
     def is_3d(self) -> bool:
@@ -85,6 +94,19 @@ class Run:
             LOGGER.info("%s: %s", role, load_weights(network, path, role))
             networks.append(network)
         return networks
+
+
+def _label_values(values: Any, count: int) -> tuple[int, ...]:
+    """Check the label values of a config.json; runs that have none were trained on 1, 2, ...
+
+    Raises:
+        ValueError: they are not `count` different numbers above 0.
+    """
+    values = tuple(range(1, count + 1)) if values is None else tuple(values)
+    is_sound = all(type(value) is int and 0 < value < 2**31 for value in values)
+    if not is_sound or len(set(values)) != len(values) or len(values) != count:
+        raise ValueError(f"label_values {list(values)} are not {count} different numbers")
+    return values
 
 
 def inference_of(run: Run, config: Any) -> Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]]:
@@ -115,6 +137,7 @@ def segment(
     infer: Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]],
     networks: Sequence[nn.Module],
     roi: Box | None = None,
+    trust_hu: bool = False,
 ) -> np.ndarray:
     """Predict a scan and bring the probabilities back onto its own grid.
 
@@ -124,11 +147,12 @@ def segment(
         infer: maps networks and a prepared volume (*S) to each network's probabilities (C, *S).
         networks: their probabilities are averaged.
         roi: only this box of the scan, in its own voxels, (first, end) of each axis; outside is background.
+        trust_hu: take any values of a CT for HU.
 
     Returns:
         float32 (C, X, Y, Z), on the scan's grid.
     """
-    prepared = prepare(scan, how)
+    prepared = prepare(scan, how, trust_hu=trust_hu)
     if roi is not None:
         prepared = prepared.cropped(box_on_grid(roi, scan, prepared.affine, prepared.array.shape))
     outputs = infer(networks, prepared.array)
@@ -160,29 +184,3 @@ def check_roi(roi: Sequence[int], scan: Scan) -> Box:
             "give first and end (excluded) voxel of x, y and z, counted from 0."
         )
     return box
-
-
-def nifti_like(scan: Scan, array: np.ndarray) -> nibabel.Nifti1Image:
-    """Make a NIfTI image on a scan's grid, with the scan's own header where it is a NIfTI file."""
-    if scan.header is None:
-        image = nibabel.Nifti1Image(array, scan.affine)
-        image.set_qform(scan.affine, code=1)
-        image.set_sform(scan.affine, code=1)
-        image.header.set_xyzt_units("mm")
-        return image
-    header = scan.header.copy()
-    header.set_data_dtype(array.dtype)
-    header["cal_min"] = header["cal_max"] = 0  # the scan's display range
-    header.set_slope_inter(1, 0)
-    return type_of(header)(array, scan.affine, header)
-
-
-def type_of(header: nibabel.Nifti1Header) -> type:
-    """Return the image class of a header, NIfTI-1 or NIfTI-2."""
-    return nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
-
-
-def save_nifti_file(image: nibabel.Nifti1Image, path: Path) -> None:
-    """Write a .nii.gz file that appears only when complete."""
-    with replacing(path) as temporary:
-        nibabel.save(image, temporary)

@@ -1,8 +1,12 @@
 """ACDC: from the challenge's NIfTI files to HDF5: `python dataloaders/preprocess_acdc.py --raw <folder>`."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataloaders.acdc import DATA_SET
 from dataloaders.convert import Job, convert, few, provenance, write_slices

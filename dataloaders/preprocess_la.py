@@ -1,8 +1,12 @@
 """LA: from the challenge's NRRD files to HDF5: `python dataloaders/preprocess_la.py --raw <folder>`."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 

@@ -2,10 +2,14 @@
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 

@@ -1,7 +1,7 @@
-"""Raw scans and labels with their geometry: NIfTI, NRRD, MetaImage and DICOM series, every mistake named."""
+"""Raw scans and labels with their geometry: NIfTI, NRRD, MetaImage, MGH and DICOM series, every mistake named."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,18 +11,20 @@ import SimpleITK as sitk
 from nibabel import orientations
 
 from dataloaders.checks import check_declared
-from dataloaders.dicom import check_lengths, dicom_files, is_dicom
+from dataloaders.dicom import dicom_files, guarded, is_dicom
+from dataloaders.finding import ITK, MGH, NIFTI, PAIR, SeriesPath, suffix_of
+from dataloaders.finding import SUFFIXES as SUFFIXES
+from dataloaders.finding import find_scans as find_scans
+from dataloaders.finding import name_of as name_of
+from dataloaders.series import read_series, sort_out, tell_left_out
 from sdcl.errors import UserError
 from sdcl.runs import LOGGER
 
-NIFTI = (".nii", ".nii.gz")
-ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
-SUFFIXES = (*NIFTI, *ITK)
 SIDES_MM = (0.01, 50.0)  # plausible voxel sides; beyond them the header's unit is not the millimetre
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 GEOMETRY_TOLERANCE = 0.1  # of a voxel's smallest side, at the grid's corners
-ROUNDING = 1e-3  # up to which a label is the whole number beside it: stored with a slope, 3 comes as 2.9999
-GAP_TOLERANCE = 0.1  # of the usual gap between two slices of a DICOM series
+UNITS_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}  # that a NIfTI header may name
+ROUNDING = 1e-3  # how far a label may lie from its whole number, after a header's slope and intercept
 
 
 @dataclass(frozen=True)
@@ -63,49 +65,13 @@ class Scan:
         return replace(self, array=array, affine=affine, header=None, slice_names=())
 
 
-def name_of(path: Path) -> str:
-    """Return a scan's name: the file's without its suffix, or the folder's."""
-    name = path.name
-    suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
-    return name[: len(name) - len(suffix)] if suffix and path.is_file() else name
-
-
-def find_scans(folder: Path) -> dict[str, Path]:
-    """Find the scans of a folder: its files, else itself as a DICOM series, else each subfolder as one.
-
-    Returns:
-        Name to file or DICOM folder, sorted by name.
-
-    Raises:
-        UserError: there is none, or two have the same name.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give the one that holds the scans.")
-    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    files = [path for path in entries if path.name.lower().endswith(SUFFIXES)]
-    if not files and any(is_dicom(path) for path in entries):
-        files = [folder]
-    if not files:
-        files = [path for path in entries if path.is_dir() and next(dicom_files(path), None)]
-    if not files:
-        raise UserError(
-            f"{folder} holds no scans: expected {', '.join(SUFFIXES)} files or folders of DICOM files there."
-        )
-    found: dict[str, Path] = {}
-    for path in sorted(files):
-        if name_of(path) in found:
-            raise UserError(
-                f"{folder} holds {found[name_of(path)].name} and {path.name}: remove or rename one of them."
-            )
-        found[name_of(path)] = path
-    return found
-
-
-def read_scan(path: Path) -> Scan:
+def read_scan(path: Path, *, pixel_spacing_mm: tuple[float, float] | None = None) -> Scan:
     """Read an image.
 
     Args:
-        path: a NIfTI, NRRD or MetaImage file, or a folder with a DICOM series.
+        path: a NIfTI, NRRD, MetaImage or MGH file, a folder with a DICOM series, one of its files, or what
+            find_scans() found.
+        pixel_spacing_mm: between rows and between columns, for DICOM files without PixelSpacing.
 
     Returns:
         The scan; array float32 (X, Y, Z), of a CT in HU.
@@ -113,8 +79,9 @@ def read_scan(path: Path) -> Scan:
     Raises:
         UserError: it cannot be read, is not one volume, or holds nan, infinite or only equal values.
     """
-    scan = _read(Path(path))
-    array = np.ascontiguousarray(scan.array, np.float32)
+    scan = _read(path, pixel_spacing_mm)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
+        array = np.ascontiguousarray(scan.array, np.float32)
     if not np.isfinite(array).all():
         raise UserError(f"{path} holds nan or infinite values: replace them, or export the scan again.")
     if array.min() == array.max():
@@ -122,40 +89,53 @@ def read_scan(path: Path) -> Scan:
     return replace(scan, array=array)
 
 
-def read_label(path: Path, num_classes: int | None = None) -> Scan:
-    """Read a label map.
+def read_label(
+    path: Path,
+    num_classes: int | None = None,
+    *,
+    highest: int = 65535,
+    pixel_spacing_mm: tuple[float, float] | None = None,
+) -> Scan:
+    """Read a label map; values a rounding error off a whole number are that number.
 
     Args:
         path: see read_scan().
-        num_classes: labels must lie in [0, num_classes); None: in [0, 65535].
+        num_classes: labels must lie in [0, num_classes); None: in [0, highest].
+        highest: the largest label that counts as one, below 2**31.
+        pixel_spacing_mm: see read_scan().
 
     Returns:
-        The label map; array uint8 (X, Y, Z), or uint16 where it holds values above 255.
+        The label map; array (X, Y, Z), uint8, or uint16 or int32 where a label needs it.
 
     Raises:
         UserError: it cannot be read, or holds something else than classes, or nothing but background.
     """
-    label = _read(Path(path))
-    top = num_classes or 2**16
-    classes = np.unique(label.array)
-    whole = np.round(classes)
-    wrong = [v for v, w in zip(classes.tolist(), whole, strict=True) if not (abs(v - w) <= ROUNDING and 0 <= w < top)]
-    if wrong:
+    label = _read(path, pixel_spacing_mm)
+    top = num_classes or highest + 1
+    values = np.unique(label.array)
+    with np.errstate(invalid="ignore"):  # infinite values are refused below
+        whole = np.rint(values.astype(float))
+        is_right = (np.abs(values - whole) <= ROUNDING) & (whole >= 0) & (whole < top)
+    if not is_right.all():
         raise UserError(
-            f"{path} holds the label {wrong[0]:g}, outside the classes 0 to {top - 1}: correct it, "
+            f"{path} holds the label {values[~is_right][0]:g}, outside the classes 0 to {top - 1}: correct it, "
             "or give the file of the labels, not of the image or of probabilities."
         )
     if whole.max() == 0:
         raise UserError(f"{path} is empty, all background: give the case's own label, or leave the case out.")
-    dtype = np.uint8 if whole.max() < 256 else np.uint16
-    return replace(label, array=np.ascontiguousarray(np.round(label.array), dtype))
+    array = np.rint(label.array) if label.array.dtype.kind == "f" else label.array
+    return replace(label, array=np.ascontiguousarray(array, _label_type(int(whole.max()))))
+
+
+def _label_type(largest: int) -> type:
+    return np.uint8 if largest < 2**8 else np.uint16 if largest < 2**16 else np.int32
 
 
 def aligned_label(image: Scan, label: Scan) -> np.ndarray:
     """Bring a label onto its image's axes by their headers: swaps and flips alone.
 
     Returns:
-        uint8, of the image's shape.
+        The label's array, of the image's shape.
 
     Raises:
         UserError: shape or geometry differ; the message says how.
@@ -180,7 +160,7 @@ def label_by_index(image: Scan, label: Scan, flip: Sequence[int] = ()) -> np.nda
     """Lay a label's array on an image's, flipped along some axes, without a look at its header.
 
     Returns:
-        uint8, of the image's shape.
+        The label's array, of the image's shape.
 
     Raises:
         UserError: the shapes differ.
@@ -204,31 +184,59 @@ def _times(values: Sequence[float]) -> str:
     return "×".join(f"{value:.4g}" for value in values)
 
 
-def _read(path: Path) -> Scan:
+def _read(path: Path, pixel_spacing_mm: tuple[float, float] | None) -> Scan:
+    path = path if isinstance(path, SeriesPath) else Path(path)
+    if getattr(path, "files", ()):
+        return _checked(_read_dicom(path, path.files, pixel_spacing_mm))
     if path.is_dir():
-        return _checked(_read_dicom(path))
+        return _checked(_read_dicom(path, _only_series(path), pixel_spacing_mm))
     if not path.exists():
         raise UserError(f"{path} does not exist: check the path.")
-    lower = path.name.lower()
-    if lower.endswith(NIFTI):
-        return _checked(_guarded(path, _read_nifti))
-    if lower.endswith(ITK):
-        return _checked(_guarded(path, _read_itk))
+    for suffixes, read in (((*NIFTI, *PAIR), _read_nifti), (ITK, _read_itk), (MGH, _read_mgh)):
+        if suffix_of(path, suffixes):
+            return _checked(guarded(path, read))
     if is_dicom(path):
-        raise UserError(f"{path} is one DICOM file of a series: give the folder that holds the series.")
+        return _checked(_read_dicom(path, _series_with(path), pixel_spacing_mm))
     raise UserError(f"{path} is none of {', '.join(SUFFIXES)}, nor a folder of DICOM files: convert it to NIfTI.")
 
 
-def _guarded(path: Path, read: Callable[[Path], Scan]) -> Scan:
-    """Call a library's reader; a damaged file makes it fail in many ways, all of which mean the same."""
-    try:
-        return read(path)
-    except UserError:
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[-1][:160] if lines else type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}): it is damaged or no such file; copy it again.") from None
+def _read_dicom(path: Path, files: Sequence[Path], pixel_spacing_mm: tuple[float, float] | None) -> Scan:
+    array, affine, names = read_series(path, files, pixel_spacing_mm)
+    return Scan(path, array, LPS_TO_RAS @ affine, slice_names=names)
+
+
+def _only_series(folder: Path) -> tuple[Path, ...]:
+    """Return the files of a folder's only series.
+
+    Raises:
+        UserError: there is none, or several.
+    """
+    series, left = sort_out(dicom_files(folder))
+    tell_left_out(folder, left)
+    if not series:
+        raise UserError(f"{folder} holds no DICOM series of slices: give the folder with the scan's .dcm files.")
+    if len(series) > 1:
+        counts = " and ".join(f"{one.count} images from {one.files[0].name} on" for one in series[:3])
+        raise UserError(
+            f"{folder} holds {len(series)} series ({counts}): give a folder that holds one, or leave one of them there."
+        )
+    return series[0].files
+
+
+def _series_with(path: Path) -> tuple[Path, ...]:
+    """Return the files of the series, in a file's folder, that the file belongs to.
+
+    Raises:
+        UserError: the file belongs to none.
+    """
+    series, left = sort_out(p for p in dicom_files(path.parent) if p.parent == path.parent)
+    for one in series:
+        if path in one.files:
+            if one.count > 1 and len(one.files) > 1:
+                LOGGER.info("%s: one of the %d files of its series, which are read together", path, len(one.files))
+            return one.files
+    reason = next((reason[0] for reason, paths in left.items() if path in paths), "belongs to no series")
+    raise UserError(f"{path} {reason.rstrip(',')}: give the folder that holds the scan.")
 
 
 def _volume_shape(path: Path, shape: Sequence[int]) -> tuple[int, ...]:
@@ -246,9 +254,44 @@ def _read_nifti(path: Path) -> Scan:
     if kind not in "fiub":
         raise UserError(f"{path} holds {image.get_data_dtype()} voxels: export it with one number a voxel.")
     shape = _volume_shape(path, image.shape)
-    check_declared(path, "its header", image.shape, image.get_data_dtype().itemsize, path.stat().st_size)
+    stored = Path(image.file_map["image"].filename).stat().st_size
+    check_declared(path, "its header", image.shape, image.get_data_dtype().itemsize, stored)
     array = np.asanyarray(image.dataobj).reshape(shape)
-    return Scan(path, np.array(array), np.asarray(image.affine, float), image.header)
+    return Scan(path, np.array(array), _nifti_affine(path, image), image.header)
+
+
+def _nifti_affine(path: Path, image: nibabel.Nifti1Pair) -> np.ndarray:
+    """Return a NIfTI image's affine in mm: its sform's, else its qform's; what is doubtful about it is logged."""
+    try:
+        unit = image.header.get_xyzt_units()[0]
+    except KeyError:
+        unit = "unknown"
+    affine = np.array(image.affine, float)
+    affine[:3] *= UNITS_MM.get(unit, 1.0)
+    scan = Scan(path, np.empty(image.shape[:3], np.bool_), affine)
+    if unit in ("meter", "micron") and not _is_plausible(scan):
+        raise UserError(
+            f"{path}: its header gives voxels of {_times(scan.spacing_mm)} mm, its unit being the {unit}, which no "
+            "scan has: correct the unit (xyzt_units)."
+        )
+    codes = int(image.header["sform_code"]), int(image.header["qform_code"])
+    if codes[0] > 0 and codes[1] > 0:
+        other = np.array(image.header.get_qform(), float)
+        other[:3] *= UNITS_MM.get(unit, 1.0)
+        offset = corner_offset_mm(scan, replace(scan, affine=other))
+        if not offset <= GEOMETRY_TOLERANCE * min(scan.spacing_mm):
+            LOGGER.info("NOTE: %s: its sform and qform differ by up to %.3g mm; the sform counts", path, offset)
+    elif max(codes) <= 0:
+        LOGGER.info("NOTE: %s: its header does not say how it lies (sform and qform code 0); axes taken as %s",
+                    path, scan.orientation)  # fmt: skip
+    return affine
+
+
+def _read_mgh(path: Path) -> Scan:
+    image = nibabel.load(path)
+    shape = _volume_shape(path, image.shape)
+    check_declared(path, "its header", image.shape, image.get_data_dtype().itemsize, path.stat().st_size)
+    return Scan(path, np.array(image.get_fdata(dtype=np.float32)).reshape(shape), np.array(image.affine, float))
 
 
 def _read_itk(path: Path) -> Scan:
@@ -270,82 +313,6 @@ def _read_itk(path: Path) -> Scan:
     return Scan(path, sitk.GetArrayFromImage(image).T.reshape(shape), LPS_TO_RAS @ affine)
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """One DICOM file: its series, its place, its picture's shape and sides; positions in mm, x to the left (LPS)."""
-
-    path: Path
-    series: tuple
-    position: np.ndarray
-    axes: np.ndarray
-    sides: tuple[float, float]
-
-
-def _read_dicom(folder: Path) -> Scan:
-    """Read the largest series of a folder, its slices ordered by their positions."""
-    groups: dict[tuple, list[_Slice]] = {}
-    for path in dicom_files(folder):
-        slice_ = _guarded(path, _slice_header)
-        if slice_ is not None:
-            groups.setdefault(slice_.series, []).append(slice_)
-    ranked = sorted(groups.values(), key=len, reverse=True)
-    if not ranked or len(ranked[0]) < 2:
-        raise UserError(f"{folder} holds no DICOM series of slices: give the folder with the scan's .dcm files.")
-    if len(ranked) > 1:
-        if len(ranked[1]) == len(ranked[0]):
-            raise UserError(
-                f"{folder} holds two series of {len(ranked[0])} slices ({ranked[0][0].path.name} is of one, "
-                f"{ranked[1][0].path.name} of the other): leave one of them there."
-            )
-        others = sum(map(len, ranked[1:]))
-        LOGGER.info("%s: the series of %d slices; left out %d other files", folder, len(ranked[0]), others)
-    slices = ranked[0]
-    normal = np.cross(*slices[0].axes)
-    slices.sort(key=lambda s: float(s.position @ normal))
-    _check_gaps(folder, slices, normal)
-    array = np.stack([_guarded(s.path, _slice_pixels) for s in slices], axis=-1)
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1] = slices[0].axes[0] * slices[0].sides[0], slices[0].axes[1] * slices[0].sides[1]
-    affine[:3, 2] = (slices[-1].position - slices[0].position) / (len(slices) - 1)  # a tilted gantry's too
-    affine[:3, 3] = slices[0].position
-    return Scan(folder, array, LPS_TO_RAS @ affine, slice_names=tuple(str(s.path) for s in slices))
-
-
-def _slice_header(path: Path) -> _Slice | None:
-    """Read a file's header; None for what has no place in space."""
-    check_lengths(path)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(os.fspath(path))
-    reader.ReadImageInformation()
-    tags = {key: reader.GetMetaData(key) for key in ("0020|0032", "0020|0037") if reader.HasMetaDataKey(key)}
-    if len(tags) < 2:
-        return None
-    position, axes = (np.array([float(v) for v in tags[key].split("\\")]) for key in ("0020|0032", "0020|0037"))
-    uid = reader.GetMetaData("0020|000e").strip("\0 ") if reader.HasMetaDataKey("0020|000e") else ""
-    shape, sides = reader.GetSize()[:2], reader.GetSpacing()[:2]
-    check_declared(path, "its header", shape, 1, path.stat().st_size)
-    series = (uid, shape, tuple(np.round(axes, 3)), tuple(np.round(sides, 4)))
-    return _Slice(path, series, position, axes.reshape(2, 3), sides)
-
-
-def _slice_pixels(path: Path) -> np.ndarray:
-    """Return one slice (X, Y), rescaled to HU for a CT."""
-    return sitk.GetArrayFromImage(sitk.ReadImage(os.fspath(path)))[0].T
-
-
-def _check_gaps(folder: Path, slices: Sequence[_Slice], normal: np.ndarray) -> None:
-    """Refuse a series with slices missing, doubled or unevenly spaced."""
-    places = np.array([s.position @ normal for s in slices])
-    gaps = np.diff(places)
-    usual = float(np.median(gaps))
-    worst = int(np.abs(gaps - usual).argmax())
-    if usual <= 0 or abs(gaps[worst] - usual) > GAP_TOLERANCE * usual:
-        raise UserError(
-            f"{folder}: {slices[worst].path.name} and {slices[worst + 1].path.name} lie {gaps[worst]:.3g} mm apart, "
-            f"other slices {usual:.3g} mm: a slice is missing or doubled; export the series again."
-        )
-
-
 def _checked(scan: Scan) -> Scan:
     """Refuse a geometry that cannot be one."""
     matrix = scan.affine[:3, :3]
@@ -353,8 +320,12 @@ def _checked(scan: Scan) -> Scan:
         raise UserError(
             f"{scan.path}: its header gives no usable geometry (affine {matrix.round(3).tolist()}): correct it."
         )
-    if not all(SIDES_MM[0] <= side <= SIDES_MM[1] for side in scan.spacing_mm):
+    if not _is_plausible(scan):
         raise UserError(
             f"{scan.path}: its header gives voxels of {_times(scan.spacing_mm)} mm, which no scan has: correct it."
         )
     return scan
+
+
+def _is_plausible(scan: Scan) -> bool:
+    return all(SIDES_MM[0] <= side <= SIDES_MM[1] for side in scan.spacing_mm)

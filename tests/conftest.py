@@ -7,6 +7,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the textbook is the oracle
 
 from dataloaders.phantom import write_acdc, write_la, write_pancreas  # noqa: E402
+from sdcl.runs import start_logging  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,3 +32,10 @@ def la_phantom(tmp_path_factory):
 def pancreas_phantom(tmp_path_factory):
     """A tiny Pancreas: 4 training cases, 2 for test."""
     return write_pancreas(tmp_path_factory.mktemp("pancreas"), train_cases=4, test_cases=2, size=(40, 40, 32))
+
+
+@pytest.fixture
+def said(capsys):
+    """Return what was logged since the last call."""
+    start_logging()
+    return lambda: capsys.readouterr().out

@@ -41,19 +41,21 @@ def write_nifti(path, array, affine=None, suffix=".nii.gz"):
     return path
 
 
-def write_dicom(folder, array, *, spacing=(0.8, 0.8, 2.0), uid="1.2.3.4", first=0, names=None, direction=None):
-    """Write a CT series, a file a slice, in HU, stored with the intercept -1024."""
+def write_dicom(
+    folder, array, *, spacing=(0.8, 0.8, 2.0), uid="1.2.3.4", first=0, names=None, direction=None, tags=lambda k: {}
+):
+    """Write a CT series, a file a slice, in HU, stored with the intercept -1024; `tags` changes those of slice k."""
     folder.mkdir(parents=True, exist_ok=True)
     axes = (1, 0, 0, 0, 1, 0) if direction is None else direction
     for k in range(array.shape[2]):
         image = sitk.GetImageFromArray(array[:, :, k].T[None].astype(np.int16))
         image.SetSpacing((*spacing[:2], 1.0))
-        tags = {
+        all_tags = {
             "0020|000e": uid, "0020|000d": "1.2.3", "0008|0060": "CT", "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
             "0020|0032": f"-50\\-40\\{first + k * spacing[2]}", "0020|0037": "\\".join(map(str, axes)),
             "0028|1052": "-1024", "0028|1053": "1", "0008|0018": f"{uid}.{k + 1}", "0020|0013": str(k + 1),
-        }  # fmt: skip
-        for key, value in tags.items():
+        } | tags(k)  # fmt: skip
+        for key, value in all_tags.items():
             image.SetMetaData(key, value)
         writer = sitk.ImageFileWriter()
         writer.SetImageIO("GDCMImageIO")
@@ -133,7 +135,7 @@ def test_dicom_with_a_slice_missing_or_a_second_series(tmp_path):
         read_scan(folder)
     write_dicom(tmp_path / "two", picture())
     write_dicom(tmp_path / "two", picture(), uid="1.5", names=[f"x{k}.dcm" for k in range(6)], first=100)
-    with pytest.raises(UserError, match="two series of 6 slices.*leave one"):
+    with pytest.raises(UserError, match="holds 2 series .6 images from 000.dcm on and 6 .* x0.dcm on.*leave one"):
         read_scan(tmp_path / "two")
 
 
@@ -254,6 +256,73 @@ def test_a_bad_label_is_named(tmp_path, values, message):
     array[2, 2, 2] = values[1]
     with pytest.raises(UserError, match=message):
         read_label(write_nifti(tmp_path / "label", array), 2)
+
+
+def with_units(path, unit, spacing):
+    image = nibabel.Nifti1Image(picture(), affine_of(spacing=spacing, origin=(spacing[0], 0, 0)))
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize("unit, factor", [("meter", 1000), ("mm", 1), ("unknown", 1), ("micron", 0.001)])
+def test_a_header_s_unit_counts(tmp_path, unit, factor):
+    path = with_units(tmp_path / "scan.nii.gz", unit, np.array((1, 2, 3)) / factor)
+    scan = read_scan(path)
+    np.testing.assert_allclose(scan.spacing_mm, (1, 2, 3), rtol=1e-6)
+    np.testing.assert_allclose(scan.affine[:3, 3], (1, 0, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit, side", [("micron", 1), ("micron", 90000), ("meter", 1), ("mm", 0.001)])
+def test_sides_that_no_scan_has_are_refused(tmp_path, unit, side):
+    with pytest.raises(UserError, match="which no scan has: correct" + (" the unit" if unit != "mm" else "")):
+        read_scan(with_units(tmp_path / "scan.nii.gz", unit, (side,) * 3))
+
+
+@pytest.mark.parametrize("qform, sform, note", [(0, 0, "does not say how it lies"), (1, 1, "differ by up to 4 mm")])
+def test_a_doubtful_geometry_is_told(tmp_path, said, qform, sform, note):
+    image = nibabel.Nifti1Image(picture(), affine_of())
+    image.set_sform(affine_of(), sform)
+    image.set_qform(affine_of(origin=(5, -7, 15)), qform)
+    nibabel.save(image, tmp_path / "scan.nii")
+    scan = read_scan(tmp_path / "scan.nii")
+    assert f"NOTE: {tmp_path / 'scan.nii'}" in (text := said()) and note in text
+    if sform:
+        np.testing.assert_allclose(scan.affine, affine_of())
+
+
+def test_freesurfer_files_and_pairs_are_read(tmp_path, said):
+    nibabel.save(nibabel.MGHImage(picture(), affine_of("LIA")), tmp_path / "brain.mgz")
+    nibabel.save(nibabel.Nifti1Pair(picture(), affine_of("LIA")), tmp_path / "pair.img")
+    scans = find_scans(tmp_path)
+    assert list(scans) == ["brain", "pair"] and not said()
+    for path in scans.values():
+        scan = read_scan(path)
+        np.testing.assert_array_equal(scan.array, picture())
+        np.testing.assert_allclose(scan.affine, affine_of("LIA"), atol=1e-5)
+    nibabel.save(nibabel.AnalyzeImage(picture(), affine_of("LAS")), tmp_path / "old.img")
+    with pytest.raises(UserError, match="old.hdr is no NIfTI file"):
+        read_scan(find_scans(tmp_path)["old"])
+
+
+def test_labels_a_rounding_error_off_are_whole_numbers(tmp_path):
+    array = (picture() % 4).astype(np.float64)
+    label = read_label(write_nifti(tmp_path / "label", array * (1 - 3e-5)), 4)
+    np.testing.assert_array_equal(label.array, array)
+    assert label.array.dtype == np.uint8
+    with pytest.raises(UserError, match="holds the label 2.99,"):
+        read_label(write_nifti(tmp_path / "far", np.where(array == 3, 2.99, array)), 4)
+
+
+@pytest.mark.parametrize("largest, dtype", [(255, np.uint8), (256, np.uint16), (1042, np.uint16), (70000, np.int32)])
+def test_large_label_numbers_are_kept(tmp_path, largest, dtype):
+    array = np.where(picture() > 500, largest, 0).astype(np.int32)
+    label = read_label(write_nifti(tmp_path / "label", array), highest=100000)
+    np.testing.assert_array_equal(label.array, array)
+    assert label.array.dtype == dtype
+    if largest > 65535:
+        with pytest.raises(UserError, match=f"label {largest}, outside the classes 0 to 65535"):
+            read_label(tmp_path / "label.nii.gz")
 
 
 @pytest.mark.parametrize("syntax", ["implicit", "compressed"])

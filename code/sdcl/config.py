@@ -114,9 +114,10 @@ def show_help(config_class: type) -> None:
             field = fields[name]
             default = dataclasses.field() if field.default is dataclasses.MISSING else field.default
             parts.append((name, Annotated[field.type, tyro.conf.arg(help=comment)], default))
-        group = dataclasses.make_dataclass(title.title().replace(" ", "") or "Needed", parts)
+        name = re.sub(r"\W+", "_", title) or "needed"
+        group = dataclasses.make_dataclass(name, parts)
         group.__doc__ = remark
-        titles.append((title.replace(" ", "_") or "needed", group, dataclasses.field()))
+        titles.append((name, group, dataclasses.field()))
     whole = dataclasses.make_dataclass(config_class.__name__, titles)
     marks = (tyro.conf.OmitArgPrefixes,)
     tyro.cli(whole, args=["--help"], description=inspect.getdoc(config_class), use_underscores=True, config=marks)
