@@ -1,0 +1,352 @@
+"""Runs that would train or score something else than was meant: refused, or told."""
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, write_h5
+from test_scripts import load
+
+from sdcl import checkpoints
+from sdcl.config import header_groups, make_output_safe, parse
+from sdcl.errors import UserError
+from sdcl.evaluation import CaseRow, mean_dice, summarise
+from sdcl.runs import LOGGER, StopRequest, differing_tasks, read_config
+
+VOLUMES = ["--patch_size", "32", "16", "16", "--labelled_repeat", "2", "--unlabelled_repeat", "4", "--labelnum", "2",
+           "--stride", "32", "16", "16", "--device", "cpu", "--log_every", "1"]  # fmt: skip
+SCRIPTS = [*sorted((ROOT / "code").glob("*.py")), *sorted((ROOT / "code" / "pancreas").glob("*.py"))]
+SCRIPTS += [path for path in sorted((ROOT / "dataloaders").glob("*.py")) if "run_script(main" in path.read_text()]
+TRAINING = ["ACDC_train.py", "LA_train.py", "own_train.py", "pancreas/Pancreas_train.py"]
+
+
+def main(script, *arguments):
+    """Run a script's main in this process and return what it logged."""
+    module, said = load(script), io.StringIO()
+    handler = __import__("logging").StreamHandler(said)
+    LOGGER.addHandler(handler)
+    try:
+        module.main(parse(module.Config, [str(a) for a in arguments]))
+    except UserError as error:
+        raise UserError(f"{error}\n{said.getvalue()}") from None
+    finally:
+        LOGGER.removeHandler(handler)
+    return said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def la(tmp_path_factory):
+    from dataloaders.phantom import write_la
+
+    return write_la(tmp_path_factory.mktemp("la"), train_cases=5, test_cases=2, size=(40, 36, 32))
+
+
+@pytest.fixture(scope="module")
+def models(la, tmp_path_factory):
+    """One run of each stage, validated on a held-out case."""
+    folder = tmp_path_factory.mktemp("models")
+    where = ["--root_path", la, "--models_path", folder, *VOLUMES, "--pre_iterations", 2, "--self_iterations", 1]
+    main("LA_train.py", *where, "--select", "val", "--val_cases", 1, "--exp", "one")
+    return folder
+
+
+def start(la, models, exp, *more):
+    where = ["--root_path", la, "--models_path", models, *VOLUMES, "--pre_iterations", 2, "--self_iterations", 1]
+    return main("LA_train.py", *where, "--select", "last", "--exp", exp, "--pretrained", models / "one_copy", *more)
+
+
+@pytest.fixture
+def copy(models):
+    yield shutil.copytree(models / "la_one_2_labeled", models / "one_copy")
+    shutil.rmtree(models / "one_copy", ignore_errors=True)
+
+
+def change(run, **content):
+    kept = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(kept | content))
+
+
+def test_an_unfinished_pretraining_is_refused(la, models, copy):
+    change(copy, config=read_config(copy) | {"pre_iterations": 40})
+    with pytest.raises(
+        UserError, match="--pretrained .* has done 2 of its 40 iterations of pre-training: give its own"
+    ):
+        start(la, models, "unfinished")
+    assert not (models / "la_unfinished_2_labeled").exists()
+
+
+def test_a_pretraining_on_other_data_is_refused(la, models, copy):
+    task = json.loads((copy / "config.json").read_text())["task"]
+    change(copy, task=task | {"name": "pancreas"})
+    with pytest.raises(UserError, match=r"was trained on other data \(name pancreas there, la now\)"):
+        start(la, models, "other")
+
+
+def test_a_wrong_folder_of_a_pretraining_is_named_with_those_there_are(la, models):
+    with pytest.raises(UserError, match=r"--pretrained .*one_copy is no run's folder \(.* holds la_one_2_labeled\)"):
+        start(la, models, "nowhere")
+
+
+def test_what_a_pretraining_was_trained_on_is_inherited_and_it_is_needed_no_more(la, models, copy):
+    test_case = (la / "data_split" / "test.txt").read_text().split()[0]
+    trained_on = [*json.loads((copy / "config.json").read_text())["trained_on"], test_case]
+    change(copy, trained_on=trained_on)
+    start(la, models, "heir")
+    kept = json.loads((models / "la_heir_2_labeled" / "config.json").read_text())
+    assert test_case in kept["trained_on"] and kept["pretrained"]["pre_iterations"] == 2
+    shutil.rmtree(copy)
+    last = models / "la_heir_2_labeled" / "self_train" / "last.pth"
+    state = checkpoints.load(last)
+    state["iteration"] = 0  # as if it had been stopped early
+    torch.save(state, last)
+    assert "self_train: iterations 1 to 1" in start(la, models, "heir")
+    text = main("test_LA.py", "--root_path", la, "--models_path", models, "--exp", "heir", "--labelnum", 2,
+                "--stride", 32, 16, 16, "--device", "cpu")  # fmt: skip
+    assert f"NOTE: the run was TRAINED on 1 of these cases ({test_case})" in text
+
+
+def scored(la, models, *more):
+    return main("test_LA.py", "--root_path", la, "--models_path", models, "--labelnum", 2, "--device", "cpu",
+                "--stride", 32, 16, 16, *more)  # fmt: skip
+
+
+def test_given_weights_are_tested_as_they_were_trained_each_in_a_folder_of_its_own(la, models):
+    stage = models / "la_one_2_labeled" / "self_train"
+    pairs = [(stage / "best_student_a.pth", stage / "best_student_b.pth"), (stage / "last.pth", stage / "last.pth")]
+    for a, b in pairs:
+        text = scored(la, models, "--student_a_weights", a, "--student_b_weights", b)
+        assert "NOTE: patch_size is the checkpoint's own, [32, 16, 16], not this script's [112, 112, 80]" in text
+        assert "networks vnet and resvnet, patch_size [32, 16, 16]" in text
+    assert len(list((stage / "test").glob("weights_*_test"))) == 2
+
+
+def test_the_same_architecture_twice_can_be_tested_by_its_files(la, models):
+    where = ["--root_path", la, "--models_path", models, *VOLUMES, "--pre_iterations", 1, "--self_iterations", 0]
+    main("LA_train.py", *where, "--select", "last", "--exp", "twins", "--student_b", "vnet")
+    last = models / "la_twins_2_labeled" / "pre_train" / "last.pth"
+    text = scored(la, models, "--student_a_weights", last, "--student_b_weights", last)
+    by_run = scored(la, models, "--exp", "twins", "--stage", "pre_train")
+    tables = [
+        [line.split()[-12:] for line in out.splitlines() if line.startswith("student_")] for out in (text, by_run)
+    ]
+    numbers = [[cells[-4:] for cells in table] for table in tables]
+    assert numbers[0] == numbers[1] and numbers[0]
+
+
+def test_data_prepared_in_another_way_are_not_scored(la, models, tmp_path):
+    root = shutil.copytree(la, tmp_path / "la")
+    other = {"normalise": "minmax", "orientation": "LPS", "spacing_mm": None, "trust_slice_spacing": True,
+             "layout": "volume", "slice_axis": None}  # fmt: skip
+    for path in (root / "data").rglob("*.h5"):
+        with h5py.File(path, "r+") as file:
+            file.attrs["preprocessing"] = json.dumps(other)
+    with pytest.raises(UserError, match=r"prepared in another way .*normalise zscore there, minmax now"):
+        scored(root, models, "--exp", "one")
+
+
+def test_tasks_differ_in_what_both_tell():
+    old = {"name": "x", "class_names": ["a"], "preprocessing": {"normalise": "ct", "orientation": None}}
+    new = {"name": "x", "class_names": ["a"], "label_values": [5], "decision_rule": "argmax"}
+    new["preprocessing"] = {"normalise": "ct", "orientation": "LPS", "slice_axis": "z"}
+    assert differing_tasks(old, new) == differing_tasks(new, old) == ""
+    assert "label_values [5] there, [7] now" in differing_tasks(new, new | {"label_values": [7]})
+    assert "spacing_mm None there, [1, 1, 1] now" in differing_tasks(
+        {**old, "preprocessing": {"spacing_mm": None}}, {**old, "preprocessing": {"spacing_mm": (1, 1, 1)}}
+    )
+
+
+@pytest.mark.parametrize(("value", "is_refused"), [(0, True), (2, False)])
+def test_classes_that_no_labelled_case_has(tmp_path, value, is_refused):
+    from dataloaders.phantom import write_la
+
+    root = write_la(tmp_path / "la", train_cases=4, test_cases=1, size=(40, 36, 32), classes=3)
+    description = {"name": "la3", "class_names": ["body", "veins"], "preprocessing": {"normalise": "zscore"}}
+    own = tmp_path / "own"
+    for name in (root / "data_split" / "train.txt").read_text().split()[:4]:
+        with h5py.File(next((root / "data").glob(f"*/{name}/*.h5"))) as file:
+            image, label = file["image"][()], file["label"][()]
+        write_h5(own / "data" / f"{name}.h5", image=image, label=np.where(label == value, label, 0).astype(np.uint8))
+    names = sorted(path.stem for path in (own / "data").glob("*.h5"))
+    (own / "data_split").mkdir()
+    for key, part in {"train": names[:3], "train_lab": names[:2], "train_unlab": names[2:3], "test": names[3:]}.items():
+        (own / "data_split" / f"{key}.txt").write_text("\n".join(part))
+    (own / "dataset.json").write_text(json.dumps(description))
+    short = ["--pre_iterations", 1, "--self_iterations", 0, "--select", "last", "--models_path", tmp_path / "m"]
+    arguments = ["--root_path", own, *VOLUMES, *short]
+    if is_refused:
+        with pytest.raises(UserError, match="no labelled training case has any of the classes body, veins"):
+            main("own_train.py", *arguments)
+    else:
+        assert "no labelled training case has the class body: it cannot be learned" in main("own_train.py", *arguments)
+
+
+def test_held_out_cases_without_labels_are_named(la, tmp_path):
+    root = shutil.copytree(la, tmp_path / "la")
+    name = (root / "data_split" / "train.txt").read_text().split()[-1]
+    with h5py.File(next((root / "data").glob(f"*/{name}/*.h5")), "r+") as file:
+        del file["label"]
+    where = ["--root_path", root, "--models_path", tmp_path / "m", *VOLUMES, "--select", "val", "--val_cases", 1]
+    with pytest.raises(UserError, match=f"--val_cases 1 holds out {name}, which has no label to score against"):
+        main("LA_train.py", *where)
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(UserError, match="--pre_iterations and --self_iterations are both 0, which trains nothing"):
+        parse(load("LA_train.py").Config, ["--pre_iterations", "0", "--self_iterations", "0"])
+
+
+def test_what_selects_is_the_tables_mean():
+    """A class that is in neither mask of a case is not scored: the mean over cases weighs the others' rows anew."""
+    nan = float("nan")
+
+    def row(case, structure, dice):
+        return CaseRow("mean", case, structure, dice, dice, nan, nan, nan, nan, empty=dice != dice)
+
+    rows = [row("one", "a", 0.9), row("one", "b", nan), row("two", "a", 0.5), row("two", "b", 0.3)]
+    assert mean_dice(rows)["mean"] == pytest.approx((0.9 + (0.5 + 0.3) / 2) / 2)  # not (0.9 + 0.5 + 0.3) / 3
+    table = {(r.predictor, r.structure): r.means["dice"] for r in summarise(rows)}
+    assert mean_dice(rows)["mean"] == table["mean", "mean"]
+
+
+def test_a_stopped_test_goes_on_with_the_cases_that_are_left(la, models, monkeypatch):
+    from sdcl import report
+
+    whole = scored(la, models, "--exp", "one")
+    results = models / "la_one_2_labeled" / "test" / "self_train_test"
+    expected = (results / "cases.csv").read_text()
+    evaluate, calls = report.evaluate, []
+
+    def stopping(predictors, cases, task, **how):
+        calls.append(len(cases))
+        if len(calls) == 1:
+            evaluate(predictors, cases[:1], task, **how)
+            raise KeyboardInterrupt
+        return evaluate(predictors, cases, task, **how)
+
+    monkeypatch.setattr(report, "evaluate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        scored(la, models, "--exp", "one")
+    first = (results / "cases.csv").read_text()
+    assert expected.startswith(first) and 1 < len(first.splitlines()) < len(expected.splitlines())
+    assert not (results / "summary.json").exists()
+    again = scored(la, models, "--exp", "one")
+    assert calls == [2, 1] and "going on with a test that was stopped: 1 of 2 volumes are scored" in again
+    assert (results / "cases.csv").read_text() == expected
+    assert whole.split("mean ± ")[1].split("written")[0] == again.split("mean ± ")[1].split("written")[0]
+
+
+def test_a_terminal_without_utf8_gets_plain_letters():
+    code = "from sdcl.config import make_output_safe; make_output_safe(); print('0.9 ± 0.1, 3×3 ✓')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT / "code")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0.9 +- 0.1, 3x3 ?\n" and done.returncode == 0, done.stderr
+    assert callable(make_output_safe)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_each_signal_to_end_asks_to_stop(name):
+    number = getattr(signal, name)
+    earlier = signal.getsignal(number)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        for _ in range(100):
+            if stop.code:
+                break
+            time.sleep(0.01)
+        assert stop.code == 128 + number
+    assert signal.getsignal(number) == earlier
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+def test_nohup_is_respected():
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert not stop.code
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
+def call(script, *arguments, **how):
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, encoding="utf-8", **how)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_keeps_the_headers_groups(script):
+    done = call(script, "--help", env=os.environ | {"COLUMNS": "100", "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0, done.stderr
+    header = load_path(script).Config
+    for (title, _), fields in header_groups(header).items():
+        assert not title or title.split(",")[0].split("'")[0].replace(" ", "_") in done.stdout
+        assert all(f"--{name}" in done.stdout for name in fields)
+    assert {name for fields in header_groups(header).values() for name in fields} == {
+        field.name for field in dataclasses.fields(header)
+    }
+
+
+def load_path(path):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(f"header_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_a_header_needs_no_pytorch(script, tmp_path):
+    """Help, a wrong flag, a wrong value and a missing folder are answered before anything that takes seconds."""
+    required = ["--root_path", str(tmp_path / "none")]
+    mistakes = [["--help"], [*required, "--labelnun", "3"], [*required, "--precision", "bf17"], required]
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    print(end.code)\n"
+        "print('imported', sorted({'torch', 'scipy', 'nibabel', 'SimpleITK', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    for arguments in mistakes:
+        path = ROOT / "code" / script
+        command = [sys.executable, "-c", code, str(path), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(path.parent), "PYTHONIOENCODING": "utf-8"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, encoding="utf-8")
+        assert done.stdout.endswith("imported []\n"), done.stdout[-300:] + done.stderr[-300:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--precision", "bf17"], "error: invalid choice 'bf17' for argument '--precision'"),
+     (["--labelnum", "x"], "error: --labelnum: invalid literal for int"),
+     (["--patch_size", "32"], "error: missing value for argument '--patch_size'"),
+     (["--labelnun", "3"], "error: unknown argument --labelnun: did you mean --labelnum?"),
+     (["--labelnum", "-3"], "error: --labelnum is -3: it must be above 0.")],
+)  # fmt: skip
+def test_every_mistake_on_the_command_line_has_one_form(arguments, message):
+    done = call(ROOT / "code" / "LA_train.py", *arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_uses_its_own_checkouts_code(script, tmp_path):
+    """Where another checkout is installed, or named first on the path, its code is not taken."""
+    for package in ("sdcl", "dataloaders"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('the other checkout')")
+    done = call(script, "--help", env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0, done.stderr
