@@ -2,13 +2,30 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test faults bench lint clean
+# What depends on the processor's kernels most: the fast half of the suite, which `make test` runs under AVX2 too.
+ARITHMETIC := $(addprefix tests/test_,networks.py losses.py steps.py arithmetic.py inference.py teacher.py mixing.py \
+	pseudo_labels.py metrics.py evaluation.py training.py) tests/faults
+AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+SSE41 := ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default
+
+.PHONY: demo test kernels pythons faults bench lint clean
 demo: .venv/.installed
 	$(RUN) code/demo.py
 
 test: .venv/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
+	$(AVX2) $(RUN) -m pytest $(ARITHMETIC)
+
+# The whole suite with the kernels of lesser processors, and with one thread.
+kernels: .venv/.installed
+	$(AVX2) $(RUN) -m pytest
+	$(SSE41) $(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest
+
+# Both commands of README.md in a clean clone, for each promised Python that is there.
+pythons:
+	$(PYTHON) tests/pythons.py
 
 faults: .venv/.installed
 	$(RUN) tests/faults/faults.py

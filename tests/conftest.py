@@ -1,10 +1,14 @@
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the textbook is the oracle
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # the textbook is the oracle
+# Children import this checkout's code too, whichever is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "code"), str(ROOT)])
 
 from dataloaders.phantom import write_acdc, write_la, write_pancreas  # noqa: E402
 from sdcl.runs import start_logging  # noqa: E402
