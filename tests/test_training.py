@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -169,6 +170,35 @@ def test_the_best_is_what_was_scored(tmp_path):
         for role in roles:
             expected = weights[moment][["student_a", "student_b"].index(role)]
             assert all(torch.equal(expected[key], value) for key, value in saved["networks"][role].items())
+
+
+def test_every_network_is_in_train_mode_at_each_iteration_after_a_validation_too(tmp_path):
+    """The teacher as well, while it makes pseudo-labels: its dropout is on and its BatchNorm uses the batch."""
+    learners, modes = tiny_learners(), {}
+
+    def spy(role, network):
+        network.register_forward_hook(lambda module, *_: modes.setdefault(role, []).append(module.training))
+
+    for role, network in learners.networks.items():
+        spy(role, network)
+    settings = method(pre_iterations=0, self_iterations=3)
+    common = {"validate": score, "config": {}, "validate_at": {1, 2}, "validated_on": "val"}
+    pretrain(learners, TinyStreams(), tmp_path, method(pre_iterations=1), **common)
+    modes.clear()
+    with mock.patch("sdcl.training.add_teacher", side_effect=lambda ours: _with_teacher(ours, spy)):
+        self_train(learners, TinyStreams(), tmp_path, settings, start_from="last", **common)
+    assert set(modes) == {"student_a", "student_b", "teacher"}
+    assert all(mode for seen in modes.values() for mode in seen), modes
+    assert len(modes["teacher"]) == 3 * 2  # both unlabelled batches of each iteration
+    before = [b.clone() for b in learners.networks["teacher"].buffers()]
+    learners.networks["teacher"](torch.randn(2, 1, 32, 32))
+    assert any(not torch.equal(b, c) for b, c in zip(before, learners.networks["teacher"].buffers(), strict=True))
+
+
+def _with_teacher(learners, spy):
+    add_teacher(learners)
+    learners.networks["teacher"]._forward_hooks.clear()  # copied from student a's
+    spy("teacher", learners.networks["teacher"])
 
 
 def test_self_training_starts_from_stage_one(tmp_path):
