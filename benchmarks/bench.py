@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from cases import ACDC, CASES, LA, Work
+from start import start_line, start_rows
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +45,7 @@ class Config:
     """
 
     quick: bool = False  # smaller networks' inputs, for a look in under 3 minutes
-    only: tuple[Literal["losses", "labels", "step", "streams", "evaluation", "metrics"], ...] = ()  # none: all cases
+    only: tuple[Literal["losses", "labels", "step", "streams", "evaluation", "metrics", "start"], ...] = ()  # all
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute
     repeats: int = 3  # that are timed, after one that is not
     output: Path = Path(__file__).parent / "results.json"  # the figures, as JSON
@@ -71,12 +72,17 @@ def main(config: Config) -> None:
             rows.append(compare(case, work, config, peaks[work.precision]))
         print(line(rows[-1]), flush=True)
         write_text(config.output, json.dumps({"machine": facts, "cases": rows}, indent=1))
+    if not config.only or "start" in config.only:
+        for row in start_rows(config.repeats):
+            rows.append(row)
+            print(start_line(row), flush=True)
+        write_text(config.output, json.dumps({"machine": facts, "cases": rows}, indent=1))
     print(f"written to {config.output}")
 
 
 def works(config: Config) -> Iterator[tuple[str, Work]]:
     """Yield each case's name and its work."""
-    for case in config.only or CASES:
+    for case in (case for case in config.only or CASES if case in CASES):
         for work in (ACDC, LA) if case != "metrics" else (LA,):
             sizes = SMALL[work.data_set] if config.quick and case not in FAST else {}
             for precision in ("fp32", "bf16") if case in ("step", "evaluation") else ("fp32",):

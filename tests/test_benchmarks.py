@@ -6,6 +6,7 @@ import pytest
 import torch
 from bench import Config, line, name_of, step_tflop, works
 from cases import ACDC, CASES, LA
+from start import ANSWERS, start_line, start_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdcl.networks import build_network
@@ -40,3 +41,9 @@ def test_a_step_counts_the_teacher_and_four_passes_there_and_back():
 
 def test_a_row_that_was_not_measured_says_why():
     assert "not measured: no arithmetic" in line({"case": "step", "not_measured": "no arithmetic"})
+
+
+def test_the_start_is_timed_beside_the_import_of_pytorch():
+    rows = start_rows(1)
+    assert {row["case"] for row in rows} == {f"start {name}" for name in ANSWERS}
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 and f"{row['ratio']:.3f}" in start_line(row) for row in rows)
