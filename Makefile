@@ -8,7 +8,7 @@ ARITHMETIC := $(addprefix tests/test_,networks.py losses.py steps.py arithmetic.
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 SSE41 := ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default
 
-.PHONY: demo test kernels pythons faults bench lint clean
+.PHONY: demo test kernels pythons mutants faults bench lint clean
 demo: .venv/.installed
 	$(RUN) code/demo.py
 
@@ -27,6 +27,10 @@ kernels: .venv/.installed
 pythons:
 	$(PYTHON) tests/pythons.py
 
+# Mutation testing of the method's core; docs/reliability.md has the count.
+mutants: .venv/.installed
+	OMP_NUM_THREADS=1 $(RUN) tests/mutants.py
+
 faults: .venv/.installed
 	$(RUN) tests/faults/faults.py
 
@@ -38,7 +42,7 @@ lint: .venv/.installed
 	$(RUN) -m ruff format code dataloaders tests docs benchmarks
 
 clean:
-	rm -rf .venv demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo_output mutants .pytest_cache .ruff_cache .hypothesis
 
 # The stamp is newer than the requirements only when the last installation finished.
 .venv/.installed: requirements.txt pyproject.toml

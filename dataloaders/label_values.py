@@ -92,14 +92,15 @@ def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str
         workers: files at a time.
 
     Raises:
-        UserError: without a choice the values are not 1, 2, ...; a file holds others than those chosen, or nothing but
-            what is left out; or there are not as many names.
+        UserError: without a choice several values are not 1, 2, ...; a file holds others than those chosen, or nothing
+            but what is left out; or there are not as many names.
     """
     with ThreadPoolExecutor(workers) as pool:
         raw = list(pool.map(lambda path: _values(read_label(path).array), labels.values()))
     found = [set(_values(how.kept(np.array(sorted(there))))) for there in raw]
     values = list(how.values) or sorted(set().union(*found))
-    if not how.values and values != list(range(1, len(values) + 1)):
+    # A single value needs no order: it is the foreground, whatever its number, and is said below.
+    if not how.values and len(values) > 1 and values != list(range(1, len(values) + 1)):
         raise UserError(
             f"the labels hold the values {values}, not 1, 2, ...: give --label_values {' '.join(map(str, values))} "
             "to number them so (--merge counts one as another, --ignore leaves one out), or correct the files."

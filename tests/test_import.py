@@ -221,6 +221,12 @@ def test_published_slices_in_their_files_order_lie_where_they_say():
 # --- label values ---
 
 
+def test_a_single_label_value_is_the_foreground_whatever_its_number(tmp_path):
+    flags = write_set(tmp_path, plain(4), value=3)
+    assert "class 1, class1: the label 3, in 4 of 4 labels" in run(IMPORT, *flags)
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["label_values"] == [3]
+
+
 def test_label_values_are_kept_by_the_data_set_and_the_run(tmp_path):
     flags = write_set(tmp_path, plain(4), value=700)
     label = nibabel.load(tmp_path / "labels" / "c0.nii.gz")
