@@ -29,7 +29,7 @@ pythons:
 
 # Mutation testing of the method's core; docs/reliability.md has the count.
 mutants: .venv/.installed
-	OMP_NUM_THREADS=1 $(RUN) tests/mutants.py
+	OMP_NUM_THREADS=1 $(RUN) tests/mutants.py $(MODULES)
 
 faults: .venv/.installed
 	$(RUN) tests/faults/faults.py

@@ -1,6 +1,7 @@
 """Mutation testing of the method's core with mutmut: `make mutants`, with a table of what was killed.
 
-mutmut looks for packages in src/, so a copy of the repository with that layout is made in a folder that git ignores.
+`make mutants MODULES="losses mixing"` takes some of the modules alone, with the tests of the same names. mutmut looks
+for packages in src/, so a copy of the repository with that layout is made in a folder that git ignores.
 """
 
 import re
@@ -31,8 +32,12 @@ pytest_add_cli_args_test_selection = {tests}
 """
 
 
-def lay_out() -> None:
-    """Copy what the tests need, packages into src/, scripts into code/."""
+def lay_out(modules: list[str]) -> None:
+    """Copy what the tests need, packages into src/, scripts into code/.
+
+    Args:
+        modules: names of the modules to mutate, such as "losses"; none: all of CORE.
+    """
     shutil.rmtree(WORK, ignore_errors=True)
     ignore = shutil.ignore_patterns("__pycache__", "sdcl")
     shutil.copytree(ROOT / "code", WORK / "code", ignore=ignore)
@@ -43,13 +48,17 @@ def lay_out() -> None:
     shutil.copytree(ROOT / "Datasets", WORK / "Datasets", ignore=shutil.ignore_patterns("data"))
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     text = text.replace('pythonpath = ["code", "."]', 'pythonpath = ["src"]')
-    core, tests = [f"src/{path}" for path in CORE], [f"tests/test_{name}.py" for name in TESTS]
+    core = [f"src/{path}" for path in CORE if not modules or Path(path).stem in modules]
+    tests = [f"tests/test_{name}.py" for name in TESTS if not modules or name in modules]
     (WORK / "pyproject.toml").write_text(text + SETTINGS.format(core=core, tests=tests), encoding="utf-8")
 
 
 def main() -> None:
     """Make the mutants, test each with the tests that reach it, and print what came of them, file by file."""
-    lay_out()
+    unknown = set(sys.argv[1:]) - {Path(path).stem for path in CORE}
+    if unknown:
+        sys.exit(f"error: no module of the core is called {', '.join(sorted(unknown))}: choose of {', '.join(CORE)}.")
+    lay_out(sys.argv[1:])
     mutmut = str(Path(sys.executable).with_name("mutmut"))
     subprocess.run([mutmut, "run", "--max-children", "2"], cwd=WORK, check=True)
     said = subprocess.run([mutmut, "results", "--all", "true"], cwd=WORK, capture_output=True, text=True, check=True)
