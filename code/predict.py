@@ -7,18 +7,9 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
 
-import numpy as np
-
-from dataloaders.finding import SeriesPath
-from dataloaders.prediction import Run, box_on_grid, check_roi, inference_of, segment
-from dataloaders.results import is_sheared, nifti_like, read_volumes, save_nifti_file, upright, write_volumes
-from dataloaders.scans import Scan, find_scans, name_of, read_scan
-from dataloaders.volumes import check_windows
 from sdcl.config import run_script
 from sdcl.errors import UserError
-from sdcl.experiment import begin
-from sdcl.report import save_scan_figure
-from sdcl.runs import LOGGER
+from sdcl.runs import read_config
 
 
 @dataclass
@@ -60,118 +51,16 @@ class Config:
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks
 
 
-def predict(config: Config, run: Run, name: str, path: Path, model: tuple) -> list[dict]:
-    """Segment one scan and write its label map, and the probabilities if asked for; return its structures' volumes.
-
-    Args:
-        config: the header.
-        run: the trained run.
-        name: of the scan.
-        path: of the scan.
-        model: what infers, and the networks.
-    """
-    original = scan = read_scan(path, pixel_spacing_mm=config.pixel_spacing_mm)
-    roi, inside = check_roi(config.roi, scan) if config.roi else None, None
-    if is_sheared(scan) and scan.header is None:
-        scan, inside = upright(scan)
-        roi = box_on_grid(roi, original, scan.affine, scan.array.shape) if roi else None
-        shapes = ["×".join(map(str, s.array.shape)) for s in (original, scan)]
-        LOGGER.info(
-            "NOTE: %s: its slices are tilted against their line, which not every program can read; it is resampled "
-            "onto an upright grid, %s to %s voxels, which the prediction has", path, *shapes
-        )  # fmt: skip
-    elif is_sheared(scan):
-        LOGGER.info("NOTE: %s: its axes are sheared; the prediction's are, too (qform code 0)", path)
-    probabilities = segment(scan, run.preprocessing, *model, roi, config.trust_hu)
-    if inside is not None:
-        probabilities *= inside
-        probabilities[0][~inside] = 1
-    label = run.decision(probabilities)
-    save_nifti_file(nifti_like(scan, run.in_label_values(label)), config.output / f"{name}_prediction.nii.gz")
-    if config.save_probability:
-        foreground = probabilities[1] if run.num_classes == 2 else np.moveaxis(probabilities[1:], 0, -1)
-        save_nifti_file(nifti_like(scan, foreground), config.output / f"{name}_probability.nii.gz")
-    if config.save_figure:
-        save_figure(config, run, name, scan, label)
-    ml = abs(np.linalg.det(scan.affine[:3, :3])) / 1000
-    counts = {structure: int((label == c).sum()) for c, structure in enumerate(run.class_names, start=1)}
-    return [{"scan": name, "structure": s, "volume_ml": float(n * ml), "voxels": n} for s, n in counts.items()]
-
-
-def save_figure(config: Config, run: Run, name: str, scan: Scan, label: np.ndarray) -> None:
-    """Draw a prediction over its scan; what the drawing library raises loses the figure alone."""
-    turned, shown = scan.oriented("LAS"), Scan(scan.path, label, scan.affine).oriented("LAS").array
-    window = (-125.0, 275.0) if run.preprocessing.normalise == "ct" else None
-    title = name.replace("$", r"\$")  # between two of them matplotlib expects a formula
-    path = config.output / f"{name}.png"
-    try:
-        save_scan_figure(path, title, turned.array, shown, turned.spacing_mm, run.class_names, window)
-    except Exception as error:
-        LOGGER.info("NOTE: %s could not be drawn (%s)", path, reason_of(error))
-
-
-def reason_of(error: Exception) -> str:
-    """Return an error as one sentence."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
-        return "the memory is full: give --roi, or a smaller --window_batch or --batch_size."
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}"
-
-
-def scans_of(path: Path) -> dict[str, Path]:
-    """Return the scans to predict by name; of one series, however deep it lies, the name of the folder given counts."""
-    if not path.exists():
-        raise UserError(f"--input {path} does not exist: check the path.")
-    if path.is_file():
-        return {name_of(path): path}
-    scans = find_scans(path)
-    only = next(iter(scans.values()))
-    return {path.resolve().name: only} if len(scans) == 1 and isinstance(only, SeriesPath) else scans
-
-
-def tell_limits(config: Config, run: Run) -> None:
-    """Say what of a run makes its predictions doubtful."""
-    how = run.preprocessing
-    if run.trained_on_crops and config.roi is None:
-        LOGGER.info("NOTE: this run was trained on crops around the structure; without --roi expect false findings.")
-    if how.orientation is None:
-        LOGGER.info(
-            "NOTE: this run's files kept the axes that they were stored in: a scan of other axes is not turned."
-        )
-    if how.layout == "slices" and getattr(how, "slice_axis", None) is None:
-        LOGGER.info("NOTE: this run fixes no slicing axis: each scan is sliced across its own longest voxel side.")
-
-
 def main(config: Config) -> None:
-    """Read the run, then segment one scan after the other; what fails is told at the end, the others are there."""
+    """Refuse what is not there, then read the run and the scans and segment."""
     if config.input.is_dir() and config.output.resolve().is_relative_to(config.input.resolve()):
         raise UserError(f"--output {config.output} lies in --input, where predictions pass for scans: move it.")
-    if config.pixel_spacing_mm and not all(0 < side < np.inf for side in config.pixel_spacing_mm):
-        raise UserError(f"--pixel_spacing_mm {config.pixel_spacing_mm} must be two numbers above 0.")
-    device = begin(config, lambda _: None)
-    run = Run.read(config.run, config.largest_component)
-    if config.stride and run.is_3d:
-        check_windows(config.stride, run.settings["patch_size"])
-    scans = scans_of(config.input)
-    tell_limits(config, run)
-    model = inference_of(run, config), run.load(config.stage, config.predictor, device)
-    table = config.output / "volumes.csv"
-    earlier, rows, failures, kept = read_volumes(table), [], [], 0
-    for name, path in scans.items():
-        try:
-            found = predict(config, run, name, path, model)
-            rows += found
-            kept = write_volumes(table, earlier, rows)
-            LOGGER.info("%s: %s", name, ", ".join(f"{r['structure']} {r['volume_ml']:.3g} ml" for r in found))
-        except Exception as error:  # whatever a library raises, the other scans are predicted
-            failures.append(f"{'' if isinstance(error, UserError) else f'{path}: '}{reason_of(error)}")
-            LOGGER.info("%s: REFUSED: %s", name, failures[-1])
-    if rows:
-        LOGGER.info("written to %s%s", config.output, f"; {kept} rows of other scans stay in {table.name}" * bool(kept))
-    if failures:
-        raise UserError(f"{len(failures)} of {len(scans)} scans were refused, the first: {failures[0]}")
+    read_config(config.run)
+    if not config.input.exists():
+        raise UserError(f"--input {config.input} does not exist: check the path.")
+    from dataloaders.predicting import predict_scans  # this takes seconds, which a wrong flag need not wait for
+
+    predict_scans(config)
 
 
 if __name__ == "__main__":

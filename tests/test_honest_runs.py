@@ -27,7 +27,7 @@ VOLUMES = ["--patch_size", "32", "16", "16", "--labelled_repeat", "2", "--unlabe
            "--stride", "32", "16", "16", "--device", "cpu", "--log_every", "1"]  # fmt: skip
 SCRIPTS = [*sorted((ROOT / "code").glob("*.py")), *sorted((ROOT / "code" / "pancreas").glob("*.py"))]
 SCRIPTS += [path for path in sorted((ROOT / "dataloaders").glob("*.py")) if "run_script(main" in path.read_text()]
-TRAINING = ["ACDC_train.py", "LA_train.py", "own_train.py", "pancreas/Pancreas_train.py"]
+LIGHT = ["ACDC_train.py", "LA_train.py", "own_train.py", "pancreas/Pancreas_train.py", "test_LA.py", "test_own.py"]
 
 
 def main(script, *arguments):
@@ -308,11 +308,11 @@ def load_path(path):
     return module
 
 
-@pytest.mark.parametrize("script", TRAINING)
+@pytest.mark.parametrize("script", LIGHT)
 def test_a_header_needs_no_pytorch(script, tmp_path):
     """Help, a wrong flag, a wrong value and a missing folder are answered before anything that takes seconds."""
     required = ["--root_path", str(tmp_path / "none")]
-    mistakes = [["--help"], [*required, "--labelnun", "3"], [*required, "--precision", "bf17"], required]
+    mistakes = [["--help"], [*required, "--labelnnum", "3"], [*required, "--precision", "bf17"], required]
     code = (
         "import runpy, sys\n"
         "sys.argv = sys.argv[1:]\n"
