@@ -182,6 +182,27 @@ def test_predictors_load_each_network_once(tmp_path):
         load_predictors(tmp_path, lambda role: nn.Linear(1, 1, bias=False), "val")
 
 
+@pytest.mark.parametrize("last", [3, 5, 8])
+def test_the_first_three_predictors_are_a_b_and_the_mean_whichever_best_is_the_last(tmp_path, last):
+    """cases.png, the NIfTI files and best, median, worst are those of the first mean."""
+
+    def payload(roles, iteration):
+        state = {role: {"weight": torch.full((1, 1), float(iteration))} for role in roles}
+        return {"networks": state, "iteration": iteration}
+
+    both = ("student_a", "student_b")
+    best = {"student_a": (both[:1], 3), "student_b": (both[1:], 5), "mean": (both, 8)}
+    for name, (roles, iteration) in best.items():
+        save(payload(roles, iteration), tmp_path / f"best_{name}.pth")
+    save(payload(both, last), tmp_path / "last.pth")
+    members = load_predictors(tmp_path, lambda role: nn.Linear(1, 1, bias=False), "val").members
+    assert [title.split(",")[0] for title in list(members)[:3]] == ["student_a", "student_b", "mean"]
+    assert [len(indices) for indices in list(members.values())[:3]] == [1, 1, 2]
+    both_in_one = [title for title in members if " and last (" in title]
+    assert both_in_one == [f"{name}, best on val and last ({last})" for name, (_, at) in best.items() if at == last]
+    assert len(members) == 6 - len(both_in_one)
+
+
 def test_distances_in_mm_where_the_spacing_is_known():
     label = np.zeros((1, 1, 8), np.uint8)
     label[..., 2] = 1

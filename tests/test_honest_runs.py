@@ -18,10 +18,12 @@ from helpers import ROOT, write_h5
 from test_scripts import load
 
 from sdcl import checkpoints
-from sdcl.config import header_groups, make_output_safe, parse
+from sdcl.config import check_common, header_groups, make_output_safe, parse
 from sdcl.errors import UserError
-from sdcl.evaluation import CaseRow, mean_dice, summarise
+from sdcl.evaluation import Case, CaseRow, mean_dice, summarise
+from sdcl.networks import build_network
 from sdcl.runs import LOGGER, StopRequest, differing_tasks, read_config
+from sdcl.scored import ScoredCases
 
 VOLUMES = ["--patch_size", "32", "16", "16", "--labelled_repeat", "2", "--unlabelled_repeat", "4", "--labelnum", "2",
            "--stride", "32", "16", "16", "--device", "cpu", "--log_every", "1"]  # fmt: skip
@@ -243,6 +245,61 @@ def test_a_stopped_test_goes_on_with_the_cases_that_are_left(la, models, monkeyp
     assert calls == [2, 1] and "going on with a test that was stopped: 1 of 2 volumes are scored" in again
     assert (results / "cases.csv").read_text() == expected
     assert whole.split("mean ± ")[1].split("written")[0] == again.split("mean ± ")[1].split("written")[0]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-30], lambda b: b[:40], lambda b: b"", lambda b: b[:200] + b"!" + b[201:]]
+)
+def test_a_damaged_kept_case_is_scored_again(tmp_path, damage):
+    case = Case("c", np.zeros((2, 3, 3), np.float32), np.ones((2, 3, 3), np.uint8))
+    kept = ScoredCases(tmp_path, "key")
+    rows = [CaseRow("mean", "c", "a", 0.5, 0.4, *[float("nan")] * 4, empty=False)]
+    kept.save(case, rows, {"mean": case.label})
+    found, maps = kept.load(case)
+    assert found[0].dice == 0.5 and np.array_equal(maps["mean"], case.label)
+    assert ScoredCases(tmp_path, "other").load(case) is None
+    assert kept.load(dataclasses.replace(case, image=case.image + 1)) is None
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    assert kept.load(case) is None
+
+
+def test_runs_of_earlier_versions_are_taken_over_and_tested_with_a_note(la, models, copy):
+    change(copy, task=None)
+    assert "does not tell on which data it was trained" in start(la, models, "from_old")
+    run = models / "la_from_old_2_labeled"
+    change(run, task=None)
+    assert "does not tell how the data were prepared" in scored(la, models, "--exp", "from_old")
+
+
+def test_a_foreign_config_beside_given_weights_is_none_of_theirs(la, models, tmp_path):
+    (tmp_path / "model" / "weights").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text('{"architecture": "something else"}')
+    files = []
+    for role, network in (("student_a", "vnet"), ("student_b", "resvnet")):
+        files += [f"--{role}_weights", tmp_path / "model" / "weights" / f"{role}.pth"]
+        torch.save(build_network(network, 2).state_dict(), files[-1])
+    text = scored(la, models, *files, "--patch_size", 32, 16, 16)
+    assert "NOTE: these files do not tell which cases they were trained on" in text
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "1"])
+def test_a_mask_that_is_no_fraction_is_refused(value):
+    with pytest.raises(UserError, match="--mask_fraction is .*: a mask of .* of .*choose a fraction inside"):
+        parse(load("LA_train.py").Config, ["--mask_fraction", value])
+
+
+def test_an_edited_default_is_refused_like_the_flag():
+    header = load("LA_train.py").Config
+    for name in ("base_lr", "batch_size", "log_every"):
+        edited = dataclasses.make_dataclass("Config", [(name, type(getattr(header, name)), 0)], bases=(header,))
+        with pytest.raises(UserError, match=f"--{name} is 0: it must be above 0"):
+            check_common(edited())
+
+
+def test_a_completion_script_is_no_mistake():
+    done = call(ROOT / "code" / "LA_train.py", "--tyro-print-completion", "bash")
+    assert done.returncode == 0 and "complete" in done.stdout and not done.stderr
 
 
 def test_a_terminal_without_utf8_gets_plain_letters():

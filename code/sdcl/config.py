@@ -85,7 +85,9 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
     try:
         with contextlib.redirect_stderr(output):
             config, unknown = tyro.cli(config_class, args=arguments, return_unknown_args=True, use_underscores=True)
-    except SystemExit:
+    except SystemExit as end:
+        if not end.code:  # a completion script was asked for
+            raise
         raise UserError(_sentence(output.getvalue())) from None
     if unknown:
         flags = [f"--{field.name}" for field in dataclasses.fields(config_class)]
@@ -167,7 +169,7 @@ def check_common(config: Any) -> None:
         UserError: names the flag and what it must be.
     """
     values = {name: value for name, value in vars(config).items() if value is not None}
-    optional = {field.name for field in dataclasses.fields(config) if field.default == 0}  # 0 says "all of them"
+    optional = {f.name for f in dataclasses.fields(config) if f.name == "labelnum" and f.default == 0}  # 0: all
     for name in (name for name in POSITIVE_FIELDS if name in values):
         if not values[name] > 0 and (name not in optional or values[name]):
             raise UserError(f"--{name} is {values[name]}: it must be above 0.")
@@ -193,7 +195,9 @@ def _check_patch(patch_size: tuple[int, ...], mask_fraction: float | None) -> No
         )
     if math.prod(patch_size) == SIDE_DIVISOR ** len(patch_size):
         raise UserError("--patch_size leaves a single voxel at the networks' bottom, which no normalisation can use.")
-    if mask_fraction is not None and not all(0 < int(side * mask_fraction + 1e-9) < side for side in patch_size):
+    if mask_fraction is not None and not (
+        0 < mask_fraction < 1 and all(0 < int(side * mask_fraction + 1e-9) < side for side in patch_size)
+    ):
         raise UserError(
             f"--mask_fraction is {mask_fraction}: a mask of {mask_fraction} of {patch_size} leaves no box, or nothing "
             "around it; choose a fraction inside (0, 1)."

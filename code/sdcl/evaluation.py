@@ -188,8 +188,8 @@ def load_predictors(folder: Path, make_student: Callable[[str], nn.Module], sele
                 chosen.append(known[role, iteration])
             title = f"{name}, {kind} ({iteration})"
             if kind == "last" and best.get(name, ("", ()))[1] == tuple(chosen):  # one row says both
-                members.pop(best[name][0])
                 title = f"{name}, best on {selected_on} and last ({iteration})"
+                members = {title if key == best[name][0] else key: value for key, value in members.items()}
             best.setdefault(name, (title, tuple(chosen)))
             members[title] = tuple(chosen)
     return Predictors(networks, members)

@@ -24,9 +24,9 @@ from sdcl.runs import (
     find_run,
     inherited,
     known_runs,
+    known_task,
     open_run,
     read_config,
-    read_task,
     run_folder,
     start_logging,
     trained_among,
@@ -165,7 +165,9 @@ def _check_stages(config: Any, folder: Path, facts: dict[str, Any]) -> dict[str,
                 f"{where} was trained with {name} {other_settings.get(name)}, not "
                 f"{getattr(config, name)}: choose a run of the same --{name}."
             )
-    if differing := differing_tasks(other["task"], facts):
+    if not other["task"]:
+        LOGGER.warning("NOTE: %s does not tell on which data it was trained.", where)
+    elif differing := differing_tasks(other["task"], facts):
         raise UserError(f"{where} was trained on other data ({differing}): choose a run on these.")
     needed = [LAST] if config.select == "last" else [f"best_{role}.pth" for role in STUDENTS]
     for name in needed:
@@ -221,14 +223,11 @@ def test(
 
     files = dict(zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True))
     are_given = all(files.values())
-    runs = {path.resolve().parents[1] for path in files.values()} if are_given else {folder}
+    stages = {path.resolve().parent for path in files.values()} if are_given else set()
+    runs = {stage.parent for stage in stages if stage.name in ("pre_train", "self_train")} if are_given else {folder}
     runs = {run for run in runs if (run / "config.json").is_file()}  # published files lie in none
     for run in runs:
-        if differing := differing_tasks(read_task(run), facts):
-            raise UserError(
-                f"{run} was trained on data prepared in another way than those of --root_path ({differing}): "
-                "prepare the data to test on as it was, or choose a run on these."
-            )
+        _check_prepared(run, facts, are_given)
     selected_on = None if are_given else "test" if trained["select"] == "test" else "val"
     if are_given:
         networks = [make_student(role) for role in STUDENTS]
@@ -252,6 +251,30 @@ def test(
         LOGGER.info("NOTE: these files do not tell which cases they were trained on.")
     if selected_on == split:
         LOGGER.info("NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", split)
+
+
+def _check_prepared(run: Path, facts: dict[str, Any], are_given: bool) -> None:
+    """Refuse to score a run on data that were prepared in another way than those it was trained on.
+
+    Args:
+        run: its folder.
+        facts: what the data set to score says, as DataSet.facts() does.
+        are_given: the run's weights were given as files, so that the data may be another set of the same classes.
+
+    Raises:
+        UserError: says what differs.
+    """
+    task = known_task(run)
+    if task is None:
+        LOGGER.info("NOTE: %s does not tell how the data were prepared that it was trained on.", run)
+        return
+    if are_given:  # on one's own data, say: its name and its structures' names are its own
+        facts = facts | {key: task.get(key) for key in ("name", "class_names", "label_values")}
+    if differing := differing_tasks(task, facts):
+        raise UserError(
+            f"{run} was trained on data prepared in another way than those of --root_path ({differing}): "
+            "prepare the data to test on as it was, or choose a run on these."
+        )
 
 
 def _weights_name(files: dict[str, Path]) -> str:

@@ -297,7 +297,9 @@ def test_report(
     """
     shown = list(predictors.members)[:3]
     settings = {k: v for k, v in facts.get("config", {}).items() if k not in MACHINE_FIELDS and k != "protocol"}
-    kept = ScoredCases(folder / "scored", key_of(predictors.networks, settings | {"predictors": predictors.members}))
+    made_by = {"predictors": predictors.members, "classes": task.class_names, "values": task.label_values}
+    made_by |= {key: facts.get("environment", {}).get(key) for key in ("commit", "packages")}
+    kept = ScoredCases(folder / "scored", key_of(predictors.networks, settings | made_by))
     done = {case.name: found for case in cases if (found := kept.load(case)) is not None}
     if done:
         LOGGER.info("going on with a test that was stopped: %d of %d volumes are scored", len(done), len(cases))

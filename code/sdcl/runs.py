@@ -254,10 +254,16 @@ def read_task(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it keeps nothing of the kind.
     """
-    task = _read_content(folder / "config.json").get("task")
-    if not isinstance(task, dict):
+    task = known_task(folder)
+    if task is None:
         raise UserError(f"{folder / 'config.json'} has no `task`: start the run's training once more, which adds it.")
     return task
+
+
+def known_task(folder: Path) -> dict[str, Any] | None:
+    """Return what read_task() does; None of a run of an earlier version, which kept nothing of the kind."""
+    task = _read_content(folder / "config.json").get("task")
+    return task if isinstance(task, dict) else None
 
 
 def trained_among(folder: Path, cases: Sequence[str]) -> list[str]:

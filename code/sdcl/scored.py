@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +47,8 @@ class ScoredCases:
                 rows = [CaseRow(**row) for row in json.loads(str(kept["rows"]))]
                 names = json.loads(str(kept["predictors"]))
                 return rows, {name: kept[f"map{i}"] for i, name in enumerate(names)}
-        except (OSError, ValueError, KeyError, TypeError, EOFError):  # missing, or damaged: it is scored again
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+            # Missing, or damaged: it is scored again.
             return None
 
     def save(self, case: Case, rows: Sequence[CaseRow], label_maps: dict[str, np.ndarray]) -> None:
@@ -65,7 +68,7 @@ class ScoredCases:
         return self._folder / f"{hashlib.sha256(case.name.encode()).hexdigest()[:16]}.npz"  # any name will do
 
     def _key_of(self, case: Case) -> str:
-        total = hashlib.sha256(f"{self._key} {case.name} {case.spacing}".encode())
+        total = hashlib.sha256(f"{self._key} {case.name} {case.spacing} {case.affine}".encode())
         for array in (case.image, case.label):
             total.update(np.ascontiguousarray(array).data)
         return total.hexdigest()
