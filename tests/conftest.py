@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,14 @@ from sdcl.runs import start_logging  # noqa: E402
 @pytest.fixture(scope="session", autouse=True)
 def few_threads():
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """A folder for what a module's tests share: runs' checkpoints take gigabytes, so it goes with the module."""
+    folder = tmp_path_factory.mktemp("scratch")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

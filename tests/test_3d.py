@@ -225,14 +225,14 @@ def test_gaussian_windows_trust_their_centres():
 
 
 @pytest.fixture(scope="module", params=["la", "pancreas"])
-def trained(request, tmp_path_factory):
+def trained(request, scratch):
     """Train both stages with validation on a held-out case, from a data set whose unlabelled files have no label."""
     name = request.param
-    root = shutil.copytree(request.getfixturevalue(f"{name}_phantom"), tmp_path_factory.mktemp("data") / name)
+    root = shutil.copytree(request.getfixturevalue(f"{name}_phantom"), scratch / "data" / name)
     train_names = read_list(root / "data_split" / "train.txt")
     with h5py.File(MODULES[name].path_of(root, train_names[2]), "a") as file:
         del file["label"]
-    models = tmp_path_factory.mktemp("models")
+    models = scratch / f"models_{name}"
     call(SCRIPTS[name][0], "--root_path", root, "--models_path", models, *TINY, "--select", "val", "--val_cases", 1)
     return name, root, models
 

@@ -47,16 +47,16 @@ def main(script, *arguments):
 
 
 @pytest.fixture(scope="module")
-def la(tmp_path_factory):
+def la(scratch):
     from dataloaders.phantom import write_la
 
-    return write_la(tmp_path_factory.mktemp("la"), train_cases=5, test_cases=2, size=(40, 36, 32))
+    return write_la(scratch / "la", train_cases=5, test_cases=2, size=(40, 36, 32))
 
 
 @pytest.fixture(scope="module")
-def models(la, tmp_path_factory):
+def models(la, scratch):
     """One run of each stage, validated on a held-out case."""
-    folder = tmp_path_factory.mktemp("models")
+    folder = scratch / "models"
     where = ["--root_path", la, "--models_path", folder, *VOLUMES, "--pre_iterations", 2, "--self_iterations", 1]
     main("LA_train.py", *where, "--select", "val", "--val_cases", 1, "--exp", "one")
     return folder

@@ -42,8 +42,8 @@ def make_run(folder, normalise="zscore", **task):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run") / "run")
+def trained(scratch):
+    return make_run(scratch / "run")
 
 
 def predicted(trained, scans, out, *flags, fails=False):

@@ -342,9 +342,9 @@ def test_a_killed_conversion_leaves_nothing_half_written(tmp_path, kill):
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
+def own(scratch):
     """A phantom set as NIfTI, its import in 3D and 2D."""
-    folder = tmp_path_factory.mktemp("own")
+    folder = scratch
     write_nifti_phantom(folder / "raw", cases=7, labelled_cases=5, size=(40, 36, 32))
     flags = ("--images", folder / "raw" / "images", "--labels", folder / "raw" / "labels", "--class_names", "atrium")
     run("../dataloaders/import_nifti.py", *flags, "--output", folder / "mine", "--normalise", "zscore")

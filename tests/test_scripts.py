@@ -39,10 +39,10 @@ def load(script):
 
 
 @pytest.fixture(scope="module")
-def trained(acdc_phantom, tmp_path_factory):
+def trained(acdc_phantom, scratch):
     """Train from another folder than the repository's."""
-    models = tmp_path_factory.mktemp("models")
-    done = run("ACDC_train.py", "--root_path", acdc_phantom, "--models_path", models, *TINY, *SHORT, cwd=models)
+    models = scratch / "models"
+    done = run("ACDC_train.py", "--root_path", acdc_phantom, "--models_path", models, *TINY, *SHORT, cwd=scratch)
     assert done.returncode == 0, done.stderr
     return models / "acdc_SDCL_2_labeled", done.stdout
 

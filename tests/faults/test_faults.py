@@ -19,8 +19,8 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="forks and kills as POSIX sys
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("faults")
+def folder(scratch):
+    return scratch
 
 
 @pytest.fixture(scope="module")
