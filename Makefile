@@ -27,8 +27,9 @@ kernels: .venv/.installed
 pythons:
 	$(PYTHON) tests/pythons.py
 
-# Mutation testing of the method's core; docs/reliability.md has the count.
+# Undo each implementation detail, then mutate the method's core; docs/reliability.md has the count.
 mutants: .venv/.installed
+	$(if $(MODULES),,$(RUN) tests/details.py)
 	OMP_NUM_THREADS=1 $(RUN) tests/mutants.py $(MODULES)
 
 faults: .venv/.installed

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,9 +21,10 @@ from dataloaders.findings import Finding, Problem, doubles, kind_of, labels_of, 
 from dataloaders.own import read_data_set
 from sdcl.config import run_script
 from sdcl.errors import UserError
-from sdcl.evaluation import Case
-from sdcl.report import save_label_figure
 from sdcl.runs import LOGGER, start_logging
+
+if TYPE_CHECKING:
+    from sdcl.evaluation import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {"la": la.DATA_SET, "acdc": acdc.DATA_SET, "pancreas": pancreas.DATA_SET}
@@ -70,13 +71,15 @@ def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[
                 found.problem = f"{path} has an empty label: correct it, or take the case out of the list"
             data_set.check_label(path, sample)
         if keep and sample.label is not None and ndim == 3:
+            from sdcl.evaluation import Case  # with PyTorch, for which a wrong flag need not wait
+
             found.case = drawable(Case(name, sample.image, sample.label, found.spacing))
     except UserError as error:
         found.problem = str(error)
     return found
 
 
-def drawable(case: Case) -> Case:
+def drawable(case: "Case") -> "Case":
     """Return a case of at least two voxels along each axis, single ones doubled: a contour needs them."""
     thin = [axis for axis, side in enumerate(case.image.shape) if side == 1]
     image, label = case.image, case.label
@@ -136,6 +139,8 @@ def main(config: Config) -> None:
     LOGGER.info("spacing: %s", "not known; distances come in voxels" if usual is None else "known, distances in mm too")
     cases = [finding.case for finding in findings if finding.case is not None]
     if cases:
+        from sdcl.report import save_label_figure
+
         figure = config.figure or Path(f"check_{config.dataset}.png")
         figure.parent.mkdir(parents=True, exist_ok=True)
         save_label_figure(figure, cases, data_set.class_names, data_set.preprocessing.layout == "volume")

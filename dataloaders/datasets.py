@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.alignment import TRUSTED, check_alignment
+from dataloaders.checks import inside
 from dataloaders.files import Sample, read_text_attributes
 from dataloaders.preprocessing import AXES, WINDOW_HU, Preprocessing
 from dataloaders.roots import check_root
@@ -16,6 +17,14 @@ from sdcl.errors import UserError
 from sdcl.runs import LOGGER
 
 SLICE = "_slice_"  # in a slice's name, before its number
+
+
+def find_file(root_path: Path, name: str) -> Path:
+    """Return a slice's or volume's path: in data/slices or data, since public copies keep either in either."""
+    folders = [root_path / "data" / "slices", root_path / "data"]
+    expected = folders if SLICE in name else folders[::-1]
+    folder = next((folder for folder in expected if (folder / f"{name}.h5").exists()), expected[0])
+    return inside(folder, f"{name}.h5")
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dataloaders.convert import few
 from dataloaders.datasets import SLICE, DataSet, Duplicate, missing_classes
 from dataloaders.own import DESCRIPTION
 from sdcl.errors import UserError
-from sdcl.evaluation import Case
+
+if TYPE_CHECKING:  # it imports PyTorch, for which a wrong flag need not wait
+    from sdcl.evaluation import Case
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Finding:
     low: float = 0.0
     high: float = 0.0
     is_labelled: bool = False
-    case: Case | None = field(default=None, repr=False)
+    case: "Case | None" = field(default=None, repr=False)
 
     @property
     def is_constant(self) -> bool:

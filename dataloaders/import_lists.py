@@ -8,9 +8,8 @@ from typing import Any
 import h5py
 
 from dataloaders.convert import few
-from dataloaders.datasets import SLICE
+from dataloaders.datasets import SLICE, find_file
 from dataloaders.files import read_list, sample_rng
-from dataloaders.slices import find_file
 from sdcl.atomic import write_text
 from sdcl.errors import UserError
 from sdcl.runs import LOGGER

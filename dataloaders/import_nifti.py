@@ -17,13 +17,12 @@ import numpy as np
 from dataloaders.alignment import TRUSTED, check_alignment
 from dataloaders.checks import name_fault
 from dataloaders.convert import Job, check_trust, convert, provenance, write_case, write_slices
-from dataloaders.datasets import SLICE
+from dataloaders.datasets import SLICE, find_file
 from dataloaders.import_lists import Lists, draw, keep, settings_of, write_lists
 from dataloaders.label_values import LabelMap, choose_values, class_names
 from dataloaders.own import DESCRIPTION, is_name
 from dataloaders.preprocessing import WINDOW_HU, Axis, Normalisation, Preprocessing, prepare, prepare_label
 from dataloaders.scans import SIDES_MM, Scan, aligned_label, find_scans, read_label, read_scan
-from dataloaders.slices import find_file
 from dataloaders.slicing import choose_slice_axis
 from sdcl.atomic import write_text
 from sdcl.config import run_script

@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from dataloaders.datasets import DataSet
+from dataloaders.datasets import DataSet, find_file
 from dataloaders.files import read_list
 from dataloaders.preprocessing import Preprocessing
-from dataloaders.slices import find_file
 from sdcl.errors import UserError
 
 DESCRIPTION = "dataset.json"

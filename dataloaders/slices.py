@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dataloaders.checks import check_apart, check_dimensions, inside
-from dataloaders.datasets import SLICE, DataSet, check_classes
+from dataloaders.checks import check_apart, check_dimensions
+from dataloaders.datasets import SLICE, DataSet, check_classes, find_file
 from dataloaders.files import Cache, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
 from dataloaders.transforms import apply_index, augmentation_index
@@ -18,14 +18,6 @@ from sdcl.evaluation import Case, Decision, Task
 from sdcl.experiment import begin, find_weights, test, train
 from sdcl.inference import slice_wise
 from sdcl.training import validation_iterations
-
-
-def find_file(root_path: Path, name: str) -> Path:
-    """Return a slice's or volume's path: in data/slices or data, since public copies keep either in either."""
-    folders = [root_path / "data" / "slices", root_path / "data"]
-    expected = folders if SLICE in name else folders[::-1]
-    folder = next((folder for folder in expected if (folder / f"{name}.h5").exists()), expected[0])
-    return inside(folder, f"{name}.h5")
 
 
 def split_by_patients(

@@ -320,7 +320,7 @@ PUBLISHED = {
 SHARED = {
     "base_lr": 1e-3, "u_weight": 0.5, "dice": "sample", "pre_dice": "whole", "pseudo_label_rule": "threshold",
     "ema_decay": 0.99, "ema_buffers": False, "mask_fraction": 2 / 3, "select": "test", "shuffle": False,
-    "student_a": "vnet", "student_b": "resvnet",
+    "student_a": "vnet", "student_b": "resvnet", "precision": "fp32",
 }  # fmt: skip
 
 

@@ -12,11 +12,10 @@ from test_raw import run
 from dataloaders import pancreas
 from dataloaders.acdc import DATA_SET
 from dataloaders.check import drawable
-from dataloaders.datasets import SLICE
+from dataloaders.datasets import SLICE, find_file
 from dataloaders.files import read_list
 from dataloaders.findings import Finding, doubles, remarks
 from dataloaders.preprocessing import Preprocessing
-from dataloaders.slices import find_file
 from sdcl.evaluation import Case
 
 

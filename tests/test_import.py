@@ -11,7 +11,7 @@ from test_scans import affine_of, write_nifti
 
 from dataloaders.acdc import DATA_SET
 from dataloaders.convert import write_case
-from dataloaders.datasets import missing_classes
+from dataloaders.datasets import find_file, missing_classes
 from dataloaders.files import read_list, read_text_attributes
 from dataloaders.import_lists import slices_of
 from dataloaders.import_nifti import join
@@ -21,7 +21,6 @@ from dataloaders.prediction import segment
 from dataloaders.preprocess_pancreas import in_file_order
 from dataloaders.preprocessing import Preprocessing, own_slice_axis, prepare
 from dataloaders.scans import Scan
-from dataloaders.slices import find_file
 from sdcl.errors import UserError
 from sdcl.runs import LOGGER
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdcl import losses as losses_module
-from sdcl.losses import discrepancy, mixed_losses
+from sdcl.losses import class_map, discrepancy, mixed_losses
 
 CASES = json.loads((GOLDEN / "losses.json").read_text())
 ARRAYS = np.load(GOLDEN / "losses.npz")
@@ -251,6 +251,14 @@ def test_a_target_of_probability_0_has_an_infinite_cross_entropy():
     logits[0, labels[0][0, 0, 0], 0, 0] = -torch.inf
     mask[0, 0] = True
     assert mixed_losses(logits, *labels, mask, **weights(True), dice="batch")["ce"].item() == torch.inf
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(2, torch.uint8), (256, torch.uint8), (257, torch.int32)])
+def test_class_maps_are_bytes_while_bytes_can_count_the_classes(classes, dtype):
+    scores = torch.zeros(1, classes, 2)
+    scores[0, -1, 1] = 1
+    classes_of = class_map(scores)
+    assert classes_of.dtype == dtype and classes_of.tolist() == [[0, classes - 1]]
 
 
 def test_more_than_256_classes_do_not_wrap():

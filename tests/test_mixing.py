@@ -40,8 +40,13 @@ def test_published_boxes():
     assert box_size((112, 112, 80), 2 / 3) == (74, 74, 53)
     assert box_size((96, 96, 96), 2 / 3) == (64, 64, 64)
     assert box_size((256, 256), 2 / 3) == (170, 170)
+    assert box_size((2, 3), 0.5) == (1, 1)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.06])
+def test_a_fraction_that_leaves_no_box_or_nothing_around_it_is_refused(fraction):
     with pytest.raises(ValueError, match="choose a fraction"):
-        box_size((16, 16), 1.0)
+        box_size((16, 16), fraction)
 
 
 def test_mix_keeps_the_image_where_the_mask_is_true():

@@ -1,3 +1,6 @@
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -66,3 +69,16 @@ def test_refusals():
         pseudo_label(torch.zeros(1, 2, 2, 2), "vote", 8)
     with pytest.raises(ValueError, match="connectivity 26"):
         pseudo_label(torch.zeros(1, 2, 2, 2), "argmax", 26)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_cleans_with_threads_of_its_own():
+    """As a DataLoader's workers do; its parent's threads are not in it, and waiting for them would never end."""
+    logits = torch.zeros(1, 2, 2, 2)
+    pseudo_label(logits, "threshold", 8)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits
+        torch.set_num_threads(1)  # as DataLoader does: OpenMP's threads are not there either
+        os._exit(int(pseudo_label(logits, "threshold", 8).sum() != 4))
+    assert os.waitpid(child, 0)[1] == 0

@@ -134,7 +134,7 @@ def test_the_defaults_are_the_published_run():
         True,
     )
     assert (config.student_a, config.student_b, config.mask_fraction) == ("unet", "resunet", 2 / 3)
-    assert (config.augment_probability, config.max_angle_deg) == (0.5, 20)
+    assert (config.augment_probability, config.max_angle_deg, config.precision) == (0.5, 20, "fp32")
 
 
 BAD_SETTINGS = {

@@ -92,7 +92,7 @@ class PendingLabels:
             self._copied.record()
         else:
             self._labels = decision
-        self._work = [_cleaners().submit(self._clean, sample, connectivity) for sample in self._labels]
+        self._work = [_cleaners(os.getpid()).submit(self._clean, sample, connectivity) for sample in self._labels]
 
     def _clean(self, sample: Tensor, connectivity: int) -> None:
         if self._copied is not None:
@@ -115,7 +115,8 @@ class PendingLabels:
 
 
 @cache
-def _cleaners() -> ThreadPoolExecutor:
+def _cleaners(process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process; those of its parent do not run in a forked one, which would wait for ever."""
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pseudo_labels")
 
 
