@@ -23,7 +23,6 @@ from sdcl.networks import build_network
 from sdcl.records import StageRecord
 from sdcl.runs import open_run, read_config, trained_among
 from sdcl.steps import add_teacher, make_learners, self_train_step
-from sdcl.teacher import update_teacher
 from sdcl.training import pretrain
 
 CONFIG = {"labelnum": 2, "patch_size": [32, 32], "select": "val", "student_a": "unet", "student_b": "resunet"}
@@ -191,15 +190,6 @@ def test_nothing_moves_from_a_value_that_is_not_finite_on():
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert ours.optimisers["student_a"].state_dict()["state"][0]["step"] == step
     assert all(bool(torch.isfinite(v).all()) for v in ours.networks["teacher"].state_dict().values())
-
-
-def test_a_halted_teacher_takes_nothing_of_a_student_that_is_nan():
-    teacher, student = build_network("unet", 2), build_network("unet", 2)
-    for value in student.state_dict().values():
-        value.fill_(torch.nan) if value.is_floating_point() else None
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    update_teacher(teacher, student, 0.99, buffers=True, halted=torch.ones(()))
-    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
 def test_the_gradients_norm_is_the_norm_of_the_gradient():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from sdcl.networks import build_network
 from sdcl.teacher import update_teacher
 
 
@@ -27,3 +28,12 @@ def test_no_gradient_reaches_the_teacher():
     assert all(p.is_leaf and p.grad_fn is None for p in teacher.parameters())  # a tracked update would leave a graph
     teacher(torch.ones(1, 2)).sum().backward()
     assert all(p.grad is None for p in student.parameters())
+
+
+def test_a_halted_teacher_takes_nothing_of_a_student_that_is_nan():
+    teacher, student = build_network("unet", 2), build_network("unet", 2)
+    for value in student.state_dict().values():
+        value.fill_(torch.nan) if value.is_floating_point() else None
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    update_teacher(teacher, student, 0.99, buffers=True, halted=torch.ones(()))
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
