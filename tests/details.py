@@ -169,7 +169,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
     26: (
         Undo(STEPS, "    for (image, patch), labels, weights in mixes:\n",
              "    for (image, patch), labels, weights in mixes:\n        _clear_gradients(learners)\n", TEXTBOOK),
-        Undo(STEPS, "fused=True", "fused=False", "tests/test_runs.py -k moves"),
+        Undo(STEPS, "fused=True", "fused=False", "tests/test_steps.py -k moves"),
     ),
     27: (
         Undo("code/sdcl/networks/layers.py", "1 / (1 - dropped / 2**BITS)", "1.0", "tests/test_networks.py"),

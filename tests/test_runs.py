@@ -173,25 +173,6 @@ def test_it_saves_by_the_clock_and_says_once_what_that_costs(tmp_path, monkeypat
     assert (tmp_path / "pre_train" / "log.txt").read_text().count("saving took") == 1
 
 
-def test_nothing_moves_from_a_value_that_is_not_finite_on():
-    ours = learners()
-    add_teacher(ours)
-    batch = next(TwoBatches().batches(0, 1))
-    batch |= {"u_a": batch["x_a"].clone(), "u_b": batch["x_b"].clone()}
-    mask = torch.zeros(32, 32).bool()
-    mask[8:] = True
-    self_train_step(ours, batch, mask, method())
-    before = {f"{role}.{n}": p.clone() for role, net in ours.networks.items() for n, p in net.named_parameters()}
-    step = ours.optimisers["student_a"].state_dict()["state"][0]["step"].clone()
-    bad = batch | {"x_a": torch.full_like(batch["x_a"], torch.inf)}
-    losses = [self_train_step(ours, each, mask, method()) for each in (bad, batch)]
-    assert not torch.isfinite(losses[0]["student_a/grad_norm"]) and ours.halted == 1
-    after = {f"{role}.{n}": p for role, net in ours.networks.items() for n, p in net.named_parameters()}
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert ours.optimisers["student_a"].state_dict()["state"][0]["step"] == step
-    assert all(bool(torch.isfinite(v).all()) for v in ours.networks["teacher"].state_dict().values())
-
-
 def test_the_gradients_norm_is_the_norm_of_the_gradient():
     ours = learners()
     add_teacher(ours)

@@ -1,6 +1,8 @@
 """The steps against the textbook's in float64, where nothing hides in the rounding; what they must not wait for."""
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdcl.errors import UserError
 from sdcl.experiment import place
 from sdcl.losses import class_map
 from sdcl.networks import build_network, resnet, unet, vnet
@@ -204,3 +207,70 @@ def test_a_frozen_parameter_stays():
     before = frozen.clone(), moving.detach().clone()
     self_train_step(learners, *batch_of(shape, 1), settings)
     assert torch.equal(frozen, before[0]) and not torch.equal(moving, before[1])
+
+
+def state_of(learners):
+    return {f"{role}.{n}": v.clone() for role, net in learners.networks.items() for n, v in net.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", ["pre_train", "self_train"])
+def test_nothing_moves_from_a_value_that_is_not_finite_on(stage):
+    names, shape, settings = PAIRS["2d"]
+    learners, step = learners_of(names), {"pre_train": pretrain_step, "self_train": self_train_step}[stage]
+    batch, mask = batch_of(shape, 0)
+    step(learners, batch, mask, settings)
+    before, adam = state_of(learners), learners.optimisers["student_a"].state_dict()["state"][0]["step"].clone()
+    bad = batch | {"x_a": torch.full_like(batch["x_a"], torch.inf)}
+    losses = [step(learners, each, mask, settings) for each in (bad, batch)]
+    assert not torch.isfinite(losses[0]["student_a/grad_norm"]) and learners.halted == 1
+    assert all(torch.equal(before[name], value) for name, value in state_of(learners).items())
+    assert learners.optimisers["student_a"].state_dict()["state"][0]["step"] == adam
+    assert all(bool(torch.isfinite(v).all()) for v in learners.networks["teacher"].state_dict().values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_network_computes_in_the_runs_precision(precision):
+    names, shape, settings = PAIRS["2d"]
+    learners = learners_of(names)
+    types = {}
+    for role, network in learners.networks.items():
+        network.float()
+        network.register_forward_hook(lambda _, __, out, role=role: types.setdefault(role, []).append(out.dtype))
+    settings = SimpleNamespace(**(vars(settings) | {"precision": precision}))
+    batch, mask = batch_of(shape, 0, torch.float32)
+    expected = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    pretrain_step(learners, batch, mask, settings)
+    assert types == {role: [expected] for role in STUDENTS}
+    losses = self_train_step(learners, batch, mask, settings)
+    assert types == {"student_a": [expected] * 3, "student_b": [expected] * 3, "teacher": [expected] * 2}
+    assert all(losses[f"{role}/{part}"].dtype == torch.float32 for role in STUDENTS for part in ("dice", "ce", "mse"))
+
+
+def test_the_teachers_statistics_follow_the_students_where_the_settings_say_so():
+    names, shape, settings = PAIRS["2d"]
+    means = {}
+    for averaged in (False, True):
+        learners = learners_of(names)
+        self_train_step(learners, *batch_of(shape, 0), SimpleNamespace(**(vars(settings) | {"ema_buffers": averaged})))
+        states = [learners.networks[role].state_dict() for role in ("teacher", "student_a")]
+        name = next(name for name in states[0] if name.endswith("running_mean"))
+        means[averaged] = [state[name] for state in states]
+    own, student = means[False]
+    torch.testing.assert_close(means[True][0], 0.99 * own + 0.01 * student)
+    assert not torch.allclose(own, student)
+
+
+@pytest.mark.parametrize("part", ["networks", "optimisers"])
+@pytest.mark.parametrize("held", [None, {}, ["student_a"], {"student_c": {}}])
+def test_a_state_that_is_not_by_role_is_refused(part, held):
+    learners = learners_of(PAIRS["2d"][0])
+    with pytest.raises(UserError, match="last.pth is not a checkpoint of a run: choose one"):
+        learners.load(learners.state() | {part: held}, Path("last.pth"))
+
+
+def test_an_optimiser_that_does_not_fit_is_refused_by_its_file():
+    learners = learners_of(PAIRS["2d"][0])
+    state = learners.state()
+    state["optimisers"]["student_b"] = {"state": {0: {}}, "param_groups": []}
+    with pytest.raises(UserError, match="last.pth"):
+        learners.load(state, Path("last.pth"))
