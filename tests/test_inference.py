@@ -4,7 +4,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from sdcl.inference import nearest_zoom, slice_wise
+from sdcl.inference import GAUSSIAN_SIGMA, nearest_zoom, slice_wise, sliding_window, window_profile
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 12), (64, 27), (144, 256), (256, 14)])
@@ -50,3 +50,48 @@ def test_slice_wise_is_zoom_predict_zoom_back(batch_size):
                 label = network.eval()(torch.from_numpy(zoomed)[None, None])[0].argmax(0).numpy()
             expected = ndimage.zoom(label, (64 / 24, 30 / 32), order=0)
             np.testing.assert_array_equal(result[:, k].argmax(0), expected)
+
+
+def test_slices_beyond_scipys_zoom_are_background():
+    """A network that sees class 2 everywhere: only where the zoom back finds no pixel is it background."""
+    volume = np.ones((1, 24, 30))  # float64 is taken too
+    (result,) = slice_wise([Threshold(9)], volume, (64, 64), 3)
+    assert result[0, 0, -1].tolist() == [1.0] * 30 and not result[1:, 0, -1].any()
+    assert (result[:, 0, :-1].argmax(0) == 2).all()
+
+
+class Recorder(nn.Module):
+    """Records in which type a CPU's convolution would compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.types = set()
+
+    def forward(self, x):
+        enabled = torch.is_autocast_enabled("cpu")
+        self.types.add(torch.get_autocast_dtype("cpu") if enabled else torch.float32)
+        return torch.cat([x * 0, x], 1)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_networks_predict_in_the_precision_asked_for(precision, expected):
+    volume = np.zeros((4, 4, 4), np.float32)
+    for infer in (
+        lambda network: slice_wise([network], volume, (4, 4), 2, precision=precision),
+        lambda network: sliding_window([network], volume, (4, 4, 4), (4, 4, 4), 2, precision=precision),
+        lambda network: sliding_window([network], volume, (4, 4, 4), (4, 4, 4), 2, precision=precision, tta=True),
+    ):
+        network = Recorder()
+        assert infer(network)[0].dtype == np.float32 and network.types == {expected}
+
+
+@pytest.mark.parametrize("patch", [16, 17, 96])
+def test_a_gaussian_window_has_its_width_and_its_middle(patch):
+    profile = window_profile(patch, "gaussian").double()
+    assert torch.equal(profile, profile.flip(0)) and GAUSSIAN_SIGMA == 1 / 8
+    places = torch.arange(patch).double()
+    width = ((profile * (places - (patch - 1) / 2) ** 2).sum() / profile.sum()).sqrt()
+    assert width.item() == pytest.approx(patch / 8, rel=0.02)  # its standard deviation, an eighth of the window
+    assert profile.min() == pytest.approx(1e-3)  # so that no voxel has the weight 0
+    assert window_profile(patch, "constant").tolist() == [1.0] * patch
