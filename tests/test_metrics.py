@@ -22,7 +22,7 @@ def test_agrees_with_medpy(seed, ndim, density, spaced):
     assert metrics.jaccard == pytest.approx(binary.jc(prediction, reference), abs=1e-12)
     assert metrics.hd95 == pytest.approx(binary.hd95(prediction, reference, spacing), abs=1e-9)
     assert metrics.asd == pytest.approx(binary.asd(prediction, reference, spacing), abs=1e-9)
-    assert not metrics.empty
+    assert metrics.empty is False
 
 
 def test_by_hand():
@@ -48,6 +48,7 @@ def test_empty_masks():
         metrics = case_metrics(prediction, reference)
         assert metrics.empty and math.isnan(metrics.hd95) and math.isnan(metrics.asd)
         assert metrics.dice == pytest.approx(dice, nan_ok=True)
+        assert metrics.jaccard == pytest.approx(dice, nan_ok=True)
 
 
 def test_distances_can_be_left_out_and_shapes_must_agree():
