@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sdcl.evaluation import (
     Decision,
     Predictors,
     Task,
+    apply_protocol,
     evaluate,
     format_cases,
     format_table,
@@ -167,7 +169,14 @@ def test_predictors_load_each_network_once(tmp_path):
         ("last", both, 8),
     ):  # noqa: E501
         save(payload(roles, iteration), tmp_path / f"{name}.pth")
-    predictors = load_predictors(tmp_path, lambda role: nn.Linear(1, 1, bias=False), "val")
+    asked = []
+
+    def make(role):
+        asked.append(role)
+        return nn.Linear(1, 1, bias=False)
+
+    predictors = load_predictors(tmp_path, make, "val")
+    assert asked == ["student_a", "student_b", "student_a", "student_b"] * 2
     assert [n.weight.item() for n in predictors.networks] == [3, 5, 5, 8, 8]
     assert predictors.members == {
         "student_a, best on val (3)": (0,),
@@ -218,3 +227,91 @@ def test_decisions():
     assert Decision("threshold")(p).tolist() == Decision("argmax")(p).tolist() == [[0, 1, 0]]
     p = np.array([[0.1, 0.9, 0.2, 0.2], [0.9, 0.1, 0.8, 0.8]])[:, None]
     assert Decision("argmax", largest_component=4)(p).tolist() == [[0, 0, 1, 1]]
+
+
+def test_above_one_half_is_foreground_whatever_the_other_class_has():
+    """Sums of windows leave probabilities that do not add up to 1 to the last digit."""
+    p = np.array([[0.45, 0.4], [0.49, 0.51]])
+    assert Decision("threshold")(p).tolist() == [0, 1] and Decision("argmax")(p).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(2, np.uint8), (256, np.uint8), (257, np.uint16)])
+def test_decisions_are_bytes_while_bytes_can_count_the_classes(classes, dtype):
+    p = np.eye(classes)[:, [0, classes - 1]]
+    assert Decision()(p).dtype == dtype and Decision()(p).tolist() == [0, classes - 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "dtype"),
+    [((), [0, 1, 2], np.uint8), ((5, 7), [0, 5, 7], np.uint8), ((7, 255), [0, 7, 255], np.uint8),
+     ((256, 3), [0, 256, 3], np.uint16)],
+)  # fmt: skip
+def test_label_values_are_those_of_the_original_files(given, expected, dtype):
+    values = Task("t", ("x", "y"), infer, label_values=given).original(np.array([0, 1, 2], np.uint8))
+    assert values.tolist() == expected and values.dtype == dtype
+
+
+def test_distances_are_nan_where_they_are_not_known_or_not_asked_for():
+    (case,) = cases(1)
+    spaced = Case(case.name, case.image, case.label, spacing=(5.0, 1.0, 1.0))
+    predictors, task = Predictors([nn.Identity()], {"a": (0,)}), Task("t", ("x", "y"), infer)
+    given = []
+    rows = {}
+    for name, one, wanted in (("unknown", case, True), ("known", spaced, True), ("without", spaced, False)):
+        rows[name] = evaluate(
+            predictors, [one], task, distances=wanted, on_case=lambda _, maps, p: given.append((maps, p))
+        )
+    assert all(row.empty is False and row.dice > 0.5 for found in rows.values() for row in found)
+    assert all(
+        not math.isnan(row.hd95) and math.isnan(row.hd95_mm) and math.isnan(row.asd_mm) for row in rows["unknown"]
+    )
+    assert all(not math.isnan(row.hd95_mm) for row in rows["known"])
+    assert all(math.isnan(value) for row in rows["without"] for value in (row.hd95, row.asd, row.hd95_mm, row.asd_mm))
+    np.testing.assert_array_equal(given[0][1]["a"].argmax(0), given[0][0]["a"])
+
+
+def test_the_papers_protocol_leaves_what_is_not_empty_and_distances_in_mm():
+    full, empty = row(dice=0.5), replace(row(dice=NAN, hd95=NAN, empty=True), hd95_mm=4.0)
+    assert apply_protocol(full, "paper") is full and apply_protocol(empty, "default") is empty
+    counted = apply_protocol(empty, "paper")
+    assert (counted.dice, counted.jaccard, counted.hd95, counted.asd, counted.hd95_mm) == (0, 0, 0, 0, 4)
+
+
+def test_the_mean_row_is_over_each_cases_own_structures():
+    dice = {"c1": (0.9, 0.7), "c2": (0.5, NAN), "c3": (0.1, 0.3)}
+    rows = [row(case, s, value) for case, values in dice.items() for s, value in zip("xy", values, strict=True)]
+    mean = summarise(rows)[-1]
+    assert mean.means["dice"] == pytest.approx((0.8 + 0.5 + 0.2) / 3) and mean.counts["dice"] == 3
+    assert mean.deviations["dice"] == pytest.approx(np.std([0.8, 0.5, 0.2]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_cannot_be_scored_is_nan_without_a_warning():
+    (only,) = summarise([row(dice=NAN, hd95=NAN, empty=True)])
+    assert math.isnan(only.means["dice"]) and math.isnan(only.deviations["hd95"]) and only.counts["dice"] == 0
+    assert format_table([only]).splitlines()[-1].startswith("mean ± standard deviation over 0 cases")
+    assert format_table([]).splitlines()[-1].startswith("mean ± standard deviation over 0 cases")
+
+
+def test_tables_by_hand():
+    rows = [row("c1", "LV", 0.5), row("c1", "RV", 0.25), row("c22", "LV", 1.0, NAN, True), row("c22", "RV", 0.75)]
+    assert format_cases(rows) == "\n".join(
+        [
+            "case  predictor  Dice LV/RV     Jaccard LV/RV  95HD [voxel] LV/RV  ASD [voxel] LV/RV",
+            "----  ---------  -------------  -------------  ------------------  -----------------",
+            "c1    a          0.5000 0.2500  0.2500 0.1250  2.00 2.00           1.00 1.00",
+            "c22   a          1.0000 0.7500  0.5000 0.3750  nan 2.00            nan 1.00",
+        ]
+    )
+    assert format_table(summarise(rows)[:1]) == "\n".join(
+        [
+            "predictor  structure  Dice             Jaccard          95HD [voxel]       ASD [voxel]        empty",
+            "---------  ---------  ---------------  ---------------  -----------------  -----------------  -----",
+            "a          LV         0.7500 ± 0.2500  0.3750 ± 0.1250  2.00 ± 0.00 (n=1)  1.00 ± 0.00 (n=1)  1",
+            "mean ± standard deviation over 2 cases; an empty mask scores Dice 0 and its distances are left out.",
+        ]
+    )
+    assert format_table(summarise(rows, "paper")[:1], "paper").splitlines()[-1] == (
+        "mean ± standard deviation over 2 cases; the paper's protocol: an empty mask scores 0 in all four, which "
+        "flatters the distances."
+    )
