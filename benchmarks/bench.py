@@ -22,11 +22,11 @@ from start import start_line, start_rows
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdcl.config import run_script
-from sdcl.devices import computes_bf16, keep_freed_memory, set_arithmetic
-from sdcl.evaluation import STUDENTS
 from sdcl.networks import build_network
-from sdcl.runs import environment, write_text
+from sdcl.runs.config import run_script
+from sdcl.runs.devices import computes_bf16, keep_freed_memory, set_arithmetic
+from sdcl.runs.folder import environment, write_text
+from sdcl.scoring.evaluation import STUDENTS
 from sdcl.training import peak_memory_gib
 
 SMALL = {

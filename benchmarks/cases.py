@@ -17,14 +17,14 @@ from dataloaders.files import sample_rng
 from dataloaders.slices import Slices
 from dataloaders.streams import Streams
 from dataloaders.volumes import CroppedVolumes
-from sdcl.evaluation import PREDICTORS, STUDENTS, Case, Decision, Predictors, Task, evaluate
-from sdcl.experiment import place
 from sdcl.inference import slice_wise, sliding_window
 from sdcl.losses import discrepancy, mixed_losses
 from sdcl.metrics import case_metrics
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.networks import build_network
 from sdcl.pseudo_labels import pseudo_label
+from sdcl.runs.experiment import place
+from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Case, Decision, Predictors, Task, evaluate
 from sdcl.steps import add_teacher, make_learners, self_train_step
 
 Run = Callable[[], dict[str, float]]  # does the work once and returns figures that both ways must share

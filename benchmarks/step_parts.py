@@ -19,12 +19,12 @@ import torch
 from cases import ACDC, LA
 
 from sdcl import steps
-from sdcl.config import run_script
-from sdcl.devices import keep_freed_memory
-from sdcl.experiment import place
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.networks import build_network
 from sdcl.pseudo_labels import PendingLabels
+from sdcl.runs.config import run_script
+from sdcl.runs.devices import keep_freed_memory
+from sdcl.runs.experiment import place
 from sdcl.training import peak_memory_gib
 
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
 
-from sdcl.config import run_script
-from sdcl.errors import UserError
-from sdcl.runs import read_config
+from sdcl.runs.config import run_script
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import read_config
 
 
 @dataclass
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     read_config(config.run)
     if not config.input.exists():
         raise UserError(f"--input {config.input} does not exist: check the path.")
-    from dataloaders.predicting import predict_scans  # this takes seconds, which a wrong flag need not wait for
+    from dataloaders.scans.predicting import predict_scans  # this takes seconds, which a wrong flag need not wait for
 
     predict_scans(config)
 

@@ -8,8 +8,8 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
 
 from dataloaders.roots import check_root
-from sdcl.config import run_script
-from sdcl.runs import find_run
+from sdcl.runs.config import run_script
+from sdcl.runs.folder import find_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,7 +1,7 @@
 """ACDC: slices for training, volumes for validation and test."""
 
 from dataloaders.datasets import DataSet, Duplicate, find_file
-from dataloaders.preprocessing import Preprocessing
+from dataloaders.scans.preprocessing import Preprocessing
 
 TWICE = Duplicate(
     ("patient074", "patient076"),

@@ -19,12 +19,12 @@ from dataloaders.datasets import SLICE, DataSet
 from dataloaders.files import read_list, read_sample, read_spacing
 from dataloaders.findings import Finding, Problem, doubles, kind_of, labels_of, remarks, same_preprocessing, told
 from dataloaders.own import read_data_set
-from sdcl.config import run_script
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER, start_logging
+from sdcl.runs.config import run_script
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER, start_logging
 
 if TYPE_CHECKING:
-    from sdcl.evaluation import Case
+    from sdcl.scoring.evaluation import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {"la": la.DATA_SET, "acdc": acdc.DATA_SET, "pancreas": pancreas.DATA_SET}
@@ -71,7 +71,7 @@ def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[
                 found.problem = f"{path} has an empty label: correct it, or take the case out of the list"
             data_set.check_label(path, sample)
         if keep and sample.label is not None and ndim == 3:
-            from sdcl.evaluation import Case  # with PyTorch, for which a wrong flag need not wait
+            from sdcl.scoring.evaluation import Case  # with PyTorch, for which a wrong flag need not wait
 
             found.case = drawable(Case(name, sample.image, sample.label, found.spacing))
     except UserError as error:
@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     LOGGER.info("spacing: %s", "not known; distances come in voxels" if usual is None else "known, distances in mm too")
     cases = [finding.case for finding in findings if finding.case is not None]
     if cases:
-        from sdcl.report import save_label_figure
+        from sdcl.scoring.report import save_label_figure
 
         figure = config.figure or Path(f"check_{config.dataset}.png")
         figure.parent.mkdir(parents=True, exist_ok=True)

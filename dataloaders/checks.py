@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sdcl.errors import UserError
+from sdcl.runs.errors import UserError
 
 MAX_VOXELS = 2**30  # of one array, 1024 x 1024 x 1024; the largest CT here has 2**27
 MAX_RATIO = 1100  # of decoded to stored bytes: deflate cannot exceed 1032, so that more was never stored

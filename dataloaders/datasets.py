@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.alignment import TRUSTED, check_alignment
 from dataloaders.checks import inside
 from dataloaders.files import Sample, read_text_attributes
-from dataloaders.preprocessing import AXES, WINDOW_HU, Preprocessing
 from dataloaders.roots import check_root
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from dataloaders.scans.alignment import TRUSTED, check_alignment
+from dataloaders.scans.preprocessing import AXES, WINDOW_HU, Preprocessing
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 SLICE = "_slice_"  # in a slice's name, before its number
 

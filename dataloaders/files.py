@@ -12,8 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dataloaders.checks import check_declared, check_file, check_image, check_label, check_name, check_varies
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 MAX_LIST_BYTES = 2**24
 READERS = 4  # files checked at a time; HDF5 itself reads one after the other

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dataloaders.convert import few
 from dataloaders.datasets import SLICE, DataSet, Duplicate, missing_classes
 from dataloaders.own import DESCRIPTION
-from sdcl.errors import UserError
+from dataloaders.scans.convert import few
+from sdcl.runs.errors import UserError
 
 if TYPE_CHECKING:  # it imports PyTorch, for which a wrong flag need not wait
-    from sdcl.evaluation import Case
+    from sdcl.scoring.evaluation import Case
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from dataloaders.alignment import TRUSTED, check_alignment
 from dataloaders.checks import name_fault
-from dataloaders.convert import Job, check_trust, convert, provenance, write_case, write_slices
 from dataloaders.datasets import SLICE, find_file
-from dataloaders.import_lists import Lists, draw, keep, settings_of, write_lists
-from dataloaders.label_values import LabelMap, choose_values, class_names
 from dataloaders.own import DESCRIPTION, is_name
-from dataloaders.preprocessing import WINDOW_HU, Axis, Normalisation, Preprocessing, prepare, prepare_label
-from dataloaders.scans import SIDES_MM, Scan, aligned_label, find_scans, read_label, read_scan
-from dataloaders.slicing import choose_slice_axis
-from sdcl.atomic import write_text
-from sdcl.config import run_script
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER, start_logging
+from dataloaders.scans.alignment import TRUSTED, check_alignment
+from dataloaders.scans.convert import Job, check_trust, convert, provenance, write_case, write_slices
+from dataloaders.scans.import_lists import Lists, draw, keep, settings_of, write_lists
+from dataloaders.scans.label_values import LabelMap, choose_values, class_names
+from dataloaders.scans.preprocessing import WINDOW_HU, Axis, Normalisation, Preprocessing, prepare, prepare_label
+from dataloaders.scans.reading import SIDES_MM, Scan, aligned_label, find_scans, read_label, read_scan
+from dataloaders.scans.slicing import choose_slice_axis
+from sdcl.runs.atomic import write_text
+from sdcl.runs.config import run_script
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER, start_logging
 
 CHANNEL = "_0000"  # that nnU-Net's image names end with, and its label names do not
 ANY_CHANNEL = re.compile(r"(.+)_\d{4}")

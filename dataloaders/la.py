@@ -4,8 +4,8 @@ from pathlib import Path
 
 from dataloaders.checks import inside
 from dataloaders.datasets import DataSet
-from dataloaders.preprocessing import Preprocessing
 from dataloaders.roots import LA_FOLDER
+from dataloaders.scans.preprocessing import Preprocessing
 
 FOLDER = LA_FOLDER
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from dataloaders.datasets import DataSet, find_file
 from dataloaders.files import read_list
-from dataloaders.preprocessing import Preprocessing
-from sdcl.errors import UserError
+from dataloaders.scans.preprocessing import Preprocessing
+from sdcl.runs.errors import UserError
 
 DESCRIPTION = "dataset.json"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dataloaders.checks import inside
 from dataloaders.datasets import DataSet, Duplicate
-from dataloaders.preprocessing import Preprocessing
+from dataloaders.scans.preprocessing import Preprocessing
 
 LEFT_OUT = (25, 70)  # of the collection's cases
 TWICE = Duplicate(

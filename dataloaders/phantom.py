@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import nibabel
 import numpy as np
 
-from dataloaders.convert import write_case
-from dataloaders.phantom_anatomy import draw_atrium, draw_heart, draw_pancreas
-from sdcl.atomic import write_text
-from sdcl.config import run_script
-from sdcl.errors import UserError
+from dataloaders.phantoms.anatomy import draw_atrium, draw_heart, draw_pancreas
+from dataloaders.scans.convert import write_case
+from sdcl.runs.atomic import write_text
+from sdcl.runs.config import run_script
+from sdcl.runs.errors import UserError
 
 MARKER = "PHANTOM.txt"
 CASE_ALPHABET = [*string.ascii_uppercase, *string.digits]

@@ -9,12 +9,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this ch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataloaders.acdc import DATA_SET
-from dataloaders.convert import Job, convert, few, provenance, write_slices
-from dataloaders.preprocessing import prepare, prepare_label
-from dataloaders.scans import aligned_label, label_by_index, read_label, read_scan
-from sdcl.config import run_script
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER, start_logging
+from dataloaders.scans.convert import Job, convert, few, provenance, write_slices
+from dataloaders.scans.preprocessing import prepare, prepare_label
+from dataloaders.scans.reading import aligned_label, label_by_index, read_label, read_scan
+from sdcl.runs.config import run_script
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER, start_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPROCESSING = DATA_SET.preprocessing

@@ -11,14 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from dataloaders.checks import name_fault
-from dataloaders.convert import Job, convert, few, provenance, write_case
 from dataloaders.files import sample_rng
 from dataloaders.la import DATA_SET, FOLDER
-from dataloaders.preprocessing import at_least, label_box, prepare, prepare_label, with_margins
-from dataloaders.scans import SUFFIXES, Scan, aligned_label, label_by_index, read_label, read_scan
-from sdcl.config import run_script
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER, start_logging
+from dataloaders.scans.convert import Job, convert, few, provenance, write_case
+from dataloaders.scans.preprocessing import at_least, label_box, prepare, prepare_label, with_margins
+from dataloaders.scans.reading import SUFFIXES, Scan, aligned_label, label_by_index, read_label, read_scan
+from sdcl.runs.config import run_script
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER, start_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPROCESSING = DATA_SET.preprocessing

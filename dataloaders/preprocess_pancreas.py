@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from dataloaders.alignment import AXES, TRUSTED, check_alignment, measure_alignment
-from dataloaders.convert import Job, check_trust, convert, few, provenance, write_case
 from dataloaders.pancreas import DATA_SET, LEFT_OUT
-from dataloaders.preprocessing import (
+from dataloaders.scans.alignment import AXES, TRUSTED, check_alignment, measure_alignment
+from dataloaders.scans.convert import Job, check_trust, convert, few, provenance, write_case
+from dataloaders.scans.preprocessing import (
     WINDOW_HU,
     Preprocessing,
     at_least,
@@ -25,10 +25,10 @@ from dataloaders.preprocessing import (
     prepare_label,
     with_margins,
 )
-from dataloaders.scans import Scan, aligned_label, find_scans, label_by_index, read_label, read_scan
-from sdcl.config import run_script
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER, start_logging, write_csv
+from dataloaders.scans.reading import Scan, aligned_label, find_scans, label_by_index, read_label, read_scan
+from sdcl.runs.config import run_script
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER, start_logging, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = replace(DATA_SET.preprocessing, orientation=None, trust_slice_spacing=False)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdcl.errors import UserError
+from sdcl.runs.errors import UserError
 
 PHANTOM = "`python dataloaders/phantom.py --dataset {} --root_path <folder>` makes a synthetic set to try"
 LA_FOLDER = "2018LA_Seg_Training Set"

@@ -13,10 +13,10 @@ from dataloaders.datasets import SLICE, DataSet, check_classes, find_file
 from dataloaders.files import Cache, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
 from dataloaders.transforms import apply_index, augmentation_index
-from sdcl.errors import UserError
-from sdcl.evaluation import Case, Decision, Task
-from sdcl.experiment import begin, find_weights, test, train
 from sdcl.inference import slice_wise
+from sdcl.runs.errors import UserError
+from sdcl.runs.experiment import begin, find_weights, test, train
+from sdcl.scoring.evaluation import Case, Decision, Task
 from sdcl.training import validation_iterations
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dataloaders.files import sample_rng
-from sdcl.errors import UserError
+from sdcl.runs.errors import UserError
 
 PREFETCHED = 2  # batches prepared ahead
 

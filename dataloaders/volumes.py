@@ -12,10 +12,10 @@ from dataloaders.checks import check_apart, check_dimensions
 from dataloaders.datasets import DataSet, check_classes
 from dataloaders.files import Cache, Sample, has_label, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
-from sdcl.errors import UserError
-from sdcl.evaluation import Case, Decision, Task
-from sdcl.experiment import begin, find_weights, test, train
 from sdcl.inference import sliding_window
+from sdcl.runs.errors import UserError
+from sdcl.runs.experiment import begin, find_weights, test, train
+from sdcl.scoring.evaluation import Case, Decision, Task
 from sdcl.training import validation_iterations
 
 Crop = Literal["random", "centre"]

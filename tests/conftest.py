@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # the textbook is the oracle
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "code"), str(ROOT)])
 
 from dataloaders.phantom import write_acdc, write_la, write_pancreas  # noqa: E402
-from sdcl.runs import start_logging  # noqa: E402
+from sdcl.runs.folder import start_logging  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

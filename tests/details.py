@@ -95,7 +95,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
     ),
     13: (
         Undo("code/sdcl/pseudo_labels.py", ">= 0.5", "> 0.5", "tests/test_pseudo_labels.py"),
-        Undo("code/sdcl/evaluation.py", "[1] > 0.5 if", "[1] >= 0.5 if", "tests/test_evaluation.py"),
+        Undo("code/sdcl/scoring/evaluation.py", "[1] > 0.5 if", "[1] >= 0.5 if", "tests/test_evaluation.py"),
         Undo(PANCREAS, '"threshold"] = "argmax"', '"threshold"] = "threshold"', DEFAULTS_3D),
     ),
     14: (
@@ -136,12 +136,12 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
              "asd = float(np.concatenate([to_reference, to_prediction]).mean())", "tests/test_metrics.py"),
         Undo("code/sdcl/metrics.py", "np.percentile(np.concatenate([to_reference, to_prediction]), 95)",
              "max(np.percentile(to_reference, 95), np.percentile(to_prediction, 95))", "tests/test_metrics.py"),
-        Undo("code/sdcl/evaluation.py", "voxels = case_metrics(prediction, reference, distances=distances)",
+        Undo("code/sdcl/scoring/evaluation.py", "voxels = case_metrics(prediction, reference, distances=distances)",
              "voxels = case_metrics(prediction, reference, case.spacing, distances=distances)",
              "tests/test_evaluation.py"),
     ),
     21: (
-        Undo("code/sdcl/evaluation.py", 'if protocol == "default" or not row.empty:', "if True:",
+        Undo("code/sdcl/scoring/evaluation.py", 'if protocol == "default" or not row.empty:', "if True:",
              "tests/test_evaluation.py"),
         Undo("code/sdcl/metrics.py", "math.nan if size_p == size_r else 0.0", "0.0", "tests/test_metrics.py"),
     ),
@@ -162,7 +162,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
     ),
     25: (
         Undo(LA, '"bf16"] = "fp32"', '"bf16"] = "bf16"', DEFAULTS_3D),
-        Undo("code/sdcl/devices.py", 'cudnn.allow_tf32 = precision == "tf32"', "cudnn.allow_tf32 = True",
+        Undo("code/sdcl/runs/devices.py", 'cudnn.allow_tf32 = precision == "tf32"', "cudnn.allow_tf32 = True",
              "tests/test_arithmetic.py -k tf32"),
         Undo(LOSSES, "yield z.to(dtype),", "yield z,", "tests/test_losses.py"),
     ),

@@ -25,7 +25,7 @@ CORE = {  # a module of the core to the test files that are about it
     "sdcl/training.py": ("steps", "training"),
     "sdcl/inference.py": ("inference", "3d"),
     "sdcl/metrics.py": ("metrics",),
-    "sdcl/evaluation.py": ("evaluation", "inference", "training"),
+    "sdcl/scoring/evaluation.py": ("evaluation", "inference", "training"),
     "dataloaders/streams.py": ("data", "steps"),
     "dataloaders/transforms.py": ("data",),
     "dataloaders/volumes.py": ("data", "3d"),

@@ -23,11 +23,11 @@ from dataloaders.files import read_list, sample_rng
 from dataloaders.phantom import write_la
 from dataloaders.volumes import CroppedVolumes, crop_corner, cropped, read_volumes, split_labelled
 from sdcl import inference
-from sdcl.config import parse
-from sdcl.errors import UserError
-from sdcl.evaluation import Decision, Task
-from sdcl.experiment import train
 from sdcl.inference import sliding_window, window_starts
+from sdcl.runs.config import parse
+from sdcl.runs.errors import UserError
+from sdcl.runs.experiment import train
+from sdcl.scoring.evaluation import Decision, Task
 
 MODULES = {"la": la, "pancreas": pancreas}
 SCRIPTS = {"la": ("LA_train.py", "test_LA.py"), "pancreas": ("pancreas/Pancreas_train.py", "pancreas/test_Pancreas.py")}

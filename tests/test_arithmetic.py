@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from sdcl import devices, experiment
-from sdcl.runs import LOGGER
+from sdcl.runs import devices, experiment
+from sdcl.runs.folder import LOGGER
 
 CPU = torch.device("cpu")
 

@@ -22,10 +22,10 @@ from helpers import ROOT, write_h5
 
 from sdcl import checkpoints
 from sdcl.checkpoints import load_weights
-from sdcl.config import parse
-from sdcl.errors import UserError
 from sdcl.networks import build_network
-from sdcl.runs import read_config
+from sdcl.runs.config import parse
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import read_config
 from sdcl.steps import make_learners
 
 SLICE = "data/slices/patient003_frame01_slice_1.h5"

@@ -7,8 +7,8 @@ from helpers import GOLDEN, fill
 
 from sdcl import checkpoints
 from sdcl.checkpoints import load_weights
-from sdcl.errors import UserError
 from sdcl.networks import NETWORKS, build_network
+from sdcl.runs.errors import UserError
 
 FIGURES = json.loads((GOLDEN / "networks.json").read_text())
 CLASSES = {"unet": 4, "resunet": 4, "vnet": 2, "resvnet": 2}

@@ -5,10 +5,10 @@ import pytest
 import torch
 from helpers import method
 
-from sdcl.devices import set_arithmetic
 from sdcl.inference import slice_wise, sliding_window
 from sdcl.losses import discrepancy, mixed_losses
 from sdcl.networks import build_network
+from sdcl.runs.devices import set_arithmetic
 from sdcl.steps import add_teacher, make_learners, pretrain_step, self_train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -11,7 +11,7 @@ from dataloaders.files import Cache, read_list, read_sample, sample_rng
 from dataloaders.slices import Slices, read_volumes, split_by_patients
 from dataloaders.streams import Streams
 from dataloaders.transforms import _rotated, apply_index, augmentation_index
-from sdcl.errors import UserError
+from sdcl.runs.errors import UserError
 
 LISTS = ROOT / "Datasets"
 IMAGE, LABEL = (

@@ -6,8 +6,8 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from test_scans import picture, write_dicom
 
-from dataloaders.scans import find_scans, read_scan
-from sdcl.errors import UserError
+from dataloaders.scans.reading import find_scans, read_scan
+from sdcl.runs.errors import UserError
 
 CT, ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"
 REPORT, STRUCTURES, DOSE = (

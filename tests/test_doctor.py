@@ -15,8 +15,8 @@ from dataloaders.check import drawable
 from dataloaders.datasets import SLICE, find_file
 from dataloaders.files import read_list
 from dataloaders.findings import Finding, doubles, remarks
-from dataloaders.preprocessing import Preprocessing
-from sdcl.evaluation import Case
+from dataloaders.scans.preprocessing import Preprocessing
+from sdcl.scoring.evaluation import Case
 
 
 def examined(root, figure, dataset="acdc", fails=False):

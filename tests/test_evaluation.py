@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from sdcl import report
 from sdcl.checkpoints import save
-from sdcl.errors import UserError
-from sdcl.evaluation import (
+from sdcl.runs.errors import UserError
+from sdcl.scoring import report
+from sdcl.scoring.evaluation import (
     Case,
     CaseRow,
     Decision,
@@ -24,7 +24,7 @@ from sdcl.evaluation import (
     mean_dice,
     summarise,
 )
-from sdcl.report import best_median_worst, panel, validator
+from sdcl.scoring.report import best_median_worst, panel, validator
 
 NAN = math.nan
 

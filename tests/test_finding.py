@@ -7,8 +7,8 @@ import pytest
 from test_dicom import REPORT, change, dataset, save
 from test_scans import picture, write_dicom, write_nifti
 
-from dataloaders.scans import find_scans, read_scan
-from sdcl.errors import UserError
+from dataloaders.scans.reading import find_scans, read_scan
+from sdcl.runs.errors import UserError
 
 
 def depth(path):

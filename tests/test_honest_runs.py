@@ -18,12 +18,12 @@ from helpers import ROOT, write_h5
 from test_scripts import load
 
 from sdcl import checkpoints
-from sdcl.config import check_common, header_groups, make_output_safe, parse
-from sdcl.errors import UserError
-from sdcl.evaluation import Case, CaseRow, mean_dice, summarise
 from sdcl.networks import build_network
-from sdcl.runs import LOGGER, StopRequest, differing_tasks, read_config
-from sdcl.scored import ScoredCases
+from sdcl.runs.config import check_common, header_groups, make_output_safe, parse
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER, StopRequest, differing_tasks, read_config
+from sdcl.scoring.evaluation import Case, CaseRow, mean_dice, summarise
+from sdcl.scoring.scored import ScoredCases
 
 VOLUMES = ["--patch_size", "32", "16", "16", "--labelled_repeat", "2", "--unlabelled_repeat", "4", "--labelnum", "2",
            "--stride", "32", "16", "16", "--device", "cpu", "--log_every", "1"]  # fmt: skip
@@ -221,7 +221,7 @@ def test_what_selects_is_the_tables_mean():
 
 
 def test_a_stopped_test_goes_on_with_the_cases_that_are_left(la, models, monkeypatch):
-    from sdcl import report
+    from sdcl.scoring import report
 
     whole = scored(la, models, "--exp", "one")
     results = models / "la_one_2_labeled" / "test" / "self_train_test"
@@ -303,7 +303,7 @@ def test_a_completion_script_is_no_mistake():
 
 
 def test_a_terminal_without_utf8_gets_plain_letters():
-    code = "from sdcl.config import make_output_safe; make_output_safe(); print('0.9 ± 0.1, 3×3 ✓')"
+    code = "from sdcl.runs.config import make_output_safe; make_output_safe(); print('0.9 ± 0.1, 3×3 ✓')"
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT / "code")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout == "0.9 +- 0.1, 3x3 ?\n" and done.returncode == 0, done.stderr

@@ -10,19 +10,19 @@ from test_raw import attributes, run
 from test_scans import affine_of, write_nifti
 
 from dataloaders.acdc import DATA_SET
-from dataloaders.convert import write_case
 from dataloaders.datasets import find_file, missing_classes
 from dataloaders.files import read_list, read_text_attributes
-from dataloaders.import_lists import slices_of
 from dataloaders.import_nifti import join
-from dataloaders.label_values import LabelMap
 from dataloaders.own import read_data_set
-from dataloaders.prediction import segment
 from dataloaders.preprocess_pancreas import in_file_order
-from dataloaders.preprocessing import Preprocessing, own_slice_axis, prepare
-from dataloaders.scans import Scan
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from dataloaders.scans.convert import write_case
+from dataloaders.scans.import_lists import slices_of
+from dataloaders.scans.label_values import LabelMap
+from dataloaders.scans.prediction import segment
+from dataloaders.scans.preprocessing import Preprocessing, own_slice_axis, prepare
+from dataloaders.scans.reading import Scan
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 IMPORT = "../dataloaders/import_nifti.py"
 TINY = ("--pre_iterations", 2, "--self_iterations", 2, "--batch_size", 2, "--pre_val_every", 0, "--self_val_every", 0)

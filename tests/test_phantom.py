@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from dataloaders import phantom
 from dataloaders.phantom import write_acdc, write_la, write_pancreas
-from sdcl.errors import UserError
+from sdcl.runs.errors import UserError
 
 LA_FOLDER = "2018LA_Seg_Training Set"
 WRITERS = {

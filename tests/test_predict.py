@@ -13,9 +13,9 @@ from test_dicom import change
 from test_raw import run
 from test_scans import affine_of, picture, write_dicom, write_nifti
 
-from dataloaders.preprocessing import Preprocessing
-from dataloaders.results import is_sheared, nifti_like, read_volumes, upright, write_volumes
-from dataloaders.scans import Scan, read_scan
+from dataloaders.scans.preprocessing import Preprocessing
+from dataloaders.scans.reading import Scan, read_scan
+from dataloaders.scans.results import is_sheared, nifti_like, read_volumes, upright, write_volumes
 from sdcl.networks import build_network
 
 TILTED = (1, 0, 0, 0, 0.965926, 0.258819)  # a gantry's, by 15 degrees
@@ -70,7 +70,7 @@ def test_no_failure_ends_a_batch(trained, tmp_path, monkeypatch):
         write_dicom(tmp_path / "scans" / name, picture())
     for path in (tmp_path / "scans" / "b").iterdir():
         change(path, SamplesPerPixel=3, PhotometricInterpretation="RGB")
-    import dataloaders.prediction as prediction
+    import dataloaders.scans.prediction as prediction
 
     prepare = prediction.prepare
 

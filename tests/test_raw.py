@@ -22,12 +22,12 @@ from scipy import ndimage
 from test_3d import load
 from test_scans import ORIENTATIONS, affine_of, write_dicom, write_nifti
 
-from dataloaders.alignment import FLIPS, border_contrast, check_alignment, measure_alignment
 from dataloaders.files import read_affine, read_list
 from dataloaders.import_nifti import join
 from dataloaders.phantom import write_nifti as write_nifti_phantom
-from dataloaders.prediction import box_on_grid, check_roi, segment
-from dataloaders.preprocessing import (
+from dataloaders.scans.alignment import FLIPS, border_contrast, check_alignment, measure_alignment
+from dataloaders.scans.prediction import box_on_grid, check_roi, segment
+from dataloaders.scans.preprocessing import (
     Preprocessing,
     at_least,
     label_box,
@@ -36,9 +36,9 @@ from dataloaders.preprocessing import (
     prepare_label,
     with_margins,
 )
-from dataloaders.scans import Scan
-from sdcl.config import parse
-from sdcl.errors import UserError
+from dataloaders.scans.reading import Scan
+from sdcl.runs.config import parse
+from sdcl.runs.errors import UserError
 
 CT = Preprocessing("ct", spacing_mm=(1.0, 1.0, 1.0))
 

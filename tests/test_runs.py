@@ -16,12 +16,12 @@ from dataloaders.files import read_list
 from dataloaders.slices import Slices
 from dataloaders.streams import Streams
 from sdcl import checkpoints
-from sdcl.atomic import claimed, replacing, write_text
-from sdcl.config import run_script
-from sdcl.errors import UserError
 from sdcl.networks import build_network
-from sdcl.records import StageRecord
-from sdcl.runs import open_run, read_config, trained_among
+from sdcl.runs.atomic import claimed, replacing, write_text
+from sdcl.runs.config import run_script
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import open_run, read_config, trained_among
+from sdcl.runs.records import StageRecord
 from sdcl.steps import add_teacher, make_learners, self_train_step
 from sdcl.training import pretrain
 
@@ -43,7 +43,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
 
 
 def test_a_folder_belongs_to_one_process_and_is_free_when_it_dies(tmp_path):
-    hold = "import sys, pathlib; from sdcl.atomic import claimed\nwith claimed(pathlib.Path(sys.argv[1])):\n  print(1, flush=True); input()"  # noqa: E501
+    hold = "import sys, pathlib; from sdcl.runs.atomic import claimed\nwith claimed(pathlib.Path(sys.argv[1])):\n  print(1, flush=True); input()"  # noqa: E501
     process = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -212,7 +212,7 @@ def test_an_operation_without_a_deterministic_kernel_is_named(monkeypatch):
     class Config:
         pass
 
-    monkeypatch.setattr("sdcl.config.parse", lambda *_: Config())
+    monkeypatch.setattr("sdcl.runs.config.parse", lambda *_: Config())
     with pytest.raises(SystemExit) as error:
         run_script(main, Config)
     assert str(error.value) == (

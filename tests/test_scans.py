@@ -10,9 +10,9 @@ import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataloaders.dicom import check_lengths
-from dataloaders.scans import Scan, aligned_label, find_scans, read_label, read_scan
-from sdcl.errors import UserError
+from dataloaders.scans.dicom import check_lengths
+from dataloaders.scans.reading import Scan, aligned_label, find_scans, read_label, read_scan
+from sdcl.runs.errors import UserError
 
 SHAPE = (12, 10, 6)
 ORIENTATIONS = ("LPS", "RAS", "ASL", "PIR", "SRA", "LAI")

@@ -13,9 +13,9 @@ import torch
 from helpers import ROOT, write_h5
 
 from sdcl import checkpoints
-from sdcl.config import parse, run_script
-from sdcl.errors import UserError
 from sdcl.networks import build_network
+from sdcl.runs.config import parse, run_script
+from sdcl.runs.errors import UserError
 
 TINY = ["--patch_size", "32", "32", "--batch_size", "2", "--labelnum", "2", "--device", "cpu"]
 SHORT = ["--pre_iterations", "3", "--self_iterations", "3", "--pre_val_from", "2", "--pre_val_every", "2"]

@@ -13,11 +13,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdcl.errors import UserError
-from sdcl.experiment import place
 from sdcl.losses import class_map
 from sdcl.networks import build_network, resnet, unet, vnet
 from sdcl.pseudo_labels import PendingLabels, largest_components
+from sdcl.runs.errors import UserError
+from sdcl.runs.experiment import place
 from sdcl.steps import STUDENTS, add_teacher, make_learners, pretrain_step, self_train_step
 
 PAIRS = {

@@ -11,9 +11,9 @@ from helpers import GOLDEN, fill, method, strided
 from torch import nn
 
 from sdcl import checkpoints
-from sdcl.errors import UserError
 from sdcl.networks import build_network
-from sdcl.report import Validation
+from sdcl.runs.errors import UserError
+from sdcl.scoring.report import Validation
 from sdcl.steps import add_teacher
 from sdcl.training import (
     iteration_seed,

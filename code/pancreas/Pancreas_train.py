@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataloaders.roots import check_root
-from sdcl.config import run_script
+from sdcl.runs.config import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdcl.archive import DamagedError, check_archive, check_payload
-from sdcl.atomic import flush_file, replacing
-from sdcl.errors import UserError
+from sdcl.runs.archive import DamagedError, check_archive, check_payload
+from sdcl.runs.atomic import flush_file, replacing
+from sdcl.runs.errors import UserError
 
 LAST, PREVIOUS = "last.pth", "last_previous.pth"  # a stage's two latest checkpoints
 PREFIX = "module."  # what DataParallel puts before each name

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sdcl import checkpoints
-from sdcl.errors import UserError
-from sdcl.evaluation import STUDENTS
 from sdcl.losses import DiceOver, discrepancy, mixed_losses
 from sdcl.mixing import mix
 from sdcl.pseudo_labels import PendingLabels, Rule
+from sdcl.runs.errors import UserError
+from sdcl.scoring.evaluation import STUDENTS
 from sdcl.teacher import update_teacher
 
 Batch = dict[str, Tensor]

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdcl import checkpoints
-from sdcl.devices import compile_networks
-from sdcl.errors import UserError
-from sdcl.evaluation import PREDICTORS, STUDENTS, Validation
 from sdcl.mixing import box_size, copy_paste_mask
-from sdcl.records import StageRecord
-from sdcl.resume import resume
-from sdcl.runs import LOGGER, StopRequest
+from sdcl.runs.devices import compile_networks
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER, StopRequest
+from sdcl.runs.records import StageRecord
+from sdcl.runs.resume import resume
+from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Validation
 from sdcl.steps import Batch, Learners, Losses, Method, add_teacher, make_learners, pretrain_step, self_train_step
 
 __all__ = ["make_learners", "pretrain", "pretrain_step", "self_train", "self_train_step", "validation_iterations"]

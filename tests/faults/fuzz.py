@@ -16,10 +16,10 @@ import SimpleITK as sitk
 import torch
 
 from dataloaders.files import read_list, read_sample, read_spacing
-from dataloaders.scans import read_label, read_scan
+from dataloaders.scans.reading import read_label, read_scan
 from sdcl import checkpoints
-from sdcl.errors import UserError
-from sdcl.runs import read_config
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import read_config
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the tests' folder, for children too
 from test_scans import write_dicom  # noqa: E402

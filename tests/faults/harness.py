@@ -17,7 +17,7 @@ import torch
 
 from dataloaders.phantom import write_acdc, write_la, write_pancreas
 from sdcl import checkpoints
-from sdcl.resume import DAMAGED
+from sdcl.runs.resume import DAMAGED
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("pre_train", "self_train")

@@ -13,7 +13,7 @@ import faults  # noqa: E402
 import fuzz  # noqa: E402
 from harness import Runner  # noqa: E402
 
-from sdcl.atomic import claimed  # noqa: E402
+from sdcl.runs.atomic import claimed  # noqa: E402
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="forks and kills as POSIX systems do")
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from sdcl import checkpoints, report
-from sdcl.config import run_script
+from sdcl import checkpoints
 from sdcl.networks import resnet, unet, vnet
+from sdcl.runs.config import run_script
+from sdcl.scoring import report
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"acdc": "ACDC_train.py", "la": "LA_train.py", "pancreas": "pancreas/Pancreas_train.py"}

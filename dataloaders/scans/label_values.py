@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.scans import read_label
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from dataloaders.scans.reading import read_label
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 MAX_VALUE = 65_535  # of a label
 MAX_CLASSES = 255  # that a converted file's uint8 can hold

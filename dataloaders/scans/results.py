@@ -10,9 +10,9 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
-from dataloaders.scans import GEOMETRY_TOLERANCE, Scan, corner_offset_mm
-from sdcl.atomic import replacing, write_text
-from sdcl.runs import LOGGER
+from dataloaders.scans.reading import GEOMETRY_TOLERANCE, Scan, corner_offset_mm
+from sdcl.runs.atomic import replacing, write_text
+from sdcl.runs.folder import LOGGER
 
 COLUMNS = ("scan", "structure", "volume_ml", "voxels")
 EXACT_MM = 1e-3  # what float32 loses in a quaternion

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sdcl.errors import UserError
+from sdcl.runs.errors import UserError
 
 LOCK = ".lock"  # in the folder; the system releases it when the process ends, however it ends
 

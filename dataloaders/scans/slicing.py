@@ -7,10 +7,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from dataloaders.preprocessing import AXES, Axis, own_slice_axis
-from dataloaders.scans import NIFTI, Scan, read_scan
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from dataloaders.scans.preprocessing import AXES, Axis, own_slice_axis
+from dataloaders.scans.reading import NIFTI, Scan, read_scan
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 Grid = tuple[tuple[int, ...], tuple[float, ...]]  # voxels and their sides, along the patient's x, y and z
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataloaders.dicom import is_dicom
-from dataloaders.series import LeftOut, Series, sort_out, tell_left_out
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from dataloaders.scans.dicom import is_dicom
+from dataloaders.scans.series import LeftOut, Series, sort_out, tell_left_out
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 NIFTI = (".nii", ".nii.gz")
 PAIR = (".hdr",)  # with an .img beside it

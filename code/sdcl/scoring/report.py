@@ -17,8 +17,9 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from torch import nn
 
-from sdcl.atomic import replacing, write_text
-from sdcl.evaluation import (
+from sdcl.runs.atomic import replacing, write_text
+from sdcl.runs.folder import LOGGER, MACHINE_FIELDS, write_csv
+from sdcl.scoring.evaluation import (
     METRICS,
     PREDICTORS,
     STUDENTS,
@@ -36,8 +37,7 @@ from sdcl.evaluation import (
     shown_metrics,
     summarise,
 )
-from sdcl.runs import LOGGER, MACHINE_FIELDS, write_csv
-from sdcl.scored import ScoredCases, key_of
+from sdcl.scoring.scored import ScoredCases, key_of
 
 # Okabe and Ito's colour-blind-safe colours, by foreground class.
 CLASS_COLOURS = np.array([(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178)]) / 255

@@ -15,9 +15,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
 
-from sdcl.atomic import write_text
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from sdcl.runs.atomic import write_text
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 
 class StageRecord:

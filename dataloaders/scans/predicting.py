@@ -5,15 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.finding import SeriesPath
-from dataloaders.prediction import Run, box_on_grid, check_roi, inference_of, segment
-from dataloaders.results import is_sheared, nifti_like, read_volumes, save_nifti_file, upright, write_volumes
-from dataloaders.scans import Scan, find_scans, name_of, read_scan
+from dataloaders.scans.finding import SeriesPath
+from dataloaders.scans.prediction import Run, box_on_grid, check_roi, inference_of, segment
+from dataloaders.scans.reading import Scan, find_scans, name_of, read_scan
+from dataloaders.scans.results import is_sheared, nifti_like, read_volumes, save_nifti_file, upright, write_volumes
 from dataloaders.volumes import check_windows
-from sdcl.errors import UserError
-from sdcl.experiment import begin
-from sdcl.report import save_scan_figure
-from sdcl.runs import LOGGER
+from sdcl.runs.errors import UserError
+from sdcl.runs.experiment import begin
+from sdcl.runs.folder import LOGGER
+from sdcl.scoring.report import save_scan_figure
 
 
 def predict(config: Any, run: Run, name: str, path: Path, model: tuple) -> list[dict]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from sdcl.atomic import replacing
-from sdcl.evaluation import Case, CaseRow
+from sdcl.runs.atomic import replacing
+from sdcl.scoring.evaluation import Case, CaseRow
 
 
 def key_of(networks: Iterable[nn.Module], facts: dict[str, Any]) -> str:

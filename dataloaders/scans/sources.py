@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dataloaders.files import read_text_attributes
-from dataloaders.preprocessing import Preprocessing
-from sdcl.errors import UserError
+from dataloaders.scans.preprocessing import Preprocessing
+from sdcl.runs.errors import UserError
 
 DETACHED = (".nhdr", ".mhd")  # headers whose voxels lie in a file beside them
 BLOCK = 2**20  # bytes

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from dataloaders.dicom import Frame, Header, guarded, read_header
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from dataloaders.scans.dicom import Frame, Header, guarded, read_header
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 GAP_TOLERANCE = 0.1  # of the usual gap between two slices of a series
 LINE_TOLERANCE = 0.25  # of a voxel: how far a slice may lie from where the series' steps lead

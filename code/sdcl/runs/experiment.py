@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 
-from sdcl.atomic import claimed
 from sdcl.checkpoints import LAST, PREVIOUS, load, load_last, load_weights
-from sdcl.config import as_dict, check_common, describe
-from sdcl.devices import computes_bf16, keep_freed_memory, select_device, set_arithmetic
-from sdcl.errors import UserError
-from sdcl.evaluation import PREDICTORS, STUDENTS, Case, Predictors, Task, load_predictors
 from sdcl.networks import build_network
-from sdcl.report import test_report, validator
-from sdcl.runs import (
+from sdcl.runs.atomic import claimed
+from sdcl.runs.config import as_dict, check_common, describe
+from sdcl.runs.devices import computes_bf16, keep_freed_memory, select_device, set_arithmetic
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import (
     LOGGER,
     differing_tasks,
     environment,
@@ -31,6 +29,8 @@ from sdcl.runs import (
     start_logging,
     trained_among,
 )
+from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Case, Predictors, Task, load_predictors
+from sdcl.scoring.report import test_report, validator
 from sdcl.training import Streams, make_learners, pretrain, self_train
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from sdcl.atomic import write_text
-from sdcl.config import as_dict
-from sdcl.errors import UserError
+from sdcl.runs.atomic import write_text
+from sdcl.runs.config import as_dict
+from sdcl.runs.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def environment(device: "torch.device") -> dict[str, Any]:
     """Collect what is needed to run an experiment again: commit, versions, device."""
     import torch  # here alone, so that what needs no network starts at once
 
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     try:
         commit = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],

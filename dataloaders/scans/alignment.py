@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdcl.errors import UserError
+from sdcl.runs.errors import UserError
 
 # A label that lies right has steps of intensity at its border. On 39 real scans (38 LA, 1 CT) it had 1.1 to 2 times the
 # steps inside it, and every flip of it less; a flip that has this much more is the better place for the label.

@@ -7,12 +7,12 @@ from typing import Any
 
 import h5py
 
-from dataloaders.convert import few
 from dataloaders.datasets import SLICE, find_file
 from dataloaders.files import read_list, sample_rng
-from sdcl.atomic import write_text
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from dataloaders.scans.convert import few
+from sdcl.runs.atomic import write_text
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 SUFFIXES = {"volume": ".txt", "slices": ".list"}
 LISTS = ("train", "train_lab", "train_unlab", "train_slices", "val", "test")

@@ -17,11 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from dataloaders.datasets import SLICE
-from dataloaders.preprocessing import Box, Prepared, Preprocessing
-from dataloaders.sources import change_since, fingerprint
-from sdcl.atomic import replacing
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER, start_logging
+from dataloaders.scans.preprocessing import Box, Prepared, Preprocessing
+from dataloaders.scans.sources import change_since, fingerprint
+from sdcl.runs.atomic import replacing
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER, start_logging
 
 FORMAT_VERSION = 1
 FEW = 5  # names that a message gives before it says only how many more there are

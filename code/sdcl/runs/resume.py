@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from sdcl import checkpoints
-from sdcl.errors import UserError
-from sdcl.evaluation import PREDICTORS
-from sdcl.runs import differing_fields
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import differing_fields
+from sdcl.scoring.evaluation import PREDICTORS
 from sdcl.steps import Learners
 
 DAMAGED = "last_damaged.pth"  # a last checkpoint that could not be read, kept for inspection

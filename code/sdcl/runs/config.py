@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from sdcl.errors import UserError
+from sdcl.runs.errors import UserError
 
 Config = TypeVar("Config")
 POSITIVE_FIELDS = (

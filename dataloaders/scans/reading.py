@@ -11,14 +11,14 @@ import SimpleITK as sitk
 from nibabel import orientations
 
 from dataloaders.checks import check_declared
-from dataloaders.dicom import dicom_files, guarded, is_dicom
-from dataloaders.finding import ITK, MGH, NIFTI, PAIR, SeriesPath, suffix_of
-from dataloaders.finding import SUFFIXES as SUFFIXES
-from dataloaders.finding import find_scans as find_scans
-from dataloaders.finding import name_of as name_of
-from dataloaders.series import read_series, sort_out, tell_left_out
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from dataloaders.scans.dicom import dicom_files, guarded, is_dicom
+from dataloaders.scans.finding import ITK, MGH, NIFTI, PAIR, SeriesPath, suffix_of
+from dataloaders.scans.finding import SUFFIXES as SUFFIXES
+from dataloaders.scans.finding import find_scans as find_scans
+from dataloaders.scans.finding import name_of as name_of
+from dataloaders.scans.series import read_series, sort_out, tell_left_out
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 SIDES_MM = (0.01, 50.0)  # plausible voxel sides; beyond them the header's unit is not the millimetre
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

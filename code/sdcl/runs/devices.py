@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of mallopt's parameters, from malloc.h
 

@@ -10,9 +10,9 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
-from dataloaders.scans import Scan
-from sdcl.errors import UserError
-from sdcl.runs import LOGGER
+from dataloaders.scans.reading import Scan
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 
 Axis = Literal["x", "y", "z"]
 AXES: tuple[Axis, ...] = ("x", "y", "z")

@@ -11,7 +11,7 @@ import numpy as np
 import pydicom
 
 from dataloaders.checks import check_declared
-from sdcl.errors import UserError
+from sdcl.runs.errors import UserError
 
 LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 IMPLICIT, BIG_ENDIAN, DEFLATED = b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99"

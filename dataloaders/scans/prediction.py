@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataloaders.preprocessing import Box, Preprocessing, onto_scan, prepare
-from dataloaders.scans import Scan
+from dataloaders.scans.preprocessing import Box, Preprocessing, onto_scan, prepare
+from dataloaders.scans.reading import Scan
 from sdcl.checkpoints import load_weights
-from sdcl.errors import UserError
-from sdcl.evaluation import PREDICTORS, STUDENTS, Decision
-from sdcl.experiment import place
 from sdcl.inference import slice_wise, sliding_window, window_starts
 from sdcl.networks import build_network
-from sdcl.runs import LOGGER, read_config, read_task
+from sdcl.runs.errors import UserError
+from sdcl.runs.experiment import place
+from sdcl.runs.folder import LOGGER, read_config, read_task
+from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Decision
 
 PredictorName = Literal["mean", "student_a", "student_b"]
 MANY_WINDOWS = 500

@@ -1,0 +1,1 @@
+"""What surrounds a run: its configuration, folder, records, files, device, and the experiment as a whole."""

@@ -1,0 +1,1 @@
+"""What becomes of predictions: scores, tables, figures, reports."""

@@ -1,0 +1,1 @@
+"""Files in space: reading, DICOM, alignment, preprocessing, conversion, prediction."""
