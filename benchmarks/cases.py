@@ -13,9 +13,10 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from dataloaders.files import sample_rng
+from dataloaders.files import Decoding, sample_rng
 from dataloaders.slices import Slices
-from dataloaders.streams import Streams
+from dataloaders.streams import Order, Streams
+from dataloaders.transforms import Augmentation
 from dataloaders.volumes import CroppedVolumes
 from sdcl.inference import slice_wise, sliding_window
 from sdcl.losses import discrepancy, mixed_losses
@@ -23,7 +24,7 @@ from sdcl.metrics import case_metrics
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.networks import build_network
 from sdcl.pseudo_labels import pseudo_label
-from sdcl.runs.experiment import place
+from sdcl.runs.devices import place
 from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Case, Decision, Predictors, Task, evaluate
 from sdcl.steps import add_teacher, make_learners, self_train_step
 
@@ -131,18 +132,18 @@ def streams(work: Work, is_ours: bool) -> Run:
         with h5py.File(path, "w") as file:
             file.create_dataset("image", data=image, compression="gzip")
             file.create_dataset("label", data=(image > 0.1).astype(np.uint8), compression="gzip")
-    how = {"num_classes": work.classes, "cache_gb": 8, "labelled": True}
+    decoding = Decoding(work.classes, labelled=True, cache_gb=8)
     if is_2d:
         root = Path(folder.name)
         (root / "data").mkdir()
         paths = [path.rename(root / "data" / path.name) for path in paths]
-        cases = Slices(root, [path.stem for path in paths], size=work.shape, **how)
+        cases = Slices(root, [path.stem for path in paths], decoding, Augmentation(work.shape))
         read = textbook_data.augmented_slice
     else:
         named = {path.stem: path for path in paths}
-        cases = CroppedVolumes(named, patch_size=work.shape, crop="random", cache_dtype="float32", **how)
+        cases = CroppedVolumes(named, decoding, work.shape, "random")
         read = textbook_data.random_crop
-    stream = Streams(cases, None, batch_size=work.batch_size, labelled_repeat=12, seed=1)
+    stream = Streams(cases, None, Order(work.batch_size, 12, seed=1))
     iteration = iter(range(10**9))
 
     def run() -> dict[str, float]:

@@ -23,8 +23,7 @@ from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.networks import build_network
 from sdcl.pseudo_labels import PendingLabels
 from sdcl.runs.config import run_script
-from sdcl.runs.devices import keep_freed_memory
-from sdcl.runs.experiment import place
+from sdcl.runs.devices import keep_freed_memory, place
 from sdcl.training import peak_memory_gib
 
 

@@ -80,9 +80,10 @@ def main(config: Config) -> None:
     """Read the data and run both stages."""
     check_root("acdc", config.root_path)
     from dataloaders.acdc import DATA_SET  # these take seconds, which a wrong flag need not wait for
-    from dataloaders.slices import train_slices
+    from dataloaders.slices import SliceData
+    from sdcl.runs.experiment import train
 
-    train_slices(config, DATA_SET)
+    train(config, SliceData(DATA_SET, config))
 
 
 if __name__ == "__main__":

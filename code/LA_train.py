@@ -83,11 +83,10 @@ def main(config: Config) -> None:
     """Read the data and run both stages."""
     check_root("la", config.root_path)
     from dataloaders.la import DATA_SET  # these take seconds, which a wrong flag need not wait for
-    from dataloaders.volumes import train_volumes
-    from sdcl.training import validation_iterations
+    from dataloaders.volumes import VolumeData
+    from sdcl.runs.experiment import train
 
-    self_val_at = validation_iterations(config.self_val_every, config.self_val_every, config.self_iterations)
-    train_volumes(config, DATA_SET, self_val_at)
+    train(config, VolumeData(DATA_SET, config))
 
 
 if __name__ == "__main__":

@@ -99,9 +99,9 @@ def main(config: Config) -> None:
     """Fill in what follows from the data set, read the data and run both stages."""
     check_root("own", config.root_path)
     from dataloaders.own import count_labelled, has_val, read_data_set  # these take seconds, a wrong flag does not
-    from dataloaders.slices import train_slices
-    from dataloaders.volumes import train_volumes
-    from sdcl.training import validation_iterations
+    from dataloaders.slices import SliceData
+    from dataloaders.volumes import VolumeData
+    from sdcl.runs.experiment import train
 
     data_set = read_data_set(config.root_path)
     is_3d = data_set.preprocessing.layout == "volume"
@@ -111,10 +111,7 @@ def main(config: Config) -> None:
     config.select = config.select or ("val" if has_val(config.root_path) else "last")
     if is_3d:
         config.stride = config.stride or tuple(max(side // 2, 1) for side in config.patch_size)
-        self_val_at = validation_iterations(config.self_val_every, config.self_val_every, config.self_iterations)
-        train_volumes(config, data_set, self_val_at)
-    else:
-        train_slices(config, data_set)
+    train(config, (VolumeData if is_3d else SliceData)(data_set, config))
 
 
 if __name__ == "__main__":

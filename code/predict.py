@@ -58,9 +58,10 @@ def main(config: Config) -> None:
     read_config(config.run)
     if not config.input.exists():
         raise UserError(f"--input {config.input} does not exist: check the path.")
-    from dataloaders.scans.predicting import predict_scans  # this takes seconds, which a wrong flag need not wait for
+    from dataloaders.scans.predicting import predict_scans  # these take seconds, which a wrong flag need not wait for
+    from sdcl.runs.experiment import begin
 
-    predict_scans(config)
+    predict_scans(config, begin(config, lambda _: None))
 
 
 if __name__ == "__main__":

@@ -46,9 +46,10 @@ def main(config: Config) -> None:
     check_root("acdc", config.root_path)
     find_run(config, "acdc")
     from dataloaders.acdc import DATA_SET  # these take seconds, which a wrong flag need not wait for
-    from dataloaders.slices import test_slices
+    from dataloaders.slices import SliceData
+    from sdcl.runs.experiment import test
 
-    test_slices(config, DATA_SET)
+    test(config, SliceData(DATA_SET, config))
 
 
 if __name__ == "__main__":

@@ -52,19 +52,18 @@ def main(config: Config) -> None:
     """Read the run's settings and the cases, score, print and write."""
     check_root("own", config.root_path)
     from dataloaders.own import count_labelled, read_data_set  # these take seconds, a wrong flag does not
-    from dataloaders.slices import test_slices
-    from dataloaders.volumes import test_volumes
+    from dataloaders.slices import SliceData
+    from dataloaders.volumes import VolumeData
+    from sdcl.runs.experiment import test
 
     data_set = read_data_set(config.root_path)
     config.labelnum = config.labelnum or count_labelled(config.root_path, data_set)
-    if data_set.preprocessing.layout == "volume":
-        test_volumes(config, data_set, config.split)
-    elif config.spacing or config.stride or config.tta or config.window_weighting != "constant":
+    is_3d = data_set.preprocessing.layout == "volume"
+    if not is_3d and (config.spacing or config.stride or config.tta or config.window_weighting != "constant"):
         raise UserError(
             f"{config.root_path} is a 2D data set: --spacing, --stride, --tta and --window_weighting are for volumes."
         )
-    else:
-        test_slices(config, data_set)
+    test(config, (VolumeData if is_3d else SliceData)(data_set, config))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
@@ -172,18 +173,33 @@ def _read_array(path: Path, file: h5py.File, key: str) -> np.ndarray:
     return dataset[()]
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How the files of a training list are decoded, checked and kept.
+
+    Attributes:
+        num_classes: labels must lie in [0, num_classes).
+        labelled: without it labels are neither needed nor read.
+        cache_gb: bound of the memory for decoded arrays, in GiB.
+        dtype: of the images kept: float16 takes half the memory, at 3 decimal digits.
+        check: what else to refuse of a file, called once with its path and sample; raises UserError.
+    """
+
+    num_classes: int
+    labelled: bool
+    cache_gb: float
+    dtype: Literal["float32", "float16"] = "float32"
+    check: Callable[[Path, Sample], None] | None = None
+
+
 class Cache:
     """Files decoded once and kept in memory up to a bound; those beyond it are decoded at each access.
 
     Args:
         paths: the files.
-        what: how to call them in the log, such as "labelled slices".
-        bound_gb: memory for the decoded arrays, in GiB.
+        what: how to call them in the log, such as "slices".
         ndim: see read_sample.
-        num_classes: see read_sample.
-        needs_label: see read_sample.
-        dtype: of the images kept.
-        check: what else to refuse of a file, called once with its path and sample; raises UserError.
+        decoding: how they are decoded, checked and kept.
 
     Attributes:
         classes: those in the labels, background included; none of unlabelled files.
@@ -192,29 +208,17 @@ class Cache:
         UserError: the first file that is missing or wrong; every file is checked here, before any training.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        *,
-        what: str,
-        bound_gb: float,
-        ndim: int,
-        num_classes: int,
-        needs_label: bool = True,
-        dtype: str = "float32",
-        check: Callable[[Path, Sample], None] | None = None,
-    ):
-        self._dtype = dtype
-        self._paths = list(paths)
-        self._how = {"ndim": ndim, "num_classes": num_classes, "needs_label": needs_label}
+    def __init__(self, paths: Sequence[Path], what: str, ndim: int, decoding: Decoding):
+        self._paths, self._ndim, self._decoding = list(paths), ndim, decoding
+        what = f"{'labelled' if decoding.labelled else 'unlabelled'} {what}"
         self._kept: list[Sample | None] = []
         self.classes: set[int] = set()
         total = kept = 0
 
         def read(path: Path) -> Sample:
             sample = self._read(path)
-            if check is not None:
-                check(path, sample)
+            if decoding.check is not None:
+                decoding.check(path, sample)
             return sample
 
         with ThreadPoolExecutor(READERS) as pool:
@@ -227,15 +231,14 @@ class Cache:
                     total += sample.num_bytes
                     if sample.label is not None:
                         self.classes |= set(np.flatnonzero(np.bincount(sample.label.ravel())).tolist())
-                    keep = total <= bound_gb * 2**30
+                    keep = total <= decoding.cache_gb * 2**30
                     kept += sample.num_bytes if keep else 0
                     self._kept.append(sample if keep else None)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        LOGGER.info(
-            "%d %s: %.2f of %.2f GiB kept in memory (bound %g)", len(self), what, kept / 2**30, total / 2**30, bound_gb
-        )
+        gib = (kept / 2**30, total / 2**30, decoding.cache_gb)
+        LOGGER.info("%d %s: %.2f of %.2f GiB kept in memory (bound %g)", len(self), what, *gib)
 
     def __len__(self) -> int:
         """Count the files."""
@@ -247,8 +250,9 @@ class Cache:
         return kept if kept is not None else self._read(self._paths[index])
 
     def _read(self, path: Path) -> Sample:
-        sample = read_sample(path, **self._how)
-        return Sample(sample.image.astype(self._dtype, copy=False), sample.label)
+        how = self._decoding
+        sample = read_sample(path, ndim=self._ndim, num_classes=how.num_classes, needs_label=how.labelled)
+        return Sample(sample.image.astype(how.dtype, copy=False), sample.label)
 
 
 def sample_rng(*numbers: int | str) -> np.random.Generator:

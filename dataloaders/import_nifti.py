@@ -18,7 +18,7 @@ from dataloaders.checks import name_fault
 from dataloaders.datasets import SLICE, find_file
 from dataloaders.own import DESCRIPTION, is_name
 from dataloaders.scans.alignment import TRUSTED, check_alignment
-from dataloaders.scans.convert import Job, check_trust, convert, provenance, write_case, write_slices
+from dataloaders.scans.convert import Job, Origin, check_trust, convert, provenance, write_case, write_slices
 from dataloaders.scans.import_lists import Lists, draw, keep, settings_of, write_lists
 from dataloaders.scans.label_values import LabelMap, choose_values, class_names
 from dataloaders.scans.preprocessing import WINDOW_HU, Axis, Normalisation, Preprocessing, prepare, prepare_label
@@ -137,7 +137,7 @@ def convert_case(
             check_alignment(label_path, clipped, on_image, is_organ_ct=False, way_out=f"give --trust {name}")
         mask = prepare_label(on_image, image, how)
         tell_lost(name, label_path, on_image, mask, config)
-    attributes = provenance(case, how, rule=RULE, image=image_path, label=label_path, raw=config.images)
+    attributes = provenance(case, how, Origin(RULE, config.images, image_path, label_path))
     attributes |= {"alignment": alignment} | made_by(how, labels, label_path)
     if how.layout == "slices":
         write_slices(config.output, name, case.array, mask, attributes)

@@ -42,9 +42,7 @@ class Config:
 def write_acdc(
     root_path: Path | str,
     *,
-    train_patients: int = 12,
-    val_patients: int = 3,
-    test_patients: int = 3,
+    patients: tuple[int, int, int] = (12, 3, 3),
     labelled_patients: int = 2,
     size: tuple[int, int] = (72, 80),
     slices: int = 5,
@@ -54,7 +52,7 @@ def write_acdc(
 
     Args:
         root_path: folder that receives `data/`, `data/slices/` and `data_split/*.list`.
-        train_patients, val_patients, test_patients: how many patients each has; they are numbered in this order.
+        patients: how many for training, validation and test; they are numbered in this order.
         labelled_patients: how many of the training patients, from the first, have their slices in `train_lab.list`.
         size: height and width in pixels; each patient's differ from it by up to 2 pixels.
         slices: slices a volume, from base to apex.
@@ -67,9 +65,10 @@ def write_acdc(
         UserError: `root_path` holds data or lists that this module did not write.
         ValueError: more labelled than training patients.
     """
+    train_patients, val_patients, _ = patients
     root = _claim(root_path, labelled_patients, train_patients)
     frames_of, slices_of = [], []
-    for patient in range(train_patients + val_patients + test_patients):
+    for patient in range(sum(patients)):
         name = f"patient{patient + 1:03d}"
         volumes = draw_heart(_case_rng(seed, patient), size, slices)
         frames_of.append([f"{name}_frame{frame:02d}" for frame in (1, 2)])
@@ -94,8 +93,7 @@ def write_acdc(
 def write_la(
     root_path: Path | str,
     *,
-    train_cases: int = 6,
-    test_cases: int = 2,
+    cases: tuple[int, int] = (6, 2),
     labelled_cases: int = 2,
     size: tuple[int, int, int] = (56, 48, 40),
     classes: Literal[2, 3] = 2,
@@ -105,7 +103,7 @@ def write_la(
 
     Args:
         root_path: folder that receives `data/2018LA_Seg_Training Set/<case>/mri_norm2.h5` and `data_split/*.txt`.
-        train_cases, test_cases: how many cases each of the two has.
+        cases: how many for training and for test.
         labelled_cases: how many of the training cases, from the first, `train_lab.txt` names.
         size: voxels along x, y and z.
         classes: 2 gives labels 0 and 1; 3 gives the veins label 2, for multi-class work in 3D.
@@ -123,14 +121,13 @@ def write_la(
         name = "".join(rng.choice(CASE_ALPHABET, 20))
         return name, f"2018LA_Seg_Training Set/{name}/mri_norm2.h5", *draw_atrium(rng, size, classes)
 
-    return _write_cases(root_path, train_cases, test_cases, labelled_cases, seed, draw)
+    return _write_cases(root_path, cases, labelled_cases, seed, draw)
 
 
 def write_pancreas(
     root_path: Path | str,
     *,
-    train_cases: int = 6,
-    test_cases: int = 2,
+    cases: tuple[int, int] = (6, 2),
     labelled_cases: int = 2,
     size: tuple[int, int, int] = (56, 56, 48),
     seed: int = 0,
@@ -156,7 +153,7 @@ def write_pancreas(
         name = f"data{case + 1:04d}"
         return name, f"{name}.h5", *draw_pancreas(rng, size)
 
-    return _write_cases(root_path, train_cases, test_cases, labelled_cases, seed, draw)
+    return _write_cases(root_path, cases, labelled_cases, seed, draw)
 
 
 def write_nifti(
@@ -213,12 +210,13 @@ def _claim(root_path: Path | str, labelled: int, train: int) -> Path:
 
 
 def _write_cases(
-    root_path: Path | str, train: int, test: int, labelled: int, seed: int, draw: Callable[..., tuple]
+    root_path: Path | str, cases: tuple[int, int], labelled: int, seed: int, draw: Callable[..., tuple]
 ) -> Path:
     """Write a 3D data set; `draw(rng, case)` gives a case's name, its file below `data`, image and label."""
+    train = cases[0]
     root = _claim(root_path, labelled, train)
     names = []
-    for case in range(train + test):
+    for case in range(sum(cases)):
         name, file, image, label = draw(_case_rng(seed, case), case)
         write_case(root / "data" / file, image, label)
         names.append(name)

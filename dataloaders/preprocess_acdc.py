@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this ch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataloaders.acdc import DATA_SET
-from dataloaders.scans.convert import Job, convert, few, provenance, write_slices
+from dataloaders.scans.convert import Job, Origin, convert, few, provenance, write_slices
 from dataloaders.scans.preprocessing import prepare, prepare_label
 from dataloaders.scans.reading import aligned_label, label_by_index, read_label, read_scan
 from sdcl.runs.config import run_script
@@ -39,7 +39,7 @@ def convert_frame(image_path: Path, label_path: Path, name: str, config: Config)
     on_image = label_by_index(image, label) if config.by_index else aligned_label(image, label)
     mask = prepare_label(on_image, image, PREPROCESSING)
     case = prepare(image, PREPROCESSING)
-    attributes = provenance(case, PREPROCESSING, rule=RULE, image=image_path, label=label_path, raw=config.raw)
+    attributes = provenance(case, PREPROCESSING, Origin(RULE, config.raw, image_path, label_path))
     write_slices(config.root_path, name, case.array, mask, attributes)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from dataloaders.checks import name_fault
 from dataloaders.files import sample_rng
 from dataloaders.la import DATA_SET, FOLDER
-from dataloaders.scans.convert import Job, convert, few, provenance, write_case
+from dataloaders.scans.convert import Job, Origin, convert, few, provenance, write_case
 from dataloaders.scans.preprocessing import at_least, label_box, prepare, prepare_label, with_margins
 from dataloaders.scans.reading import SUFFIXES, Scan, aligned_label, label_by_index, read_label, read_scan
 from sdcl.runs.config import run_script
@@ -54,7 +54,7 @@ def convert_case(image_path: Path, label_path: Path, target: Path, config: Confi
     box = with_margins(box, [*draw.tolist(), (0, 0)], mask.shape)
     box = (*box[:2], (0, mask.shape[2]))  # z is never cropped
     case = prepared.cropped(box)
-    attributes = provenance(case, PREPROCESSING, rule=RULE, image=image_path, label=label_path, raw=config.raw, box=box)
+    attributes = provenance(case, PREPROCESSING, Origin(RULE, config.raw, image_path, label_path), box)
     attributes["crop"] = crop_of(config)
     write_case(target, case.array, mask[tuple(slice(*side) for side in box)], attributes)
 

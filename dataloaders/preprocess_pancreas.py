@@ -15,7 +15,7 @@ import numpy as np
 
 from dataloaders.pancreas import DATA_SET, LEFT_OUT
 from dataloaders.scans.alignment import AXES, TRUSTED, check_alignment, measure_alignment
-from dataloaders.scans.convert import Job, check_trust, convert, few, provenance, write_case
+from dataloaders.scans.convert import Job, Origin, check_trust, convert, few, provenance, write_case
 from dataloaders.scans.preprocessing import (
     WINDOW_HU,
     Preprocessing,
@@ -105,7 +105,7 @@ def convert_case(image_path: Path, label_path: Path, target: Path, config: Confi
     box = with_margins(label_box(mask), [(config.margin, config.margin)] * 3, mask.shape)
     box = at_least(box, [config.min_side] * 3, mask.shape)
     case = prepared.cropped(box)
-    attributes = provenance(case, how, rule=config.rule, image=image_path, label=label_path, raw=config.images, box=box)
+    attributes = provenance(case, how, Origin(config.rule, config.images, image_path, label_path), box)
     attributes |= {"label_mean_hu": mean_hu, "alignment": alignment, "crop": crop_of(config)}
     if not is_placed:
         attributes = {key: value for key, value in attributes.items() if key not in ("origin", "direction")}

@@ -1,6 +1,7 @@
 """Single slices for training and volumes of slices for evaluation; what 2D data sets share."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +11,13 @@ from torch import nn
 
 from dataloaders.checks import check_apart, check_dimensions
 from dataloaders.datasets import SLICE, DataSet, check_classes, find_file
-from dataloaders.files import Cache, read_affine, read_list, read_sample, read_spacing
+from dataloaders.files import Cache, Decoding, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
-from dataloaders.transforms import apply_index, augmentation_index
+from dataloaders.transforms import Augmentation, apply_index, augmentation_index
 from sdcl.inference import slice_wise
+from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
-from sdcl.runs.experiment import begin, find_weights, test, train
 from sdcl.scoring.evaluation import Case, Decision, Task
-from sdcl.training import validation_iterations
 
 
 def split_by_patients(
@@ -50,36 +50,16 @@ class Slices:
     Args:
         root_path: the data set's folder.
         names: slices to read.
-        size: (H, W) of the samples, in pixels.
-        num_classes: labels must lie in [0, num_classes).
-        cache_gb: bound of the memory for decoded slices, in GiB.
-        labelled: without it labels are neither needed nor read.
-        augment_probability: see augmentation_index.
-        max_angle_deg: see augmentation_index.
+        decoding: how their files are decoded, checked and kept.
+        augmentation: what they go through then.
 
     Raises:
         UserError: a file is missing or wrong.
     """
 
-    def __init__(
-        self,
-        root_path: Path,
-        names: Sequence[str],
-        *,
-        size: tuple[int, int],
-        num_classes: int,
-        cache_gb: float,
-        labelled: bool,
-        augment_probability: float = 0.5,
-        max_angle_deg: int = 20,
-    ):
-        self._how = (size, augment_probability, max_angle_deg)
-        what = f"{'labelled' if labelled else 'unlabelled'} slices"
-        self._names = list(names)
-        paths = [find_file(root_path, name) for name in names]
-        self._cache = Cache(
-            paths, what=what, bound_gb=cache_gb, ndim=2, num_classes=num_classes, needs_label=labelled
-        )  # fmt: skip
+    def __init__(self, root_path: Path, names: Sequence[str], decoding: Decoding, augmentation: Augmentation):
+        self._augmentation, self._names = augmentation, list(names)
+        self._cache = Cache([find_file(root_path, name) for name in names], "slices", 2, decoding)
 
     def __len__(self) -> int:
         """Count the slices."""
@@ -97,8 +77,7 @@ class Slices:
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         """Return an augmented slice: image (H, W) float32 and label (H, W) uint8, or None without labels."""
         case = self._cache[index]
-        size, probability, max_angle_deg = self._how
-        view = augmentation_index(case.image.shape, size, rng, probability, max_angle_deg)
+        view = augmentation_index(case.image.shape, self._augmentation, rng)
         return apply_index(case.image, view), None if case.label is None else apply_index(case.label, view)
 
 
@@ -144,75 +123,77 @@ def check_2d(config: Any, num_classes: int) -> None:
         raise UserError(f"--connectivity is {config.connectivity}: slices know 4 or 8 neighbours.")
 
 
-def train_slices(config: Any, data_set: DataSet) -> None:
-    """Do what a 2D data set's training script does: read and check the data, train both stages.
+class SliceData:
+    """A 2D data set with a script's header: trained on slices, scored on volumes; see sdcl.runs.data.Data.
 
     Args:
-        config: the script's header.
-        data_set: what to train on.
-
-    Raises:
-        UserError: a setting, list or file is wrong.
+        data_set: which.
+        config: the header of a training or test script.
     """
 
-    def check(config: Any) -> None:
-        data_set.check_root(config.root_path)
-        check_2d(config, data_set.num_classes)
+    def __init__(self, data_set: DataSet, config: Any):
+        self.name, self._data_set, self._config = data_set.name, data_set, config
 
-    device = begin(config, check)
-    root, num_classes = config.root_path, data_set.num_classes
-    slices = read_list(root / "data_split" / "train_slices.list")
-    check_patients(root, slices, data_set.patient_of)
-    labelled_names, unlabelled_names = split_by_patients(slices, config.labelnum, data_set.patient_of)
-    if not unlabelled_names and config.self_iterations:
-        raise UserError(
-            f"--labelnum {config.labelnum} leaves no unlabelled patients: lower it, or give --self_iterations 0 "
-            "for supervised pre-training alone."
+    def check_root(self) -> None:
+        """Refuse a folder that does not hold the data set."""
+        self._data_set.check_root(self._config.root_path)
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other."""
+        check_2d(self._config, self._data_set.num_classes)
+
+    def training(self) -> Training:
+        """Read and check the lists and slices; see Data.training()."""
+        config, root = self._config, self._config.root_path
+        slices = read_list(root / "data_split" / "train_slices.list")
+        check_patients(root, slices, self._data_set.patient_of)
+        names = split_by_patients(slices, config.labelnum, self._data_set.patient_of)
+        if not names[1] and config.self_iterations:
+            raise UserError(
+                f"--labelnum {config.labelnum} leaves no unlabelled patients: lower it, or give --self_iterations 0 "
+                "for supervised pre-training alone."
+            )
+        labelled = self._slices(names[0], labelled=True)
+        check_classes(labelled.classes, self._data_set)
+        unlabelled = self._slices(names[1], labelled=False) if config.self_iterations else None
+        used = [*names[0], *names[1]]
+        has_val = (root / "data_split" / "val.list").exists() or config.select == "val"
+        return Training(
+            task=self._task(config.patch_size),
+            streams=lambda stage: Streams(labelled, unlabelled if stage == "self_train" else None, config),
+            lists={"labelled": names[0], "unlabelled": names[1]},
+            trained_on=list(dict.fromkeys(name.rsplit(SLICE, 1)[0] for name in used)),
+            validation_cases=read_volumes(root, "val", self._data_set.num_classes) if has_val else [],
+            validated_on="val",
+            facts=self._facts(used),
         )
 
-    def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
-        return slice_wise(networks, volume, config.patch_size, num_classes, config.batch_size, config.precision)
+    def scoring(self, trained: dict[str, Any]) -> Scoring:
+        """Say what a test scores; see Data.scoring()."""
+        check_dimensions(SimpleNamespace(**trained), 2)
+        root, split = self._config.root_path, self._config.split
+        decision = Decision("argmax", 26 if self._config.largest_component else None)
+        return Scoring(
+            task=replace(self._task(trained["patch_size"]), decision=decision),
+            read_cases=lambda: read_volumes(root, split, self._data_set.num_classes),
+            split=split,
+            facts=self._facts(read_list(root / "data_split" / f"{split}.list")),
+        )
 
-    def slices_of(names: Sequence[str], labelled: bool) -> Slices:
-        return Slices(
-            root, names, size=config.patch_size, num_classes=num_classes, cache_gb=config.cache_gb,
-            labelled=labelled, augment_probability=config.augment_probability, max_angle_deg=config.max_angle_deg,
-        )  # fmt: skip
+    def _slices(self, names: Sequence[str], labelled: bool) -> Slices:
+        config = self._config
+        decoding = Decoding(self._data_set.num_classes, labelled, config.cache_gb)
+        augmentation = Augmentation(config.patch_size, config.augment_probability, config.max_angle_deg)
+        return Slices(config.root_path, names, decoding, augmentation)
 
-    labelled = slices_of(labelled_names, labelled=True)
-    check_classes(labelled.classes, data_set)
-    unlabelled = slices_of(unlabelled_names, labelled=False) if config.self_iterations else None
-    has_val = (root / "data_split" / "val.list").exists() or config.select == "val"
-    train(
-        config,
-        Task(data_set.name, data_set.class_names, infer),
-        device,
-        make_streams=lambda with_unlabelled: Streams.of(config, labelled, unlabelled if with_unlabelled else None),
-        lists={"labelled": labelled_names, "unlabelled": unlabelled_names},
-        trained_on=list(dict.fromkeys(name.rsplit(SLICE, 1)[0] for name in (*labelled_names, *unlabelled_names))),
-        cases=read_volumes(root, "val", num_classes) if has_val else [],
-        validated_on="val",
-        pre_val_at=validation_iterations(config.pre_val_from, config.pre_val_every, config.pre_iterations),
-        self_val_at=validation_iterations(config.self_val_every, config.self_val_every, config.self_iterations),
-        facts=data_set.facts("argmax", [find_file(root, name) for name in (*labelled_names, *unlabelled_names)]),
-    )
+    def _facts(self, names: Sequence[str]) -> dict[str, Any]:
+        return self._data_set.facts("argmax", [find_file(self._config.root_path, name) for name in names])
 
+    def _task(self, size: Sequence[int]) -> Task:
+        """Return what the data set fixes, predicting at a size (H, W) of the networks' input."""
+        config, data_set = self._config, self._data_set
 
-def test_slices(config: Any, data_set: DataSet) -> None:
-    """Do what a 2D data set's test script does: score a run on the volumes of a split; see train_slices()."""
-    device = begin(config, lambda config: data_set.check_root(config.root_path))
-    folder, trained = find_weights(config, data_set.name)
-    check_dimensions(SimpleNamespace(**trained), 2)
-    names = read_list(config.root_path / "data_split" / f"{config.split}.list")
-    facts = data_set.facts("argmax", [find_file(config.root_path, name) for name in names])
+        def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
+            return slice_wise(networks, volume, size, data_set.num_classes, config.batch_size, config.precision)
 
-    def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
-        size = trained["patch_size"]
-        return slice_wise(networks, volume, size, data_set.num_classes, config.batch_size, config.precision)
-
-    def read_cases() -> list[Case]:
-        return read_volumes(config.root_path, config.split, data_set.num_classes)
-
-    decision = Decision("argmax", 26 if config.largest_component else None)
-    task = Task(data_set.name, data_set.class_names, infer, decision, label_values=data_set.label_values)
-    test(config, task, device, folder, trained, read_cases, config.split, facts, nifti=config.save_nifti)
+        return Task(data_set.name, data_set.class_names, infer, label_values=data_set.label_values)

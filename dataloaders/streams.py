@@ -3,7 +3,8 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,6 +31,25 @@ class TrainingSet(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Order:
+    """In which order lists are read; a script's header has the same fields and serves as well.
+
+    Attributes:
+        batch_size: samples in each of the two or four batches of an iteration.
+        labelled_repeat: how often the labelled list is repeated in an epoch.
+        unlabelled_repeat: the same for the unlabelled list.
+        seed: of the crops and augmentations, and of the order with shuffle.
+        shuffle: read each list in a random order, new in each epoch, instead of the published one.
+    """
+
+    batch_size: int
+    labelled_repeat: int
+    unlabelled_repeat: int = 1
+    seed: int = 1337
+    shuffle: bool = False
+
+
 class Streams:
     """Batches of both stages, each a function of its iteration's number alone.
 
@@ -39,11 +59,7 @@ class Streams:
     Args:
         labelled: the labelled cases.
         unlabelled: the unlabelled cases; None for pre-training.
-        batch_size: samples in each of the two or four batches of an iteration.
-        labelled_repeat: how often the labelled list is repeated in an epoch.
-        unlabelled_repeat: the same for the unlabelled list.
-        seed: of the crops and augmentations, and of the order with shuffle.
-        shuffle: read each list in a random order, new in each epoch, instead of the published one.
+        order: a script's header, or an Order.
 
     Raises:
         UserError: a repeated list is shorter than a batch.
@@ -51,44 +67,21 @@ class Streams:
     Source: docs/method.md, "Order of the data".
     """
 
-    def __init__(
-        self,
-        labelled: TrainingSet,
-        unlabelled: TrainingSet | None,
-        *,
-        batch_size: int,
-        labelled_repeat: int,
-        unlabelled_repeat: int = 1,
-        seed: int,
-        shuffle: bool = False,
-    ):
-        self._sets = {"x": (labelled, labelled_repeat)}
+    def __init__(self, labelled: TrainingSet, unlabelled: TrainingSet | None, order: Order):
+        self._sets = {"x": (labelled, order.labelled_repeat)}
         if unlabelled is not None:
-            self._sets["u"] = (unlabelled, unlabelled_repeat)
-        self._batch_size, self._shuffle = batch_size, shuffle
-        self._seed = (seed, "pre_train" if unlabelled is None else "self_train")  # stage 2 draws anew
-        lengths = [len(cases) * repeat // batch_size for cases, repeat in self._sets.values()]
+            self._sets["u"] = (unlabelled, order.unlabelled_repeat)
+        self._batch_size, self._shuffle = order.batch_size, order.shuffle
+        self._seed = (order.seed, "pre_train" if unlabelled is None else "self_train")  # stage 2 draws anew
+        lengths = [len(cases) * repeat // order.batch_size for cases, repeat in self._sets.values()]
         self.iterations_per_epoch = min(lengths)
         if self.iterations_per_epoch == 0:
             kind = "labelled" if lengths[0] == 0 else "unlabelled"
             cases, repeat = self._sets["x" if kind == "labelled" else "u"]
             raise UserError(
-                f"--batch_size {batch_size} is more than the {len(cases)} {kind} cases repeated {repeat} times: "
+                f"--batch_size {order.batch_size} is more than the {len(cases)} {kind} cases repeated {repeat} times: "
                 f"lower it or raise --{kind}_repeat."
             )
-
-    @classmethod
-    def of(cls, config: Any, labelled: TrainingSet, unlabelled: TrainingSet | None) -> "Streams":
-        """Make the streams with a script's header's settings."""
-        return cls(
-            labelled,
-            unlabelled,
-            batch_size=config.batch_size,
-            labelled_repeat=config.labelled_repeat,
-            unlabelled_repeat=config.unlabelled_repeat,
-            seed=config.seed,
-            shuffle=config.shuffle,
-        )
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the batches of iterations start to stop - 1 (from 0), prepared ahead by another thread.

@@ -1,11 +1,54 @@
-"""Augmentation of slices, each a map of indices that shows scipy's very pixels."""
+"""What samples go through: crops of volumes; augmentations of slices, maps of indices to scipy's very pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import special
 
 from sdcl.inference import zoom_index
 
+Crop = Literal["random", "centre"]
 OUTSIDE = -1  # index of pixels that a rotation brings in from beyond the image; they become 0
+
+
+def crop_corner(
+    shape: Sequence[int], patch_size: Sequence[int], rng: np.random.Generator | None
+) -> tuple[list[int], list[int]]:
+    """Choose where a crop lies, as published.
+
+    Where a side is no longer than the patch's, both of its ends are first padded by (patch - side) // 2 + 1.
+
+    Args:
+        shape: the volume's sides, in voxels.
+        patch_size: the crop's sides, in voxels.
+        rng: None takes the centre crop.
+
+    Returns:
+        The padding of both ends of each axis, and the crop's corner in the padded volume, uniform over
+        [0, side - patch) for a random crop, round((side - patch) / 2) for the centre.
+
+    Source: docs/method.md, "Order of the data", random crop and centre crop.
+    """
+    sides = list(zip(shape, patch_size, strict=True))
+    is_small = any(side <= patch for side, patch in sides)
+    pads = [max((patch - side) // 2 + 1, 0) if is_small else 0 for side, patch in sides]
+    rooms = [side + 2 * pad - patch for (side, patch), pad in zip(sides, pads, strict=True)]
+    corner = [round(room / 2) if rng is None else int(rng.integers(room)) for room in rooms]
+    return pads, corner
+
+
+def cropped(array: np.ndarray, pads: Sequence[int], corner: Sequence[int], patch_size: Sequence[int]) -> np.ndarray:
+    """Return the crop of crop_corner(); what lies outside the volume is 0."""
+    result = np.zeros(tuple(patch_size), array.dtype)
+    source, target = [], []
+    for pad, start, patch, side in zip(pads, corner, patch_size, array.shape, strict=True):
+        begin, end = max(start - pad, 0), min(start - pad + patch, side)
+        source.append(slice(begin, end))
+        target.append(slice(begin - (start - pad), end - (start - pad)))
+    result[tuple(target)] = array[tuple(source)]
+    return result
 
 
 def _rotated(shape: tuple[int, int], angle_deg: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -34,13 +77,22 @@ def _rotated(shape: tuple[int, int], angle_deg: int, rows: np.ndarray, columns: 
     return np.where(is_inside, index, np.int32(OUTSIDE))
 
 
-def augmentation_index(
-    shape: tuple[int, int],
-    size: tuple[int, int],
-    rng: np.random.Generator,
-    probability: float = 0.5,
-    max_angle_deg: int = 20,
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Augmentation:
+    """What slices go through at each reading.
+
+    Attributes:
+        size: (H', W') of the output.
+        probability: of each of the two kinds, one after the other.
+        max_angle_deg: bound of the second kind's angle, in degrees; 0 leaves it out.
+    """
+
+    size: tuple[int, int]
+    probability: float = 0.5
+    max_angle_deg: int = 20
+
+
+def augmentation_index(shape: tuple[int, int], how: Augmentation, rng: np.random.Generator) -> np.ndarray:
     """Draw one augmentation as a map: output pixel to flat input index, or OUTSIDE.
 
     With the probability a rotation by k * 90 degrees and a flip; otherwise, with the same probability, a rotation by a
@@ -48,10 +100,8 @@ def augmentation_index(
 
     Args:
         shape: (H, W) of the slice, in pixels.
-        size: (H', W') of the output.
+        how: size, probability and bound.
         rng: source of randomness.
-        probability: of each of the two kinds, one after the other.
-        max_angle_deg: bound of the second kind's angle, in degrees; 0 leaves it out.
 
     Returns:
         int32 (H', W').
@@ -60,11 +110,11 @@ def augmentation_index(
     """
     numbers = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
     angle_deg = None
-    if rng.random() < probability:
+    if rng.random() < how.probability:
         numbers = np.flip(np.rot90(numbers, rng.integers(4)), rng.integers(2))
-    elif rng.random() < probability and max_angle_deg:
-        angle_deg = int(rng.integers(-max_angle_deg, max_angle_deg))
-    rows, columns = (zoom_index(side, out) for side, out in zip(numbers.shape, size, strict=True))
+    elif rng.random() < how.probability and how.max_angle_deg:
+        angle_deg = int(rng.integers(-how.max_angle_deg, how.max_angle_deg))
+    rows, columns = (zoom_index(side, out) for side, out in zip(numbers.shape, how.size, strict=True))
     if angle_deg is None:  # the map is a sum of one number a row and one a column
         index = numbers[rows, 0][:, None] + (numbers[0, columns] - numbers[0, 0])
     else:

@@ -1,64 +1,26 @@
 """Cropped 3D training volumes and whole evaluation volumes; what LA and Pancreas share."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from dataloaders.checks import check_apart, check_dimensions
 from dataloaders.datasets import DataSet, check_classes
-from dataloaders.files import Cache, Sample, has_label, read_affine, read_list, read_sample, read_spacing
+from dataloaders.files import Cache, Decoding, has_label, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
+from dataloaders.transforms import Crop, crop_corner, cropped
 from sdcl.inference import sliding_window
+from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
-from sdcl.runs.experiment import begin, find_weights, test, train
 from sdcl.scoring.evaluation import Case, Decision, Task
-from sdcl.training import validation_iterations
 
-Crop = Literal["random", "centre"]
 PLANES = (2, 1, 0)  # axial, coronal, sagittal in the usual order of axes
 WIDEST_CONNECTIVITY = 26
-
-
-def crop_corner(
-    shape: Sequence[int], patch_size: Sequence[int], rng: np.random.Generator | None
-) -> tuple[list[int], list[int]]:
-    """Choose where a crop lies, as published.
-
-    Where a side is no longer than the patch's, both of its ends are first padded by (patch - side) // 2 + 1.
-
-    Args:
-        shape: the volume's sides, in voxels.
-        patch_size: the crop's sides, in voxels.
-        rng: None takes the centre crop.
-
-    Returns:
-        The padding of both ends of each axis, and the crop's corner in the padded volume, uniform over
-        [0, side - patch) for a random crop, round((side - patch) / 2) for the centre.
-
-    Source: docs/method.md, "Order of the data", random crop and centre crop.
-    """
-    sides = list(zip(shape, patch_size, strict=True))
-    is_small = any(side <= patch for side, patch in sides)
-    pads = [max((patch - side) // 2 + 1, 0) if is_small else 0 for side, patch in sides]
-    rooms = [side + 2 * pad - patch for (side, patch), pad in zip(sides, pads, strict=True)]
-    corner = [round(room / 2) if rng is None else int(rng.integers(room)) for room in rooms]
-    return pads, corner
-
-
-def cropped(array: np.ndarray, pads: Sequence[int], corner: Sequence[int], patch_size: Sequence[int]) -> np.ndarray:
-    """Return the crop of crop_corner(); what lies outside the volume is 0."""
-    result = np.zeros(tuple(patch_size), array.dtype)
-    source, target = [], []
-    for pad, start, patch, side in zip(pads, corner, patch_size, array.shape, strict=True):
-        begin, end = max(start - pad, 0), min(start - pad + patch, side)
-        source.append(slice(begin, end))
-        target.append(slice(begin - (start - pad), end - (start - pad)))
-    result[tuple(target)] = array[tuple(source)]
-    return result
 
 
 class CroppedVolumes:
@@ -66,42 +28,18 @@ class CroppedVolumes:
 
     Args:
         paths: the files, by the case's name.
+        decoding: how they are decoded, checked and kept.
         patch_size: sides of the samples, in voxels.
         crop: "random" or "centre".
-        num_classes: labels must lie in [0, num_classes).
-        cache_gb: bound of the memory for decoded volumes, in GiB.
-        cache_dtype: "float32", or "float16" for half the memory at 3 decimal digits.
-        labelled: without it labels are neither needed nor read.
-        check: what else to refuse of a labelled file; raises UserError.
 
     Raises:
         UserError: a file is missing or wrong.
     """
 
-    def __init__(
-        self,
-        paths: Mapping[str, Path],
-        *,
-        patch_size: Sequence[int],
-        crop: Crop,
-        num_classes: int,
-        cache_gb: float,
-        cache_dtype: Literal["float32", "float16"],
-        labelled: bool,
-        check: Callable[[Path, Sample], None] | None = None,
-    ):
+    def __init__(self, paths: Mapping[str, Path], decoding: Decoding, patch_size: Sequence[int], crop: Crop):
         self._patch_size, self._crop = tuple(patch_size), crop
         self._names = list(paths)
-        self._cache = Cache(
-            list(paths.values()),
-            what=f"{'labelled' if labelled else 'unlabelled'} volumes",
-            bound_gb=cache_gb,
-            ndim=3,
-            num_classes=num_classes,
-            needs_label=labelled,
-            dtype=cache_dtype,
-            check=check,
-        )
+        self._cache = Cache(list(paths.values()), "volumes", 3, decoding)
 
     def __len__(self) -> int:
         """Count the volumes."""
@@ -207,122 +145,103 @@ def check_3d(config: Any, num_classes: int) -> None:
         raise UserError("--select test and --val_cases contradict each other: give --select val, or no --val_cases.")
 
 
-def train_volumes(config: Any, data_set: DataSet, self_val_at: Collection[int]) -> None:
-    """Do what the training scripts of 3D data sets do: read and check the data, train both stages.
+class VolumeData:
+    """A 3D data set with a script's header: trained on crops, scored on whole volumes; see sdcl.runs.data.Data.
 
     Args:
-        config: the script's header.
-        data_set: what to train on.
-        self_val_at: iterations of self-training after which to validate, beside the last.
-
-    Raises:
-        UserError: a setting, list or file is wrong.
+        data_set: which.
+        config: the header of a training or test script.
     """
 
-    def check(config: Any) -> None:
-        data_set.check_root(config.root_path)
-        check_3d(config, data_set.num_classes)
+    def __init__(self, data_set: DataSet, config: Any):
+        self.name, self._data_set, self._config = data_set.name, data_set, config
 
-    device = begin(config, check)
-    num_classes = data_set.num_classes
+    def check_root(self) -> None:
+        """Refuse a folder that does not hold the data set."""
+        self._data_set.check_root(self._config.root_path)
 
-    def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
-        return sliding_window(
-            networks, volume, config.patch_size, config.stride, num_classes, config.window_batch, config.precision
+    def check(self) -> None:
+        """Refuse settings that contradict each other."""
+        check_3d(self._config, self._data_set.num_classes)
+
+    def training(self) -> Training:
+        """Read and check the lists and volumes; see Data.training().
+
+        What is validated on are the volumes of test.txt for `--select test`, else those of val.txt, else those held out
+        by `--val_cases`, maybe none.
+        """
+        config = self._config
+        labelled, unlabelled, scored = self._split()
+        labelled_set = self._volumes(labelled, "random", True)
+        check_classes(labelled_set.classes, self._data_set)
+        unlabelled_set = self._volumes(unlabelled, config.unlabelled_crop, False) if config.self_iterations else None
+        used = labelled + (unlabelled if config.self_iterations else [])
+        return Training(
+            task=self._task(config.patch_size, config.stride),
+            streams=lambda stage: Streams(labelled_set, unlabelled_set if stage == "self_train" else None, config),
+            lists={"labelled": labelled, "unlabelled": unlabelled},
+            trained_on=[*labelled, *unlabelled],
+            validation_cases=read_volumes(scored, config.root_path, self._data_set),
+            validated_on="test" if config.select == "test" else "val",
+            facts=self._facts(used),
         )
 
-    make_streams, lists, cases, facts = _training_data(config, data_set)
-    train(
-        config,
-        Task(data_set.name, data_set.class_names, infer, Decision(config.decision_rule), PLANES, data_set.label_values),
-        device,
-        make_streams=make_streams,
-        lists=lists,
-        trained_on=[name for names in lists.values() for name in names],
-        cases=cases,
-        validated_on="test" if config.select == "test" else "val",
-        pre_val_at=validation_iterations(config.pre_val_every, config.pre_val_every, config.pre_iterations),
-        self_val_at=self_val_at,
-        facts=facts,
-    )
-
-
-def test_volumes(config: Any, data_set: DataSet, split: str = "test") -> None:
-    """Do what the test scripts of 3D data sets do: score a run on the cases of a split's list; see train_volumes()."""
-    device = begin(config, lambda config: data_set.check_root(config.root_path))
-    folder, trained = find_weights(config, data_set.name)
-    check_dimensions(SimpleNamespace(**trained), 3)
-    stride = config.stride or trained["stride"] or [max(side // 2, 1) for side in trained["patch_size"]]
-    check_windows(stride, trained["patch_size"])
-    num_classes = data_set.num_classes
-
-    def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
-        return sliding_window(
-            networks, volume, trained["patch_size"], stride, num_classes, config.window_batch,
-            config.precision, config.window_weighting, config.tta,
-        )  # fmt: skip
-
-    names = read_list(config.root_path / "data_split" / f"{split}.txt")
-    facts = data_set.facts(config.decision_rule, [data_set.path_of(config.root_path, name) for name in names])
-
-    def read_cases() -> list[Case]:
-        return read_volumes(names, config.root_path, data_set, config.spacing)
-
-    decision = Decision(config.decision_rule, WIDEST_CONNECTIVITY if config.largest_component else None)
-    task = Task(data_set.name, data_set.class_names, infer, decision, PLANES, data_set.label_values)
-    test(config, task, device, folder, trained, read_cases, split, facts, nifti=config.save_nifti)
-
-
-def _training_data(
-    config: Any, data_set: DataSet
-) -> tuple[Callable[[bool], Streams], dict[str, list[str]], list[Case], dict[str, Any]]:
-    """Read what a run on a 3D data set needs, and check it all.
-
-    Args:
-        config: the training script's header.
-        data_set: what to train on.
-
-    Returns:
-        What makes the streams of pre-training (False) and of self-training (True); the names of both kinds of cases;
-        the volumes to validate on: those of test.txt for `--select test`, else those of val.txt, else those held out by
-        `--val_cases`, maybe none; and what config.json keeps of the data set.
-
-    Raises:
-        UserError: a list or file is missing or wrong.
-    """
-    root, lists = config.root_path, config.root_path / "data_split"
-    train, test, val = read_list(lists / "train.txt"), lists / "test.txt", lists / "val.txt"
-    others = {path: read_list(path) for path in (test, val) if path.exists() or (path, config.select) == (test, "test")}
-    check_apart(train, others, lists / "train.txt")
-    labelled, unlabelled, held_out = split_labelled(train, config.labelnum, config.val_cases)
-    if not unlabelled and config.self_iterations:
-        raise UserError(
-            f"--labelnum {config.labelnum} leaves no unlabelled cases: lower it, or give --self_iterations 0 "
-            "for supervised pre-training alone."
+    def scoring(self, trained: dict[str, Any]) -> Scoring:
+        """Say what a test scores; see Data.scoring()."""
+        config, split = self._config, getattr(self._config, "split", "test")
+        check_dimensions(SimpleNamespace(**trained), 3)
+        size = trained["patch_size"]
+        stride = config.stride or trained["stride"] or [max(side // 2, 1) for side in size]
+        check_windows(stride, size)
+        names = read_list(config.root_path / "data_split" / f"{split}.txt")
+        decision = Decision(config.decision_rule, WIDEST_CONNECTIVITY if config.largest_component else None)
+        return Scoring(
+            task=replace(self._task(size, stride, config.window_weighting, config.tta), decision=decision),
+            read_cases=lambda: read_volumes(names, config.root_path, self._data_set, config.spacing),
+            split=split,
+            facts=self._facts(names),
         )
 
-    def volumes(names: Sequence[str], crop: Crop, has_labels: bool) -> CroppedVolumes:
-        return CroppedVolumes(
-            {name: data_set.path_of(root, name) for name in names}, patch_size=config.patch_size, crop=crop,
-            num_classes=data_set.num_classes, cache_gb=config.cache_gb, cache_dtype=config.cache_dtype,
-            labelled=has_labels, check=data_set.check_label,
-        )  # fmt: skip
+    def _split(self) -> tuple[list[str], list[str], list[str]]:
+        """Return the names of the labelled and unlabelled training cases, and of those to validate on, checked."""
+        config, lists = self._config, self._config.root_path / "data_split"
+        train, test, val = read_list(lists / "train.txt"), lists / "test.txt", lists / "val.txt"
+        needed = [path for path in (test, val) if path.exists() or (path, config.select) == (test, "test")]
+        others = {path: read_list(path) for path in needed}
+        check_apart(train, others, lists / "train.txt")
+        labelled, unlabelled, held_out = split_labelled(train, config.labelnum, config.val_cases)
+        if not unlabelled and config.self_iterations:
+            raise UserError(
+                f"--labelnum {config.labelnum} leaves no unlabelled cases: lower it, or give --self_iterations 0 "
+                "for supervised pre-training alone."
+            )
+        bare = [name for name in held_out if not has_label(self._path_of(name))]
+        if bare:
+            raise UserError(
+                f"--val_cases {config.val_cases} holds out {bare[0]}, which has no label to score against: label the "
+                "held out cases, or give --select last and no --val_cases."
+            )
+        return labelled, unlabelled, others[test] if config.select == "test" else others.get(val, held_out)
 
-    labelled_set = volumes(labelled, "random", True)
-    check_classes(labelled_set.classes, data_set)
-    unlabelled_set = volumes(unlabelled, config.unlabelled_crop, False) if config.self_iterations else None
+    def _path_of(self, name: str) -> Path:
+        return self._data_set.path_of(self._config.root_path, name)
 
-    def make_streams(with_unlabelled: bool) -> Streams:
-        return Streams.of(config, labelled_set, unlabelled_set if with_unlabelled else None)
+    def _volumes(self, names: Sequence[str], crop: Crop, has_labels: bool) -> CroppedVolumes:
+        config, data_set = self._config, self._data_set
+        check = data_set.check_label
+        decoding = Decoding(data_set.num_classes, has_labels, config.cache_gb, config.cache_dtype, check)
+        return CroppedVolumes({name: self._path_of(name) for name in names}, decoding, config.patch_size, crop)
 
-    used = labelled + (unlabelled if config.self_iterations else [])
-    facts = data_set.facts(config.decision_rule, [data_set.path_of(root, name) for name in used])
-    scored = others[test] if config.select == "test" else others.get(val, held_out)
-    names = {"labelled": labelled, "unlabelled": unlabelled}
-    bare = [name for name in held_out if not has_label(data_set.path_of(root, name))]
-    if bare:
-        raise UserError(
-            f"--val_cases {config.val_cases} holds out {bare[0]}, which has no label to score against: label the held "
-            "out cases, or give --select last and no --val_cases."
-        )
-    return make_streams, names, read_volumes(scored, root, data_set), facts
+    def _facts(self, names: Sequence[str]) -> dict[str, Any]:
+        return self._data_set.facts(self._config.decision_rule, [self._path_of(name) for name in names])
+
+    def _task(self, size: Sequence[int], stride: Sequence[int], *how: Any) -> Task:
+        """Return what the data set fixes, predicting by windows of a size and stride; how: see sliding_window()."""
+        config, data_set = self._config, self._data_set
+
+        def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
+            classes, batch = data_set.num_classes, config.window_batch
+            return sliding_window(networks, volume, size, stride, classes, batch, config.precision, *how)
+
+        decision = Decision(config.decision_rule)
+        return Task(data_set.name, data_set.class_names, infer, decision, PLANES, data_set.label_values)

@@ -32,19 +32,19 @@ def scratch(tmp_path_factory):
 def acdc_phantom(tmp_path_factory):
     """A tiny ACDC: 4 training patients, 1 for validation, 1 for test; two slices a volume."""
     root = tmp_path_factory.mktemp("acdc")
-    return write_acdc(root, train_patients=4, val_patients=1, test_patients=1, size=(36, 40), slices=2)
+    return write_acdc(root, patients=(4, 1, 1), size=(36, 40), slices=2)
 
 
 @pytest.fixture(scope="session")
 def la_phantom(tmp_path_factory):
     """A tiny LA: 4 training cases, 2 for test."""
-    return write_la(tmp_path_factory.mktemp("la"), train_cases=4, test_cases=2, size=(40, 36, 32))
+    return write_la(tmp_path_factory.mktemp("la"), cases=(4, 2), size=(40, 36, 32))
 
 
 @pytest.fixture(scope="session")
 def pancreas_phantom(tmp_path_factory):
     """A tiny Pancreas: 4 training cases, 2 for test."""
-    return write_pancreas(tmp_path_factory.mktemp("pancreas"), train_cases=4, test_cases=2, size=(40, 40, 32))
+    return write_pancreas(tmp_path_factory.mktemp("pancreas"), cases=(4, 2), size=(40, 40, 32))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Undo each numbered implementation detail of the README and see a test fail: a part of `make mutants`.
+"""Undo each detail of docs/implementation_details.md and see a test fail: a part of `make mutants`.
 
 `python tests/details.py 3 17` tries some of them alone. Each edit is made in a copy of the repository.
 """
@@ -84,7 +84,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
         Undo(ACDC, "shuffle: bool = False", "shuffle: bool = True", DEFAULTS_2D),
     ),
     11: (
-        Undo("dataloaders/transforms.py", "elif rng.random() < probability and", "if rng.random() < probability and",
+        Undo("dataloaders/transforms.py", "elif rng.random() < how.", "if rng.random() < how.",
              "tests/test_data.py"),
         Undo("dataloaders/transforms.py", "rng.integers(4)), rng.integers(2)", "rng.integers(1, 4)), rng.integers(2)",
              "tests/test_data.py"),
@@ -101,11 +101,11 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
     14: (
         Undo(PANCREAS, '] = "centre"', '] = "random"', DEFAULTS_3D),
         Undo(PANCREAS, "unlabelled_repeat: int = 1 ", "unlabelled_repeat: int = 10 ", DEFAULTS_3D),
-        Undo("dataloaders/volumes.py", "round(room / 2) if rng is None", "(room + 1) // 2 if rng is None",
+        Undo("dataloaders/transforms.py", "round(room / 2) if rng is None", "(room + 1) // 2 if rng is None",
              "tests/test_3d.py -k crops"),
     ),
     15: (
-        Undo("dataloaders/volumes.py", "max((patch - side) // 2 + 1, 0)", "max((patch - side + 1) // 2, 0)",
+        Undo("dataloaders/transforms.py", "max((patch - side) // 2 + 1, 0)", "max((patch - side + 1) // 2, 0)",
              "tests/test_3d.py -k crops"),
     ),
     16: (

@@ -27,8 +27,7 @@ CORE = {  # a module of the core to the test files that are about it
     "sdcl/metrics.py": ("metrics",),
     "sdcl/scoring/evaluation.py": ("evaluation", "inference", "training"),
     "dataloaders/streams.py": ("data", "steps"),
-    "dataloaders/transforms.py": ("data",),
-    "dataloaders/volumes.py": ("data", "3d"),
+    "dataloaders/transforms.py": ("data", "3d"),
 }
 SLOW = "not scripts and not selection_is_named and not without_validation and not three_classes"  # whole runs
 SETTINGS = """

@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dataloaders import la, pancreas
-from dataloaders.files import read_list, sample_rng
+from dataloaders.files import Decoding, read_list, sample_rng
 from dataloaders.phantom import write_la
-from dataloaders.volumes import CroppedVolumes, crop_corner, cropped, read_volumes, split_labelled
+from dataloaders.transforms import crop_corner, cropped
+from dataloaders.volumes import CroppedVolumes, read_volumes, split_labelled
 from sdcl import inference
 from sdcl.inference import sliding_window, window_starts
 from sdcl.runs.config import parse
+from sdcl.runs.data import Training
 from sdcl.runs.errors import UserError
 from sdcl.runs.experiment import train
 from sdcl.scoring.evaluation import Decision, Task
@@ -74,8 +76,7 @@ def test_crops_are_the_published_ones(shape, patch, seed, is_random):
 def test_crops_of_a_case_follow_the_generator_and_image_and_label_agree(tmp_path):
     label = (np.arange(8 * 9 * 10).reshape(8, 9, 10) % 2).astype(np.uint8)
     path = write_h5(tmp_path / "a.h5", image=label.astype(np.float32), label=label)
-    how = {"patch_size": (4, 4, 4), "crop": "random", "num_classes": 2, "cache_gb": 1, "labelled": True}
-    volumes = CroppedVolumes({"a": path}, cache_dtype="float16", **how)
+    volumes = CroppedVolumes({"a": path}, Decoding(2, True, 1, "float16"), (4, 4, 4), "random")
     crops = [volumes.sample(0, sample_rng(k))[0] for k in range(30)]
     for k in range(30):
         image, target = volumes.sample(0, sample_rng(k))
@@ -399,19 +400,18 @@ def test_a_test_case_among_the_training_cases(la_phantom, tmp_path):
 
 def test_three_classes_from_data_to_table(tmp_path):
     """The same loops, with argmax and a component for each class."""
-    root = write_la(tmp_path / "data", train_cases=3, test_cases=1, labelled_cases=2, size=(40, 36, 32), classes=3)
-    from dataloaders.streams import Streams
+    root = write_la(tmp_path / "data", cases=(3, 1), labelled_cases=2, size=(40, 36, 32), classes=3)
+    from dataloaders.streams import Order, Streams
 
     names = read_list(root / "data_split" / "train.txt")
-    how = {"patch_size": (32, 16, 16), "crop": "random", "num_classes": 3, "cache_gb": 1, "cache_dtype": "float32"}
     labelled, unlabelled = (
-        CroppedVolumes({n: la.path_of(root, n) for n in part}, labelled=has, **how)
+        CroppedVolumes({n: la.path_of(root, n) for n in part}, Decoding(3, has, 1), (32, 16, 16), "random")
         for part, has in ((names[:2], True), (names[2:], False))
     )
     config = SimpleNamespace(
         **vars(method(pre_iterations=2, self_iterations=2, dice="sample", pre_dice="whole", connectivity=26)),
         student_a="vnet", student_b="resvnet", base_lr=1e-3, models_path=tmp_path / "models", exp="three", labelnum=2,
-        pretrained=None, deterministic=False, select="val",
+        pretrained=None, deterministic=False, select="val", device="cpu", gpu=0, pre_val_every=0, self_val_every=0,
     )  # fmt: skip
     config = dataclass_of(config)
 
@@ -421,13 +421,12 @@ def test_three_classes_from_data_to_table(tmp_path):
     three = dataclasses.replace(la.DATA_SET, class_names=("body", "veins"))
     cases = read_volumes(read_list(root / "data_split" / "test.txt"), root, three)
     assert {0, 1, 2} == set(np.unique(cases[0].label))
-    streams = {"batch_size": 2, "labelled_repeat": 2, "unlabelled_repeat": 4, "seed": 0}
-    train(
-        config, Task("la", ("body", "veins"), infer, planes=(2, 1, 0)), torch.device("cpu"),
-        make_streams=lambda both: Streams(labelled, unlabelled if both else None, **streams),
-        lists={"train": names}, trained_on=names, cases=cases, validated_on="val", pre_val_at=(), self_val_at=(),
-        facts={},
+    given = Training(
+        task=Task("la", ("body", "veins"), infer, planes=(2, 1, 0)),
+        streams=lambda stage: Streams(labelled, unlabelled if stage == "self_train" else None, Order(2, 2, 4)),
+        lists={"train": names}, trained_on=names, validation_cases=cases, validated_on="val", facts={},
     )  # fmt: skip
+    train(config, SimpleNamespace(check_root=lambda: None, check=lambda: None, training=lambda: given))
     assert (tmp_path / "models" / "la_three_2_labeled" / "self_train" / "best_mean.pth").exists()
 
 

@@ -7,10 +7,10 @@ from helpers import ROOT, write_h5
 from scipy import ndimage
 
 from dataloaders.acdc import DATA_SET
-from dataloaders.files import Cache, read_list, read_sample, sample_rng
+from dataloaders.files import Cache, Decoding, read_list, read_sample, sample_rng
 from dataloaders.slices import Slices, read_volumes, split_by_patients
-from dataloaders.streams import Streams
-from dataloaders.transforms import _rotated, apply_index, augmentation_index
+from dataloaders.streams import Order, Streams
+from dataloaders.transforms import Augmentation, _rotated, apply_index, augmentation_index
 from sdcl.runs.errors import UserError
 
 LISTS = ROOT / "Datasets"
@@ -112,9 +112,8 @@ def test_files_that_are_not_hdf5(tmp_path):
 
 def test_the_cache_keeps_to_its_bound_and_reads_the_same(tmp_path):
     paths = [write_h5(tmp_path / f"{k}.h5", image=IMAGE + k, label=LABEL) for k in range(4)]
-    how = {"what": "slices", "ndim": 2, "num_classes": 4}
-    one = IMAGE.nbytes + LABEL.nbytes
-    everything, half = Cache(paths, bound_gb=1, **how), Cache(paths, bound_gb=2.5 * one / 2**30, **how)
+    one = (IMAGE.nbytes + LABEL.nbytes) / 2**30
+    everything, half = (Cache(paths, "slices", 2, Decoding(4, True, gib)) for gib in (1, 2.5 * one))
     for path in paths[2:]:
         write_h5(path, image=IMAGE - 5, label=LABEL)
     assert [float(half[k].image[0, 0] - IMAGE[0, 0]) for k in range(4)] == pytest.approx([0, 1, -5, -5])
@@ -123,12 +122,12 @@ def test_the_cache_keeps_to_its_bound_and_reads_the_same(tmp_path):
 
 def test_slices_are_found_in_either_place(acdc_phantom, tmp_path):
     names = read_list(acdc_phantom / "data_split" / "train_lab.list")
-    how = {"size": (32, 32), "num_classes": 4, "cache_gb": 1, "labelled": True}
-    nested = Slices(acdc_phantom, names, **how)
+    how = (Decoding(4, True, 1), Augmentation((32, 32)))
+    nested = Slices(acdc_phantom, names, *how)
     (tmp_path / "data").mkdir()
     for name in names:
         (tmp_path / "data" / f"{name}.h5").write_bytes((acdc_phantom / "data" / "slices" / f"{name}.h5").read_bytes())
-    flat = Slices(tmp_path, names, **how)
+    flat = Slices(tmp_path, names, *how)
     for k in range(len(names)):
         for one, two in zip(nested.sample(k, sample_rng(k)), flat.sample(k, sample_rng(k)), strict=True):
             np.testing.assert_array_equal(one, two)
@@ -151,15 +150,14 @@ class Script:
     """A generator whose draws are written down beforehand."""
 
     def __init__(self, random, integers):
-        self._random, self._integers = iter(random), iter(integers)
+        self._random, self._integers, self.bounds = iter(random), iter(integers), []
 
     def random(self):
         return next(self._random)
 
     def integers(self, *bounds):
-        value = next(self._integers)
-        assert value in range(*bounds)
-        return value
+        self.bounds.append(bounds)
+        return next(self._integers)
 
 
 @pytest.mark.parametrize("shape", [(40, 31), (64, 64), (33, 50)])
@@ -173,7 +171,8 @@ def test_augmentation_shows_the_pixels_of_scipy(shape, kind):
     else:
         rng, expected = Script([0.9, 0.1], [kind]), ndimage.rotate(image, kind, order=0, reshape=False)
     expected = ndimage.zoom(expected, (24 / expected.shape[0], 48 / expected.shape[1]), order=0)
-    np.testing.assert_array_equal(apply_index(image, augmentation_index(shape, (24, 48), rng)), expected)
+    np.testing.assert_array_equal(apply_index(image, augmentation_index(shape, Augmentation((24, 48)), rng)), expected)
+    assert rng.bounds == ([] if kind == "none" else [(4,), (2,)] if isinstance(kind, tuple) else [(-20, 20)])
 
 
 @pytest.mark.parametrize("shape", [(37, 50), (64, 64)])
@@ -194,7 +193,7 @@ def test_kinds_of_augmentation_come_as_often_as_published():
     flips = {np.flip(np.rot90(square, k), axis).tobytes() for k in range(4) for axis in (0, 1)}
     counts = {"flipped": 0, "still": 0, "rotated": 0}
     for k in range(2000):
-        shown = apply_index(square, augmentation_index((20, 20), (20, 20), sample_rng(k)))
+        shown = apply_index(square, augmentation_index((20, 20), Augmentation((20, 20)), sample_rng(k)))
         kind = "flipped" if shown.tobytes() in flips else "still" if np.array_equal(shown, square) else "rotated"
         counts[kind] += 1
     # A rotation by 0 degrees, and by 1 of so small an image, changes nothing: 2 of 40 angles or so.
@@ -222,7 +221,7 @@ def order(batches, key):
 
 
 def test_streams_read_forwards_and_backwards_and_start_again_each_epoch():
-    streams = Streams(Numbers(5), Numbers(7), batch_size=2, labelled_repeat=2, unlabelled_repeat=1, seed=0)
+    streams = Streams(Numbers(5), Numbers(7), Order(2, 2, 1))
     assert streams.iterations_per_epoch == 3  # 7 // 2, the shorter
     batches = list(streams.batches(0, 4))
     assert order(batches[:3], "y_a") == [0, 1, 2, 3, 4, 0]
@@ -235,10 +234,8 @@ def test_streams_read_forwards_and_backwards_and_start_again_each_epoch():
 
 def test_published_iterations_an_epoch():
     def iterations(labelled, unlabelled, repeat, unlabelled_repeat, batch_size):
-        return Streams(
-            Numbers(labelled), Numbers(unlabelled) if unlabelled else None, batch_size=batch_size,
-            labelled_repeat=repeat, unlabelled_repeat=unlabelled_repeat, seed=0,
-        ).iterations_per_epoch  # fmt: skip
+        order = Order(batch_size, repeat, unlabelled_repeat)
+        return Streams(Numbers(labelled), Numbers(unlabelled) if unlabelled else None, order).iterations_per_epoch
 
     assert iterations(136, 1176, 10, 10, 12) == 113
     assert iterations(8, 72, 10, 10, 2) == 40
@@ -248,9 +245,7 @@ def test_published_iterations_an_epoch():
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_batch_depends_on_its_number_alone(shuffle):
     def streams():
-        return Streams(
-            Numbers(6), Numbers(9), batch_size=2, labelled_repeat=3, unlabelled_repeat=2, seed=4, shuffle=shuffle
-        )
+        return Streams(Numbers(6), Numbers(9), Order(2, 3, 2, seed=4, shuffle=shuffle))
 
     whole = list(streams().batches(0, 20))
     resumed = list(streams().batches(13, 20))
@@ -262,8 +257,36 @@ def test_a_batch_depends_on_its_number_alone(shuffle):
     assert not np.array_equal(whole[0]["x_a"][0], whole[9]["x_a"][0])  # new augmentation in each epoch
 
 
+@pytest.mark.parametrize("stage", ["pre_train", "self_train"])
+def test_draws_follow_from_seed_stage_stream_iteration_and_place(stage):
+    """So that a resumed run draws the same, and each stage and stream its own."""
+    order = Order(2, 3, 3, seed=4)
+    streams = Streams(Numbers(4), Numbers(4) if stage == "self_train" else None, order)
+    batch, names = streams.batch(7), streams.names(7)
+    expected = {"x_a", "x_b"} | ({"u_a", "u_b"} if stage == "self_train" else set())
+    assert set(names) == expected and set(batch) == expected | {"y_a", "y_b"}
+    for stream in expected:
+        for place, image in enumerate(batch[stream][:, 0]):
+            case = int(names[stream][place].removeprefix("case"))
+            drawn = sample_rng(4, stage, stream.replace("_", ""), 7, place).random()
+            assert image[0, 0].item() == pytest.approx(case + drawn / 2, abs=1e-6)
+    assert names["x_a"] == ["case2", "case3"] and names["x_b"] == [
+        "case1",
+        "case0",
+    ]  # the second batch of an epoch of 6
+
+
+def test_shuffled_orders_follow_from_seed_stage_stream_and_epoch():
+    streams = Streams(Numbers(4), None, Order(2, 3, seed=4, shuffle=True))
+    for epoch in range(2):
+        for stream in ("x_a", "x_b"):
+            read = [name for k in range(6) for name in streams.names(6 * epoch + k)[stream]]
+            expected = sample_rng(4, "pre_train", stream.replace("_", ""), epoch).permutation(12) % 4
+            assert read == [f"case{k}" for k in expected]
+
+
 def test_too_few_cases_for_a_batch():
     with pytest.raises(UserError, match="--batch_size 7 is more than the 3 labelled cases repeated 2 times"):
-        Streams(Numbers(3), None, batch_size=7, labelled_repeat=2, seed=0)
+        Streams(Numbers(3), None, Order(7, 2))
     with pytest.raises(UserError, match="4 unlabelled cases repeated 1 times: lower it or raise --unlabelled_repeat"):
-        Streams(Numbers(3), Numbers(4), batch_size=5, labelled_repeat=2, seed=0)
+        Streams(Numbers(3), Numbers(4), Order(5, 2))

@@ -145,7 +145,9 @@ def test_best_median_worst():
 
 def test_files_of_a_test(tmp_path):
     predictors = Predictors([nn.Identity(), nn.Identity()], {"a": (0,), "b": (1,), "mean": (0, 1)})
-    report.test_report(tmp_path / "t", predictors, cases(), Task("t", ("x", "y"), infer), "default", {"split": "val"})
+    report.test_report(
+        tmp_path / "t", predictors, cases(), Task("t", ("x", "y"), infer), {"split": "val", "protocol": "default"}
+    )
     content = json.loads((tmp_path / "t" / "summary.json").read_text())
     assert content["split"] == "val" and content["protocol"] == "default" and len(content["summary"]) == 9
     lines = (tmp_path / "t" / "cases.csv").read_text().splitlines()

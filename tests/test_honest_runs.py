@@ -50,7 +50,7 @@ def main(script, *arguments):
 def la(scratch):
     from dataloaders.phantom import write_la
 
-    return write_la(scratch / "la", train_cases=5, test_cases=2, size=(40, 36, 32))
+    return write_la(scratch / "la", cases=(5, 2), size=(40, 36, 32))
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_tasks_differ_in_what_both_tell():
 def test_classes_that_no_labelled_case_has(tmp_path, value, is_refused):
     from dataloaders.phantom import write_la
 
-    root = write_la(tmp_path / "la", train_cases=4, test_cases=1, size=(40, 36, 32), classes=3)
+    root = write_la(tmp_path / "la", cases=(4, 1), size=(40, 36, 32), classes=3)
     description = {"name": "la3", "class_names": ["body", "veins"], "preprocessing": {"normalise": "zscore"}}
     own = tmp_path / "own"
     for name in (root / "data_split" / "train.txt").read_text().split()[:4]:

@@ -15,9 +15,9 @@ from sdcl.runs.errors import UserError
 
 LA_FOLDER = "2018LA_Seg_Training Set"
 WRITERS = {
-    "acdc": (write_acdc, {"train_patients": 3, "val_patients": 1, "test_patients": 1, "labelled_patients": 1}),
-    "la": (write_la, {"train_cases": 3, "test_cases": 1, "labelled_cases": 1, "size": (40, 36, 32)}),
-    "pancreas": (write_pancreas, {"train_cases": 3, "test_cases": 1, "labelled_cases": 1, "size": (40, 40, 36)}),
+    "acdc": (write_acdc, {"patients": (3, 1, 1), "labelled_patients": 1}),
+    "la": (write_la, {"cases": (3, 1), "labelled_cases": 1, "size": (40, 36, 32)}),
+    "pancreas": (write_pancreas, {"cases": (3, 1), "labelled_cases": 1, "size": (40, 40, 36)}),
 }
 
 
@@ -105,7 +105,7 @@ def test_acdc_left_ventricle_lies_inside_its_wall(roots):
 
 
 def test_acdc_objects_are_thick_enough_at_64_pixels(tmp_path):
-    root = write_acdc(tmp_path, train_patients=8, val_patients=0, test_patients=0, seed=1)
+    root = write_acdc(tmp_path, patients=(8, 0, 0), seed=1)
     for image, label in volumes(root, "data/slices").values():
         small = ndimage.zoom(label, (64 / image.shape[0], 64 / image.shape[1]), order=0)
         to_ventricle = ndimage.distance_transform_edt(small != 3)
@@ -130,8 +130,8 @@ def test_3d_targetis_one_piece(roots, name):
 
 
 def test_la_can_tell_veins_from_body(tmp_path):
-    two = volumes(write_la(tmp_path / "two", train_cases=2, test_cases=0, size=(40, 36, 32)))
-    three = volumes(write_la(tmp_path / "three", train_cases=2, test_cases=0, size=(40, 36, 32), classes=3))
+    two = volumes(write_la(tmp_path / "two", cases=(2, 0), size=(40, 36, 32)))
+    three = volumes(write_la(tmp_path / "three", cases=(2, 0), size=(40, 36, 32), classes=3))
     assert two.keys() == three.keys()
     for name, (_, label) in three.items():
         assert set(np.unique(label)) == {0, 1, 2}
@@ -170,7 +170,7 @@ def test_same_seed_same_data_whatever_the_other_cases(roots, name, tmp_path):
 
 def test_leaves_the_global_generator_alone(tmp_path):
     before = np.random.get_state()[1].copy()
-    write_pancreas(tmp_path, train_cases=1, test_cases=0, labelled_cases=1, size=(32, 32, 32))
+    write_pancreas(tmp_path, cases=(1, 0), labelled_cases=1, size=(32, 32, 32))
     np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
@@ -188,13 +188,13 @@ def test_refuses_a_folder_with_real_files(name, folder, tmp_path):
 def test_writes_again_over_its_own_files_and_into_empty_folders(tmp_path):
     (tmp_path / "data").mkdir()
     for seed in (0, 1):
-        write_pancreas(tmp_path, train_cases=1, test_cases=0, labelled_cases=1, size=(32, 32, 32), seed=seed)
+        write_pancreas(tmp_path, cases=(1, 0), labelled_cases=1, size=(32, 32, 32), seed=seed)
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["data0001.h5"]
 
 
 def test_refuses_more_labelled_than_training_cases(tmp_path):
     with pytest.raises(ValueError, match="3 labelled of 2"):
-        write_la(tmp_path / "set", train_cases=2, labelled_cases=3)
+        write_la(tmp_path / "set", cases=(2, 2), labelled_cases=3)
     assert not (tmp_path / "set").exists()
 
 

@@ -7,7 +7,8 @@ from helpers import ROOT
 from medpy.metric import binary
 
 from dataloaders import acdc, la, slices
-from dataloaders.files import read_list, read_sample
+from dataloaders.files import Decoding, read_list, read_sample
+from dataloaders.transforms import Augmentation
 from sdcl.metrics import case_metrics
 
 DATA = ROOT.parent / "shared" / "data"
@@ -28,7 +29,7 @@ def test_real_acdc_reads_as_the_lists_say():
     names = read_list(DATA / "acdc" / "data_split" / "train_slices.list")
     labelled, unlabelled = slices.split_by_patients(names, 7, acdc.DATA_SET.patient_of)
     assert (len(labelled), len(unlabelled)) == (136, 1176)
-    chosen = slices.Slices(DATA / "acdc", labelled, size=(256, 256), num_classes=4, cache_gb=1, labelled=True)
+    chosen = slices.Slices(DATA / "acdc", labelled, Decoding(4, True, 1), Augmentation((256, 256)))
     image, label = chosen.sample(0, np.random.default_rng(0))
     assert image.shape == label.shape == (256, 256) and 0 <= image.min() <= image.max() <= 1
     assert len(slices.read_volumes(DATA / "acdc", "val", 4)) == 20

@@ -12,15 +12,16 @@ import pytest
 import torch
 from helpers import method
 
-from dataloaders.files import read_list
+from dataloaders.files import Decoding, read_list
 from dataloaders.slices import Slices
-from dataloaders.streams import Streams
+from dataloaders.streams import Order, Streams
+from dataloaders.transforms import Augmentation
 from sdcl import checkpoints
 from sdcl.networks import build_network
 from sdcl.runs.atomic import claimed, replacing, write_text
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import open_run, read_config, trained_among
+from sdcl.runs.folder import Reads, open_run, read_config, trained_among
 from sdcl.runs.records import StageRecord
 from sdcl.steps import add_teacher, make_learners, self_train_step
 from sdcl.training import pretrain
@@ -58,24 +59,24 @@ def test_a_folder_belongs_to_one_process_and_is_free_when_it_dies(tmp_path):
 
 def test_a_run_goes_on_with_the_same_cases_alone(tmp_path):
     lists = {"labelled": ["a", "b"], "validation": ["c"]}
-    open_run(tmp_path, CONFIG, lists, CPU, {})
-    open_run(tmp_path, CONFIG, lists, CPU, {})
+    open_run(tmp_path, CONFIG, Reads(lists, {}), CPU)
+    open_run(tmp_path, CONFIG, Reads(lists, {}), CPU)
     kept = json.loads((tmp_path / "config.json").read_text())
     assert len(kept["resumed"]) == 1 and kept["environment"]["command"] and kept["environment"]["system"]
     with pytest.raises(UserError, match="holds a run on other labelled cases: restore the lists in data_split/"):
-        open_run(tmp_path, CONFIG, lists | {"labelled": ["b", "a"]}, CPU, {})
+        open_run(tmp_path, CONFIG, Reads(lists | {"labelled": ["b", "a"]}, {}), CPU)
     del kept["lists"]  # as before checksums were kept
     (tmp_path / "config.json").write_text(json.dumps(kept))
-    open_run(tmp_path, CONFIG, lists, CPU, {})
+    open_run(tmp_path, CONFIG, Reads(lists, {}), CPU)
     assert read_config(tmp_path) == CONFIG
     assert json.loads((tmp_path / "config.json").read_text())["lists"]
     with pytest.raises(UserError, match="holds a run on data that were preprocessed in another way .*choose another"):
-        open_run(tmp_path, CONFIG, lists, CPU, {"preprocessing": {"normalise": "ct"}})
+        open_run(tmp_path, CONFIG, Reads(lists, {"preprocessing": {"normalise": "ct"}}), CPU)
 
 
 def test_a_run_knows_what_it_was_trained_on(tmp_path):
     assert trained_among(tmp_path, ["p1"]) == []
-    open_run(tmp_path, CONFIG, {"labelled": ["p1_slice_1"]}, CPU, {}, ["p1", "p2"])
+    open_run(tmp_path, CONFIG, Reads({"labelled": ["p1_slice_1"]}, {}, ["p1", "p2"]), CPU)
     assert trained_among(tmp_path, ["p3", "p2", "p1", "p"]) == ["p2", "p1"]
 
 
@@ -185,12 +186,11 @@ def test_the_gradients_norm_is_the_norm_of_the_gradient():
 
 def test_batches_are_the_same_bits_whatever_the_threads(acdc_phantom):
     names = read_list(acdc_phantom / "data_split" / "train_slices.list")
-    how = {"size": (32, 32), "num_classes": 4, "cache_gb": 1.0}
-    labelled = Slices(acdc_phantom, names[:8], labelled=True, **how)
-    unlabelled = Slices(acdc_phantom, names[8:], labelled=False, **how)
+    labelled = Slices(acdc_phantom, names[:8], Decoding(4, True, 1.0), Augmentation((32, 32)))
+    unlabelled = Slices(acdc_phantom, names[8:], Decoding(4, False, 1.0), Augmentation((32, 32)))
 
     def streams():
-        return Streams(labelled, unlabelled, batch_size=2, labelled_repeat=2, unlabelled_repeat=2, seed=3)
+        return Streams(labelled, unlabelled, Order(2, 2, 2, seed=3))
 
     one_by_one = [streams().batch(k) for k in range(12)]
     with ThreadPoolExecutor(6) as pool:

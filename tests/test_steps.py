@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdcl.losses import class_map
 from sdcl.networks import build_network, resnet, unet, vnet
 from sdcl.pseudo_labels import PendingLabels, largest_components
+from sdcl.runs.devices import place
 from sdcl.runs.errors import UserError
-from sdcl.runs.experiment import place
 from sdcl.steps import STUDENTS, add_teacher, make_learners, pretrain_step, self_train_step
 
 PAIRS = {

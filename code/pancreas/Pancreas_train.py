@@ -86,13 +86,10 @@ def main(config: Config) -> None:
     """Read the data and run both stages."""
     check_root("pancreas", config.root_path)
     from dataloaders.pancreas import DATA_SET  # these take seconds, which a wrong flag need not wait for
-    from dataloaders.volumes import train_volumes
-    from sdcl.training import validation_iterations
+    from dataloaders.volumes import VolumeData
+    from sdcl.runs.experiment import train
 
-    early = validation_iterations(config.self_val_every, config.self_val_every, config.late_val_from - 1)
-    late = validation_iterations(config.late_val_from, config.late_val_every, config.self_iterations)
-    self_val_at = {*early, *late}
-    train_volumes(config, DATA_SET, self_val_at)
+    train(config, VolumeData(DATA_SET, config))
 
 
 if __name__ == "__main__":

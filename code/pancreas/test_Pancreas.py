@@ -51,9 +51,10 @@ def main(config: Config) -> None:
     check_root("pancreas", config.root_path)
     find_run(config, "pancreas")
     from dataloaders.pancreas import DATA_SET  # these take seconds, which a wrong flag need not wait for
-    from dataloaders.volumes import test_volumes
+    from dataloaders.volumes import VolumeData
+    from sdcl.runs.experiment import test
 
-    test_volumes(config, DATA_SET)
+    test(config, VolumeData(DATA_SET, config))
 
 
 if __name__ == "__main__":

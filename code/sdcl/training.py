@@ -4,16 +4,18 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from sdcl import checkpoints
 from sdcl.mixing import box_size, copy_paste_mask
+from sdcl.runs.data import Stage
 from sdcl.runs.devices import compile_networks
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, StopRequest
@@ -23,7 +25,6 @@ from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Validation
 from sdcl.steps import Batch, Learners, Losses, Method, add_teacher, make_learners, pretrain_step, self_train_step
 
 __all__ = ["make_learners", "pretrain", "pretrain_step", "self_train", "self_train_step", "validation_iterations"]
-Stage = Literal["pre_train", "self_train"]
 
 
 class Streams(Protocol):
@@ -67,10 +68,8 @@ def pretrain(
     Raises:
         UserError: the folder's checkpoint does not fit, a loss is not finite, or the disk is full.
     """
-    loop = _Loop(
-        "pre_train", pretrain_step, learners, streams, folder, method, validate, validate_at, validated_on, config
-    )
-    loop.run(method.pre_iterations)
+    validations = _Validations(validate, validate_at, validated_on)
+    _Loop("pre_train", learners, streams, method, validations, _Kept(folder, config)).run(method.pre_iterations)
 
 
 def self_train(
@@ -113,10 +112,8 @@ def self_train(
             learners.load(checkpoints.load(begin / name), begin / name)
     learners.best, learners.iteration = {}, 0
     add_teacher(learners)
-    loop = _Loop(
-        "self_train", self_train_step, learners, streams, folder, method, validate, validate_at, validated_on, config
-    )
-    loop.run(method.self_iterations)
+    validations = _Validations(validate, validate_at, validated_on)
+    _Loop("self_train", learners, streams, method, validations, _Kept(folder, config)).run(method.self_iterations)
 
 
 def validation_iterations(first: int, every: int, last: int) -> range:
@@ -135,25 +132,38 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+@dataclass(frozen=True)
+class _Validations:
+    """What scores the students (None: nothing does), after which iterations, and on what: "val" or "test"."""
+
+    score: Validate | None
+    at: Collection[int]
+    on: str
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The run's folder, and the configuration that each of its checkpoints keeps."""
+
+    folder: Path
+    config: dict[str, Any]
+
+
 class _Loop:
     """One stage's loop: resume, step, record, validate, save."""
 
     def __init__(
         self,
         stage: Stage,
-        step: Callable[[Learners, Batch, Tensor, Method], Losses],
         learners: Learners,
         streams: Streams,
-        run_folder: Path,
         method: Method,
-        validate: Validate | None,
-        validate_at: Collection[int],
-        validated_on: str,
-        config: dict[str, Any],
+        validations: _Validations,
+        kept: _Kept,
     ):
-        self.stage, self.step, self.learners, self.streams, self.method = stage, step, learners, streams, method
-        self.folder, self.config = run_folder / stage, config
-        self.validate, self.validate_at, self.validated_on = validate, validate_at, validated_on
+        self.stage, self.learners, self.streams, self.method = stage, learners, streams, method
+        self.step = {"pre_train": pretrain_step, "self_train": self_train_step}[stage]
+        self.folder, self.config, self.validations = kept.folder / stage, kept.config, validations
         self.device = next(learners.networks["student_a"].parameters()).device
         if method.compile:
             compile_networks(learners.networks.values(), self.device)
@@ -203,14 +213,14 @@ class _Loop:
         self.learners.iteration = number
         is_stop = bool(stop.code)  # looked at once: what comes later is for the next iteration
         is_last = number == iterations
-        is_validated = self.validate is not None and (is_last or number in self.validate_at)
+        is_validated = self.validations.score is not None and (is_last or number in self.validations.at)
         is_saved = is_last or is_validated or is_stop or number % self.method.save_every == 0 or self._is_due()
         if is_saved or number % self.method.log_every == 0:
             rows = self._read_losses()
             if is_saved:
                 self._check_weights()
             scores = self._validate(record) if is_validated else {}
-            rows[-1] |= {f"{self.validated_on}_dice/{name}": value for name, value in scores.items()}
+            rows[-1] |= {f"{self.validations.on}_dice/{name}": value for name, value in scores.items()}
             record.add(rows)
             self._show(bar, rows[-1], scores, is_logged=is_saved or bar.disable)
         if is_saved:
@@ -234,7 +244,7 @@ class _Loop:
         parts = ["loss", "dice", "ce"] + (["mse", "kl"] if self.stage == "self_train" else []) + ["grad_norm"]
         columns = [f"{role}/{part}" for role in STUDENTS for part in parts]
         columns += ["discrepancy"] if self.stage == "self_train" else []
-        return ["iteration", *columns, *(f"{self.validated_on}_dice/{name}" for name in PREDICTORS)]
+        return ["iteration", *columns, *(f"{self.validations.on}_dice/{name}" for name in PREDICTORS)]
 
     def _read_losses(self) -> list[dict[str, float]]:
         """Fetch the losses that wait on the device, in one copy, and stop the run where one is not finite."""
@@ -289,7 +299,7 @@ class _Loop:
     def _validate(self, record: StageRecord) -> dict[str, float]:
         for network in self.learners.students:
             network.eval()
-        validation = self.validate(self.learners.students)
+        validation = self.validations.score(self.learners.students)
         number = self.learners.iteration
         for name, dice in validation.dice.items():
             if dice > self.learners.best.get(name, {"dice": -1.0})["dice"]:
@@ -297,18 +307,18 @@ class _Loop:
                 members = [STUDENTS[i] for i in PREDICTORS[name]]
                 checkpoints.save(self._payload(members), self.folder / f"best_{name}.pth")
         if validation.panel is not None:
-            record.add_image(f"{self.validated_on} cases", validation.panel, number)
+            record.add_image(f"{self.validations.on} cases", validation.panel, number)
         best = self.learners.best
         scores = [
             f"{n} {dice:.4f} (best {best[n]['dice']:.4f} at {best[n]['iteration']})"
             for n, dice in validation.dice.items()
         ]
-        cases = "the TEST cases (the published selection)" if self.validated_on == "test" else "validation cases"
+        cases = "the TEST cases (the published selection)" if self.validations.on == "test" else "validation cases"
         LOGGER.info("%s %d: Dice on %s: %s", self.stage, number, cases, ", ".join(scores))
         return validation.dice
 
     def _show(self, bar: tqdm, row: dict[str, float], scores: dict[str, float], is_logged: bool) -> None:
-        self.shown |= {f"{self.validated_on}_{name}": f"{value:.3f}" for name, value in scores.items()}
+        self.shown |= {f"{self.validations.on}_{name}": f"{value:.3f}" for name, value in scores.items()}
         losses = {role: f"{row[f'{role}/loss']:.4f}" for role in STUDENTS}
         bar.set_postfix(losses | self.shown)
         if is_logged:

@@ -193,33 +193,45 @@ def write_slices(
     write_case(volume, image, label, attributes)
 
 
-def provenance(
-    case: Prepared, how: Preprocessing, *, rule: str, image: Path, label: Path | None, raw: Path, box: Box | None = None
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Origin:
+    """Where a case comes from.
+
+    Attributes:
+        rule: by which a script made it.
+        raw: the folder that image and label lie in, somewhere.
+        image: the raw image.
+        label: the raw label, where there is one.
+    """
+
+    rule: str
+    raw: Path
+    image: Path
+    label: Path | None
+
+
+def provenance(case: Prepared, how: Preprocessing, origin: Origin, box: Box | None = None) -> dict[str, Any]:
     """Return the attributes that say where a file comes from and where its voxels lie.
 
     Args:
         case: the preprocessed image, cropped.
         how: what was done to it.
-        rule: by which a script did it.
-        image: the raw image.
-        label: the raw label.
-        raw: the folder that both lie in, somewhere.
+        origin: of what it was made.
         box: what was cropped out of the preprocessed scan.
     """
     steps = case.affine[:3, :3]
     sides = np.linalg.norm(steps, axis=0)
     return {
-        "source": _relative(image, raw),
-        "label_source": "" if label is None else _relative(label, raw),
-        "source_fingerprint": fingerprint(image),
-        "label_fingerprint": fingerprint(label),
+        "source": _relative(origin.image, origin.raw),
+        "label_source": "" if origin.label is None else _relative(origin.label, origin.raw),
+        "source_fingerprint": fingerprint(origin.image),
+        "label_fingerprint": fingerprint(origin.label),
         "spacing": sides,  # mm, along the array's axes
         "origin": case.affine[:3, 3],  # mm, RAS+: of the first voxel's centre
         "direction": (steps / sides).ravel(),  # row by row; column k is where the array's axis k points, RAS+
         "orientation": "".join(nibabel.aff2axcodes(case.affine)),
         "crop_box": np.ravel(box if box is not None else [(0, side) for side in case.array.shape]),
-        "rule": rule,
+        "rule": origin.rule,
         "preprocessing": how.to_json(),
         "version": FORMAT_VERSION,
     }

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dataloaders.scans.finding import SeriesPath
 from dataloaders.scans.prediction import Run, box_on_grid, check_roi, inference_of, segment
@@ -11,8 +12,8 @@ from dataloaders.scans.reading import Scan, find_scans, name_of, read_scan
 from dataloaders.scans.results import is_sheared, nifti_like, read_volumes, save_nifti_file, upright, write_volumes
 from dataloaders.volumes import check_windows
 from sdcl.runs.errors import UserError
-from sdcl.runs.experiment import begin
 from sdcl.runs.folder import LOGGER
+from sdcl.scoring.evaluation import Case
 from sdcl.scoring.report import save_scan_figure
 
 
@@ -60,7 +61,7 @@ def save_figure(config: Any, run: Run, name: str, scan: Scan, label: np.ndarray)
     window = (-125.0, 275.0) if run.preprocessing.normalise == "ct" else None
     path = config.output / f"{name}.png"
     try:
-        save_scan_figure(path, name, turned.array, shown, turned.spacing_mm, run.class_names, window)
+        save_scan_figure(path, Case(name, turned.array, shown, turned.spacing_mm), run.class_names, window)
     except Exception as error:
         LOGGER.info("NOTE: %s could not be drawn (%s)", path, reason_of(error))
 
@@ -99,18 +100,18 @@ def tell_limits(config: Any, run: Run) -> None:
         LOGGER.info("NOTE: this run fixes no slicing axis: each scan is sliced across its own longest voxel side.")
 
 
-def predict_scans(config: Any) -> None:
+def predict_scans(config: Any, device: torch.device) -> None:
     """Read the run, then segment one scan after the other.
 
     Args:
         config: code/predict.py's header.
+        device: where to compute.
 
     Raises:
         UserError: a setting is impossible, or some scans were refused; the others are there.
     """
     if config.pixel_spacing_mm and not all(0 < side < np.inf for side in config.pixel_spacing_mm):
         raise UserError(f"--pixel_spacing_mm {config.pixel_spacing_mm} must be two numbers above 0.")
-    device = begin(config, lambda _: None)
     run = Run.read(config.run, config.largest_component)
     if config.stride and run.is_3d:
         check_windows(config.stride, run.settings["patch_size"])

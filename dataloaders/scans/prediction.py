@@ -16,8 +16,8 @@ from dataloaders.scans.reading import Scan
 from sdcl.checkpoints import load_weights
 from sdcl.inference import slice_wise, sliding_window, window_starts
 from sdcl.networks import build_network
+from sdcl.runs.devices import place
 from sdcl.runs.errors import UserError
-from sdcl.runs.experiment import place
 from sdcl.runs.folder import LOGGER, read_config, read_task
 from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Decision
 

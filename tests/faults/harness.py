@@ -41,9 +41,9 @@ LAST_CHARACTERS = 1500  # of a run's output, in the message of one that failed
 def write_data(name: str, root: Path) -> Path:
     """Write a data set's phantom, as small as a run can do with."""
     if name == "acdc":
-        return write_acdc(root, train_patients=4, val_patients=1, test_patients=1, size=(36, 40), slices=2)
+        return write_acdc(root, patients=(4, 1, 1), size=(36, 40), slices=2)
     size = (40, 36, 32) if name == "la" else (40, 40, 32)
-    return {"la": write_la, "pancreas": write_pancreas}[name](root, train_cases=5, test_cases=1, size=size)
+    return {"la": write_la, "pancreas": write_pancreas}[name](root, cases=(5, 1), size=size)
 
 
 def answer(zygote: subprocess.Popen) -> int:

@@ -53,6 +53,14 @@ def computes_bf16(device: torch.device) -> bool:
     return is_supported is None or bool(is_supported())
 
 
+def place(network: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to a device, in the memory layout that its convolutions are fastest in there."""
+    is_2d = any(isinstance(module, nn.Conv2d) for module in network.modules())
+    # Convolutions want channels last: without it each one reorders its input. Norms and pooling of 2D networks follow;
+    # InstanceNorm would copy to channels first, so 3D networks are left alone.
+    return network.to(device, memory_format=torch.channels_last if is_2d else torch.preserve_format)
+
+
 def compile_networks(networks: Iterable[nn.Module], device: torch.device) -> None:
     """Let torch.compile fuse what networks do, under their parameters' own names; say so where it does not work.
 

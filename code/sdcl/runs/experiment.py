@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from sdcl.checkpoints import LAST, PREVIOUS, load, load_last, load_weights
 from sdcl.networks import build_network
 from sdcl.runs.atomic import claimed
 from sdcl.runs.config import as_dict, check_common, describe
-from sdcl.runs.devices import computes_bf16, keep_freed_memory, select_device, set_arithmetic
+from sdcl.runs.data import Data, Stage
+from sdcl.runs.devices import computes_bf16, keep_freed_memory, place, select_device, set_arithmetic
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import (
     LOGGER,
+    Reads,
     differing_tasks,
     environment,
     find_run,
@@ -29,9 +31,9 @@ from sdcl.runs.folder import (
     start_logging,
     trained_among,
 )
-from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Case, Predictors, Task, load_predictors
+from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Predictors, load_predictors
 from sdcl.scoring.report import test_report, validator
-from sdcl.training import Streams, make_learners, pretrain, self_train
+from sdcl.training import make_learners, pretrain, self_train, validation_iterations
 
 
 def begin(config: Any, check: Callable[[Any], None]) -> torch.device:
@@ -58,81 +60,71 @@ def begin(config: Any, check: Callable[[Any], None]) -> torch.device:
     return device
 
 
-def place(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """Move a network to a device, in the memory layout that its convolutions are fastest in there."""
-    is_2d = any(isinstance(module, torch.nn.Conv2d) for module in network.modules())
-    # Convolutions want channels last: without it each one reorders its input. Norms and pooling of 2D networks follow;
-    # InstanceNorm would copy to channels first, so 3D networks are left alone.
-    return network.to(device, memory_format=torch.channels_last if is_2d else torch.preserve_format)
-
-
-def train(
-    config: Any,
-    task: Task,
-    device: torch.device,
-    *,
-    make_streams: Callable[[bool], Streams],
-    lists: Mapping[str, Sequence[str]],
-    trained_on: Sequence[str],
-    cases: Sequence[Case],
-    validated_on: str,
-    pre_val_at: Collection[int],
-    self_val_at: Collection[int],
-    facts: dict[str, Any],
-) -> None:
+def train(config: Any, data: Data) -> None:
     """Train both stages of a run, from where its folder left it.
 
     Args:
         config: the script's header.
-        task: what the data set fixes.
-        device: where to compute.
-        make_streams: makes the streams of pre-training (False) or, with the unlabelled ones, of self-training (True).
-        lists: names of the cases that the run reads, by what they are for: a run does not go on with others.
-        trained_on: the training cases, as tests name them: a test says which of its cases are among them.
-        cases: volumes to validate on; none: nothing is validated or selected.
-        validated_on: their name, "val" or "test".
-        pre_val_at: iterations of pre-training after which to validate, beside the last.
-        self_val_at: the same for self-training.
-        facts: what config.json keeps of the data set, under "task".
+        data: what it names.
 
     Raises:
-        UserError: see claimed(), open_run(), pretrain() and self_train().
+        UserError: a setting, list or file is wrong; see also claimed(), open_run(), pretrain() and self_train().
     """
+
+    def check(_: Any) -> None:
+        data.check_root()
+        data.check()
+
+    device = begin(config, check)
+    given = data.training()
     torch.manual_seed(config.seed)
-    names = (config.student_a, config.student_b)
-    students = [place(build_network(name, task.num_classes), device) for name in names]
+    students = [place(build_network(getattr(config, role), given.task.num_classes), device) for role in STUDENTS]
     learners = make_learners(*students, config.base_lr)
-    folder = run_folder(config.models_path, task.name, config.exp, config.labelnum)
-    stages = [make_streams(False)] if config.pretrained is None else [None]
-    stages += [make_streams(True)] if config.self_iterations else [None]  # both before any training, for their refusals
-    pretrained = _check_stages(config, folder, facts)
-    common = {"method": config, "validate": validator(cases, task), "validated_on": validated_on}
-    common["config"] = as_dict(config)
+    folder = run_folder(config.models_path, given.task.name, config.exp, config.labelnum)
+    stages: list[Stage] = ["pre_train"] * (config.pretrained is None) + ["self_train"] * bool(config.self_iterations)
+    streams = {stage: given.streams(stage) for stage in stages}  # all before any training, for their refusals
+    pretrained = _check_stages(config, folder, given.facts)
+    common = {"method": config, "validate": validator(given.validation_cases, given.task)}
+    common |= {"validated_on": given.validated_on, "config": as_dict(config)}
     with claimed(folder):
-        validation = [case.name for case in cases]
-        names = {**lists, "validation": validation}
-        open_run(folder, as_dict(config), names, device, facts, trained_on, pretrained)
-        known = {*trained_on, *(pretrained or {}).get("trained_on", ())}
+        validation = [case.name for case in given.validation_cases]
+        names = {**given.lists, "validation": validation}
+        open_run(folder, as_dict(config), Reads(names, given.facts, given.trained_on, pretrained), device)
+        known = {*given.trained_on, *(pretrained or {}).get("trained_on", ())}
         if seen := [name for name in validation if name in known]:
             LOGGER.warning("NOTE: training reads %d of the cases it is validated on (%s).", len(seen), _few(seen))
-        if stages[0] is not None:
-            pretrain(learners, stages[0], folder, validate_at=pre_val_at, **common)
-        if stages[1] is not None:
-            start = "last" if config.select == "last" else "best"
-            self_train(
-                learners,
-                stages[1],
-                folder,
-                validate_at=self_val_at,
-                start_from=start,
-                pretrained=config.pretrained,
-                **common,
-            )
-    stage = "" if stages[1] is not None else " --stage pre_train"
+        if "pre_train" in streams:
+            pretrain(learners, streams["pre_train"], folder, validate_at=validate_at(config, "pre_train"), **common)
+        if "self_train" in streams:
+            common |= {"start_from": "last" if config.select == "last" else "best", "pretrained": config.pretrained}
+            self_train(learners, streams["self_train"], folder, validate_at=validate_at(config, "self_train"), **common)
+    _tell_end(config, folder)
+
+
+def _tell_end(config: Any, folder: Path) -> None:
+    """Say how the run is scored."""
+    stage = "" if config.self_iterations else " --stage pre_train"
     given = {name: str(getattr(config, name)) for name in ("root_path", "models_path") if hasattr(config, name)}
     paths = shlex.join([text for name, path in given.items() for text in (f"--{name}", path)])
     where = f"{paths} --exp {shlex.quote(config.exp)} --labelnum {config.labelnum}{stage}"
     LOGGER.info("done: %s; the test script scores it with %s", folder, where)
+
+
+def validate_at(config: Any, stage: Stage) -> set[int]:
+    """Return the iterations of a stage after which to validate, beside the last, by a script's header.
+
+    Args:
+        config: with pre_val_every and self_val_every, and maybe pre_val_from, late_val_from and late_val_every.
+        stage: which.
+    """
+    if stage == "pre_train":
+        first = getattr(config, "pre_val_from", config.pre_val_every)
+        return set(validation_iterations(first, config.pre_val_every, config.pre_iterations))
+    every, last = config.self_val_every, config.self_iterations
+    if not hasattr(config, "late_val_every"):
+        return set(validation_iterations(every, every, last))
+    late = validation_iterations(config.late_val_from, config.late_val_every, last)
+    return {*validation_iterations(every, every, config.late_val_from - 1), *late}
 
 
 def _few(names: Sequence[str]) -> str:
@@ -190,36 +182,22 @@ def _check_stages(config: Any, folder: Path, facts: dict[str, Any]) -> dict[str,
     return {key: value for key, value in other.items() if key != "task"}
 
 
-def test(
-    config: Any,
-    task: Task,
-    device: torch.device,
-    folder: Path,
-    trained: dict[str, Any],
-    read_cases: Callable[[], Sequence[Case]],
-    split: str,
-    facts: dict[str, Any],
-    nifti: bool = False,
-) -> None:
+def test(config: Any, data: Data) -> None:
     """Score a run's best and last students and means, or given weights, in one pass; print and write the tables.
 
     Args:
         config: the test script's header.
-        task: what the data set fixes.
-        device: where to compute.
-        folder: from find_weights().
-        trained: from find_weights().
-        read_cases: reads the volumes to score, once the networks are there.
-        split: their name.
-        facts: what the data set says of the files to score, as DataSet.facts() does.
-        nifti: also write each case's image, label, prediction and probability as NIfTI.
+        data: what it names.
 
     Raises:
         UserError: a checkpoint is missing or does not fit, or the data are not prepared as those trained on.
     """
+    device = begin(config, lambda _: data.check_root())
+    folder, trained = find_weights(config, data.name)
+    scored = data.scoring(trained)
 
     def make_student(role: str) -> torch.nn.Module:
-        return place(build_network(trained[role], task.num_classes), device)
+        return place(build_network(trained[role], scored.task.num_classes), device)
 
     files = dict(zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True))
     are_given = all(files.values())
@@ -227,7 +205,7 @@ def test(
     runs = {stage.parent for stage in stages if stage.name in ("pre_train", "self_train")} if are_given else {folder}
     runs = {run for run in runs if (run / "config.json").is_file()}  # published files lie in none
     for run in runs:
-        _check_prepared(run, facts, are_given)
+        _check_prepared(run, scored.facts, are_given)
     selected_on = None if are_given else "test" if trained["select"] == "test" else "val"
     if are_given:
         networks = [make_student(role) for role in STUDENTS]
@@ -238,19 +216,21 @@ def test(
         predictors = load_predictors(folder / config.stage, make_student, selected_on)
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
-    name = "_".join([_weights_name(files) if are_given else config.stage, split, *_options(config)])
-    cases, results = read_cases(), folder / "test" / name
+    name = "_".join([_weights_name(files) if are_given else config.stage, scored.split, *_options(config)])
+    cases, results = scored.read_cases(), folder / "test" / name
     seen = list(dict.fromkeys(one for run in runs for one in trained_among(run, [case.name for case in cases])))
-    said = {"split": split, "selected_on": selected_on, "config": used, "environment": environment(device)}
-    said["trained_on"] = seen
+    said = {"split": scored.split, "selected_on": selected_on, "config": used, "environment": environment(device)}
+    said |= {"trained_on": seen, "protocol": config.protocol}
     with claimed(results):
-        test_report(results, predictors, cases, task, config.protocol, said, nifti)
+        test_report(results, predictors, cases, scored.task, said, config.save_nifti)
     if seen:
         LOGGER.warning("NOTE: the run was TRAINED on %d of these cases (%s), which flatters it.", len(seen), _few(seen))
     elif not runs:
         LOGGER.info("NOTE: these files do not tell which cases they were trained on.")
-    if selected_on == split:
-        LOGGER.info("NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", split)
+    if selected_on == scored.split:
+        LOGGER.info(
+            "NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", scored.split
+        )
 
 
 def _check_prepared(run: Path, facts: dict[str, Any], are_given: bool) -> None:

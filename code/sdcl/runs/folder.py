@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,34 +111,40 @@ def known_runs(models_path: Path) -> str:
     )
 
 
-def open_run(
-    folder: Path,
-    config: dict[str, Any],
-    lists: Mapping[str, Sequence[str]],
-    device: "torch.device",
-    task: dict[str, Any],
-    trained_on: Sequence[str] = (),
-    pretrained: dict[str, Any] | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Reads:
+    """What a run reads, as its config.json keeps it.
+
+    Attributes:
+        lists: the cases, by what they are for; their checksums are kept.
+        task: what else prediction needs: classes, preprocessing.
+        trained_on: the cases that training reads, as tests name them.
+        pretrained: of the run whose pre-training this one starts from, what inherited() says.
+    """
+
+    lists: Mapping[str, Sequence[str]]
+    task: dict[str, Any]
+    trained_on: Sequence[str] = ()
+    pretrained: dict[str, Any] | None = None
+
+
+def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.device") -> None:
     """Create a run's folder with its config.json, or check that the one there is of the same run.
 
     Args:
         folder: models/<data set>_<exp>_<labelnum>_labeled.
         config: from config.as_dict.
-        lists: the cases that the run reads, by what they are for; their checksums are kept.
+        reads: the cases and data.
         device: where the run computes.
-        task: what else prediction needs: classes, preprocessing.
-        trained_on: the cases that training reads, as tests name them.
-        pretrained: of the run whose pre-training this one starts from, what inherited() says.
 
     Raises:
         UserError: the folder holds a run of another configuration or other cases; the message names what differs.
     """
     path, now = folder / "config.json", environment(device)
-    sums = {name: hashlib.sha256("\n".join(cases).encode()).hexdigest() for name, cases in lists.items()}
-    content = {"config": config, "task": task, "lists": sums, "environment": now, "resumed": []}
-    content["trained_on"] = list(dict.fromkeys([*trained_on, *(pretrained or {}).get("trained_on", ())]))
-    content["pretrained"] = pretrained
+    sums = {name: hashlib.sha256("\n".join(cases).encode()).hexdigest() for name, cases in reads.lists.items()}
+    content = {"config": config, "task": reads.task, "lists": sums, "environment": now, "resumed": []}
+    content["trained_on"] = list(dict.fromkeys([*reads.trained_on, *(reads.pretrained or {}).get("trained_on", ())]))
+    content["pretrained"] = reads.pretrained
     if path.exists():
         content = _read_content(path)
         differing = differing_fields(content["config"], config)
@@ -152,7 +159,7 @@ def open_run(
                 f"{folder} holds a run on other {' and '.join(changed)} cases: restore the lists in data_split/ "
                 "to go on with it, choose another --exp, or remove the folder."
             )
-        facts = json.loads(json.dumps(task))
+        facts = json.loads(json.dumps(reads.task))
         if differing := differing_tasks(content.setdefault("task", facts), facts):
             raise UserError(
                 f"{folder} holds a run on data that were preprocessed in another way ({differing}): restore the data "

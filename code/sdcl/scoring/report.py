@@ -181,31 +181,24 @@ def save_label_figure(path: Path, cases: Sequence[Case], class_names: Sequence[s
 
 
 def save_scan_figure(
-    path: Path,
-    title: str,
-    image: np.ndarray,
-    label: np.ndarray,
-    spacing_mm: Sequence[float],
-    class_names: Sequence[str],
-    window: tuple[float, float] | None = None,
+    path: Path, case: Case, class_names: Sequence[str], window: tuple[float, float] | None = None
 ) -> None:
     """Draw a label map over a scan in three planes, each through the slice with most foreground, else the middle.
 
     Args:
         path: PNG to write; its folder is there.
-        title: of the figure.
-        image: (X, Y, Z), axes to the patient's left, front and top: left is shown on the right, as radiologists do.
-        label: (X, Y, Z), classes.
-        spacing_mm: voxel sides.
+        case: image and classes (X, Y, Z), axes to the patient's left, front and top: left is shown on the right, as
+            radiologists do; its name is the title; with its voxel sides.
         class_names: of the foreground classes.
         window: intensities shown as black and white; None: the slice's own.
     """
+    image, label = case.image, case.label
     figure = Figure(figsize=(13, 4.8), dpi=FIGURE_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     for plot, axis in zip(figure.subplots(1, 3), (2, 1, 0), strict=True):
         k = fullest_slice(label, axis) if label.any() else image.shape[axis] // 2
         picture, mask = np.take(image, k, axis).T, np.take(label, k, axis).T
-        across, up = (spacing_mm[a] for a in range(3) if a != axis)
+        across, up = (case.spacing[a] for a in range(3) if a != axis)
         plot.imshow(overlay(np.clip(picture, *window) if window else picture, mask), origin="lower", aspect=up / across)
         plot.set_title(f"{PLANE_NAMES[axis]} {k + 1} of {image.shape[axis]}", fontsize=9)
         plot.set_xticks([])
@@ -213,7 +206,7 @@ def save_scan_figure(
     colours = class_colours(np.arange(1, len(class_names) + 1))
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, class_names, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle(title if label.any() else f"{title}: nothing found", fontsize=10)
+    figure.suptitle(case.name if label.any() else f"{case.name}: nothing found", fontsize=10)
     _save_figure(figure, path)
 
 
@@ -277,7 +270,6 @@ def test_report(
     predictors: Predictors,
     cases: Sequence[Case],
     task: Task,
-    protocol: Protocol,
     facts: dict[str, Any],
     nifti: bool = False,
 ) -> None:
@@ -291,8 +283,7 @@ def test_report(
         predictors: student a, student b and their mean first; these are the ones that cases.png shows.
         cases: volumes to score.
         task: see evaluate().
-        protocol: see summarise().
-        facts: what else summary.json says, such as the split.
+        facts: what else summary.json says, such as the split; "protocol": see summarise().
         nifti: also write nifti/, from the first mean.
     """
     shown = list(predictors.members)[:3]
@@ -322,8 +313,9 @@ def test_report(
     evaluate(predictors, waiting, task, on_case=keep_maps, on_scored=keep_rows)
     rows = [row for case in cases for row in rows_of[case.name]]
     write_csv(folder / "cases.csv", [asdict(row) for row in rows])
+    protocol: Protocol = facts["protocol"]
     summary = summarise(rows, protocol)
-    content = facts | {"protocol": protocol, "summary": [asdict(row) for row in summary]}
+    content = facts | {"summary": [asdict(row) for row in summary]}
     write_text(folder / "summary.json", json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
     LOGGER.info("%s\n\n%s", format_cases(rows), format_table(summary, protocol))
     dice, by_name = case_dice(rows)[shown[-1]], {case.name: case for case in cases}
