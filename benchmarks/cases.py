@@ -20,13 +20,14 @@ from dataloaders.transforms import Augmentation
 from dataloaders.volumes import CroppedVolumes
 from sdcl.inference import slice_wise, sliding_window
 from sdcl.losses import discrepancy, mixed_losses
+from sdcl.methods.sdcl import self_train_step
 from sdcl.metrics import case_metrics
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.networks import build_network
 from sdcl.pseudo_labels import pseudo_label
 from sdcl.runs.devices import place
 from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Case, Decision, Predictors, Task, evaluate
-from sdcl.steps import add_teacher, make_learners, self_train_step
+from sdcl.steps import add_teacher, make_learners
 
 Run = Callable[[], dict[str, float]]  # does the work once and returns figures that both ways must share
 
@@ -53,6 +54,8 @@ class Work:
     mse_weight: float = 0.5
     kl_weight: float = 0.05
     ema_decay: float = 0.99
+    correct: str = "discrepancy"
+    largest_component: str = "yes"
 
 
 ACDC = Work("acdc", ("unet", "resunet"), (256, 256), 12, 4, (10, 256, 216), (), 8, "argmax", "batch", True, (256, 216))

@@ -69,6 +69,7 @@ class Config:
     self_iterations: int = 11_000  # self-training
 
     # --- method (docs/method.md, "Stage 1", "Stage 2") ---
+    method: str = "sdcl"  # sdcl, bcp, cps, ua_mt, mean_teacher or supervised (docs/methods.md); stage 1 is the same
     student_a: Literal["vnet", "resvnet", "unet", "resunet"] | None = (
         None  # network of the first student and the teacher
     )
@@ -77,12 +78,20 @@ class Config:
     dice: Literal["batch", "sample"] | None = None  # sums over the whole batch, or per sample and class
     pre_dice: Literal["regions", "whole"] | None = None  # pre-training's loss: each region of the mix, or the mix whole
     u_weight: float = 0.5  # weight of unlabelled regions, whose target is the pseudo-label
+    correct: Literal["discrepancy", "everywhere", "none"] = "discrepancy"  # where the two corrections act (sdcl)
     mse_weight: float = 0.5  # lambda_mse: pull to the target where the students disagree
     kl_weight: float = 0.05  # lambda_kl: entropy where they disagree and this student is wrong
     pseudo_label_rule: Literal["argmax", "threshold"] = "argmax"  # the teacher's decision
+    largest_component: Literal["yes", "no"] = "yes"  # of pseudo-labels only each class\'s largest component is kept
     connectivity: int | None = None  # neighbours in a connected component: 6, 18, 26 (3D); 4, 8 (2D)
+    teacher_dropout: Literal["yes", "no"] = "yes"  # whether the teacher drops out, as published
     ema_decay: float = 0.99  # teacher = ema_decay * teacher + (1 - ema_decay) * student a
     ema_buffers: bool | None = None  # average BatchNorm's statistics too
+    consistency_weight: float = 0.1  # of what unlabelled images say (cps, ua_mt, mean_teacher)
+    rampup: int | None = None  # iterations until that weight is whole; None: two fifths of self-training (the same)
+    noise: float = 0.1  # standard deviation of the inputs' noise, of normalised images (ua_mt, mean_teacher)
+    passes: int = 8  # of the teacher, whose entropy says where it is sure (ua_mt)
+    paste: Literal["yes", "no"] = "yes"  # no: labelled images as they are (supervised)
 
     # --- validation and selection ---
     select: Literal["val", "last"] | None = None  # None: val if the data set has validation cases, else last

@@ -26,7 +26,7 @@ class Config:
 
     # --- which weights ---
     stage: Literal["self_train", "pre_train"] = "self_train"  # whose checkpoints; the best, or the last of no best
-    predictor: Literal["mean", "student_a", "student_b"] = "mean"  # both students, or one
+    predictor: Literal["mean", "student_a", "student_b", "teacher"] | None = None  # None: the method's answer
 
     # --- where and how ---
     roi: tuple[int, int, int, int, int, int] | None = None  # x0 x1 y0 y1 z0 z1: only these voxels of the scan
@@ -59,9 +59,9 @@ def main(config: Config) -> None:
     if not config.input.exists():
         raise UserError(f"--input {config.input} does not exist: check the path.")
     from dataloaders.scans.predicting import predict_scans  # these take seconds, which a wrong flag need not wait for
-    from sdcl.runs.experiment import begin
+    from sdcl.runs.experiment import begin, load_predictor
 
-    predict_scans(config, begin(config, lambda _: None))
+    predict_scans(config, begin(config, lambda _: None), load_predictor)
 
 
 if __name__ == "__main__":

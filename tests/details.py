@@ -44,8 +44,8 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
         Undo(ACDC, "ema_buffers: bool = True", "ema_buffers: bool = False", DEFAULTS_2D),
     ),
     3: (
-        Undo(STEPS, "learners.networks[role](image) for role",
-             "learners.networks[role](torch.cat([image, image * 2]))[: len(image)] for role", TEXTBOOK),
+        Undo(STEPS, "learners.networks[role](mixed) for role",
+             "learners.networks[role](torch.cat([mixed, mixed * 2]))[: len(mixed)] for role", TEXTBOOK),
     ),
     4: (
         Undo("code/sdcl/mixing.py", "torch.randint(side - b,", "torch.randint(side - b + 1,", "tests/test_mixing.py"),
@@ -73,7 +73,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
              "tests/test_losses.py"),
     ),
     9: (
-        Undo(STEPS, 'mask if method.pre_dice == "regions" else None', "None", TEXTBOOK),
+        Undo(STEPS, 'mask if settings.pre_dice == "regions" else None', "None", TEXTBOOK),
         Undo(ACDC, '] = "regions"', '] = "whole"', DEFAULTS_2D),
         Undo(LA, '] = "whole"', '] = "regions"', DEFAULTS_3D),
     ),
@@ -155,7 +155,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
              "tests/test_networks.py -k names"),
     ),
     24: (
-        Undo(TRAINING, "        torch.manual_seed(iteration_seed(self.method.seed, self.stage, number))\n", "",
+        Undo(TRAINING, "        torch.manual_seed(iteration_seed(self.settings.seed, self.stage, number))\n", "",
              "tests/test_training.py -k same_bits"),
         Undo("dataloaders/streams.py", "kind + direction, iteration, place)", "kind + direction, place)",
              "tests/test_data.py"),

@@ -37,10 +37,12 @@ def fill(network, seed):
 def method(**changes):
     """Return ACDC's settings, those that the loops read, with changes."""
     settings = {
-        "seed": 1, "precision": "fp32", "compile": False,
+        "method": "sdcl", "seed": 1, "precision": "fp32", "compile": False,
         "pre_iterations": 4, "self_iterations": 4, "mask_fraction": 2 / 3,
         "pre_dice": "regions", "dice": "batch", "u_weight": 0.5, "mse_weight": 0.5, "kl_weight": 0.05,
-        "pseudo_label_rule": "argmax", "connectivity": 8, "ema_decay": 0.99, "ema_buffers": True,
+        "correct": "discrepancy", "pseudo_label_rule": "argmax", "largest_component": "yes", "connectivity": 8,
+        "teacher_dropout": "yes", "consistency_weight": 0.1, "rampup": None, "noise": 0.1, "passes": 8, "paste": "yes",
+        "ema_decay": 0.99, "ema_buffers": True,
         "log_every": 2, "save_every": 2, "save_minutes": 0,
     }  # fmt: skip
     return SimpleNamespace(**(settings | changes))

@@ -22,7 +22,7 @@ CORE = {  # a module of the core to the test files that are about it
     "sdcl/pseudo_labels.py": ("pseudo_labels", "steps"),
     "sdcl/teacher.py": ("teacher", "steps"),
     "sdcl/steps.py": ("steps", "training"),
-    "sdcl/training.py": ("steps", "training"),
+    "sdcl/training.py": ("training", "runs"),
     "sdcl/inference.py": ("inference", "3d"),
     "sdcl/metrics.py": ("metrics",),
     "sdcl/scoring/evaluation.py": ("evaluation", "inference", "training"),

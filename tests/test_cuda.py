@@ -7,9 +7,10 @@ from helpers import method
 
 from sdcl.inference import slice_wise, sliding_window
 from sdcl.losses import discrepancy, mixed_losses
+from sdcl.methods.sdcl import self_train_step
 from sdcl.networks import build_network
 from sdcl.runs.devices import set_arithmetic
-from sdcl.steps import add_teacher, make_learners, pretrain_step, self_train_step
+from sdcl.steps import add_teacher, make_learners, pretrain_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

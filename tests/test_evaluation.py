@@ -11,6 +11,7 @@ from sdcl.checkpoints import save
 from sdcl.runs.errors import UserError
 from sdcl.scoring import report
 from sdcl.scoring.evaluation import (
+    PREDICTORS,
     Case,
     CaseRow,
     Decision,
@@ -27,6 +28,7 @@ from sdcl.scoring.evaluation import (
 from sdcl.scoring.report import best_median_worst, panel, validator
 
 NAN = math.nan
+ROLES = {"student_a": ("student_a",), "student_b": ("student_b",), "mean": ("student_a", "student_b")}
 
 
 def row(case="c1", structure="LV", dice=1.0, hd95=2.0, empty=False, predictor="a"):
@@ -123,7 +125,9 @@ def test_case_lines():
 
 
 def test_validator_scores_without_distances_and_draws_the_first_case():
-    validation = validator(cases(), Task("t", ("x", "y"), infer))([nn.Identity(), nn.Identity()])
+    validation = validator(cases(), Task("t", ("x", "y"), infer))(
+        Predictors([nn.Identity(), nn.Identity()], PREDICTORS)
+    )
     assert set(validation.dice) == {"student_a", "student_b", "mean"}
     assert validation.panel.shape == (3, 8, 40) and 0 <= validation.panel.min() <= validation.panel.max() <= 1
 
@@ -133,7 +137,7 @@ def test_the_panel_marks_exactly_where_the_students_differ():
     a = np.zeros((1, 4, 4), np.uint8)
     b = a.copy()
     b[0, 1, 2] = 1
-    picture = panel(case, (a, b), 0)[:, :, 16:]
+    picture = panel(case, {"student_a": a, "student_b": b}, 0)[:, :, 16:]
     assert np.argwhere(picture.any(0)).tolist() == [[1, 2]]
 
 
@@ -151,7 +155,7 @@ def test_files_of_a_test(tmp_path):
     content = json.loads((tmp_path / "t" / "summary.json").read_text())
     assert content["split"] == "val" and content["protocol"] == "default" and len(content["summary"]) == 9
     lines = (tmp_path / "t" / "cases.csv").read_text().splitlines()
-    assert lines[0] == "predictor,case,structure,dice,jaccard,hd95,asd,hd95_mm,asd_mm,empty" and len(lines) == 19
+    assert lines[0] == "method,predictor,case,structure,dice,jaccard,hd95,asd,hd95_mm,asd_mm,empty" and len(lines) == 19
     for name in ("cases.png", "metrics.png"):
         assert (tmp_path / "t" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -177,7 +181,7 @@ def test_predictors_load_each_network_once(tmp_path):
         asked.append(role)
         return nn.Linear(1, 1, bias=False)
 
-    predictors = load_predictors(tmp_path, make, "val")
+    predictors = load_predictors(tmp_path, make, "val", ROLES)
     assert asked == ["student_a", "student_b", "student_a", "student_b"] * 2
     assert [n.weight.item() for n in predictors.networks] == [3, 5, 5, 8, 8]
     assert predictors.members == {
@@ -190,7 +194,7 @@ def test_predictors_load_each_network_once(tmp_path):
     }
     (tmp_path / "best_mean.pth").unlink()
     with pytest.raises(UserError, match="best_mean.pth does not exist"):
-        load_predictors(tmp_path, lambda role: nn.Linear(1, 1, bias=False), "val")
+        load_predictors(tmp_path, lambda role: nn.Linear(1, 1, bias=False), "val", ROLES)
 
 
 @pytest.mark.parametrize("last", [3, 5, 8])
@@ -206,7 +210,7 @@ def test_the_first_three_predictors_are_a_b_and_the_mean_whichever_best_is_the_l
     for name, (roles, iteration) in best.items():
         save(payload(roles, iteration), tmp_path / f"best_{name}.pth")
     save(payload(both, last), tmp_path / "last.pth")
-    members = load_predictors(tmp_path, lambda role: nn.Linear(1, 1, bias=False), "val").members
+    members = load_predictors(tmp_path, lambda role: nn.Linear(1, 1, bias=False), "val", ROLES).members
     assert [title.split(",")[0] for title in list(members)[:3]] == ["student_a", "student_b", "mean"]
     assert [len(indices) for indices in list(members.values())[:3]] == [1, 1, 2]
     both_in_one = [title for title in members if " and last (" in title]

@@ -283,10 +283,14 @@ def test_a_foreign_config_beside_given_weights_is_none_of_theirs(la, models, tmp
     assert "NOTE: these files do not tell which cases they were trained on" in text
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "1"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0.001", "1"])
 def test_a_mask_that_is_no_fraction_is_refused(value):
     with pytest.raises(UserError, match="--mask_fraction is .*: a mask of .* of .*choose a fraction inside"):
         parse(load("LA_train.py").Config, ["--mask_fraction", value])
+
+
+def test_a_mask_of_0_means_no_pasting():
+    assert parse(load("LA_train.py").Config, ["--mask_fraction", "0"]).mask_fraction == 0
 
 
 def test_an_edited_default_is_refused_like_the_flag():

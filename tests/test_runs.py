@@ -17,13 +17,14 @@ from dataloaders.slices import Slices
 from dataloaders.streams import Order, Streams
 from dataloaders.transforms import Augmentation
 from sdcl import checkpoints
+from sdcl.methods.sdcl import self_train_step
 from sdcl.networks import build_network
 from sdcl.runs.atomic import claimed, replacing, write_text
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import Reads, open_run, read_config, trained_among
 from sdcl.runs.records import StageRecord
-from sdcl.steps import add_teacher, make_learners, self_train_step
+from sdcl.steps import add_teacher, make_learners
 from sdcl.training import pretrain
 
 CONFIG = {"labelnum": 2, "patch_size": [32, 32], "select": "val", "student_a": "unet", "student_b": "resunet"}

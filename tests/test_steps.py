@@ -14,11 +14,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdcl.losses import class_map
+from sdcl.methods.sdcl import self_train_step
 from sdcl.networks import build_network, resnet, unet, vnet
 from sdcl.pseudo_labels import PendingLabels, largest_components
 from sdcl.runs.devices import place
 from sdcl.runs.errors import UserError
-from sdcl.steps import STUDENTS, add_teacher, make_learners, pretrain_step, self_train_step
+from sdcl.steps import STUDENTS, add_teacher, make_learners, pretrain_step
 
 PAIRS = {
     "2d": (("unet", "resunet"), (32, 48), method()),

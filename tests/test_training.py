@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from unittest import mock
 
@@ -11,6 +12,7 @@ from helpers import GOLDEN, fill, method, strided
 from torch import nn
 
 from sdcl import checkpoints
+from sdcl.methods.sdcl import self_train_step
 from sdcl.networks import build_network
 from sdcl.runs.errors import UserError
 from sdcl.scoring.report import Validation
@@ -21,7 +23,6 @@ from sdcl.training import (
     pretrain,
     pretrain_step,
     self_train,
-    self_train_step,
     validation_iterations,
 )
 
@@ -79,9 +80,9 @@ def tiny_learners():
     return make_learners(build_network("unet", 2), build_network("unet", 2), base_lr=1e-3)
 
 
-def score(students):
+def score(predictors):
     """A score that moves with the weights, so that selections can be compared."""
-    a, b = (float(next(s.parameters()).detach().sum() % 1) for s in students)
+    a, b = (float(next(s.parameters()).detach().sum() % 1) for s in predictors.networks)
     return Validation({"student_a": a, "student_b": b, "mean": (a + b) / 2}, PANEL)
 
 
@@ -149,7 +150,8 @@ def test_the_best_is_what_was_scored(tmp_path):
     scores = iter([(0.1, 0.2, 0.9), (0.7, 0.1, 0.3), (0.3, 0.1, 0.3)])
     weights = []
 
-    def validate(students):
+    def validate(predictors):
+        students = predictors.networks
         assert not any(s.training for s in students)
         weights.append([{k: v.clone() for k, v in s.state_dict().items()} for s in students])
         return Validation(dict(zip(("student_a", "student_b", "mean"), next(scores), strict=True)), PANEL)
@@ -266,6 +268,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     with pytest.raises(UserError, match=wrong + "x_a: case2; x_b: other: lower"):
         train(tmp_path, method(save_every=2, log_every=4), streams=Poisoned())
     assert checkpoints.load(tmp_path / "pre_train" / "last.pth")["iteration"] == 2
+    broken = checkpoints.load(tmp_path / "pre_train" / "nonfinite_3.pth")
+    assert broken["iteration"] == 3 and broken["cases"] == {"x_a": ["case2"], "x_b": ["other"]}
+    assert {"student_a/loss", "student_b/grad_norm"} <= set(broken["wrong"])
+    assert set(broken["networks"]) == {"student_a", "student_b"} and broken["stage"] == "pre_train"
 
 
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
@@ -379,3 +385,105 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(UserError, match="student_a.* became nan or infinite"):
         pretrain(learners, Overflowing(), tmp_path, method(pre_iterations=4, log_every=1, save_every=2), **common)
     assert checkpoints.load(tmp_path / "pre_train" / "last.pth")["iteration"] == 2
+
+
+def both(folder, settings, stage_two=None, **changes):
+    common = {"validate": score, "validate_at": (), "validated_on": "val", "config": {}, **changes}
+    learners = tiny_learners()
+    pretrain(learners, TinyStreams(), folder, settings, **common)
+    self_train(learners, TinyStreams(), folder, stage_two or settings, start_from="best", **common)
+    return learners
+
+
+def test_self_training_goes_on_from_the_save_before_where_the_last_is_lost(tmp_path):
+    """It does not begin again from stage 1, which may be gone by then."""
+    both(tmp_path, method(pre_iterations=1, self_iterations=4, save_every=1))
+    shutil.rmtree(tmp_path / "pre_train")
+    (tmp_path / "self_train" / "last.pth").unlink()
+    learners = tiny_learners()
+    common = {"validate": score, "validate_at": (), "validated_on": "val", "config": {}}
+    settings = method(pre_iterations=1, self_iterations=4, save_every=1)
+    self_train(learners, TinyStreams(), tmp_path, settings, start_from="best", **common)
+    assert learners.iteration == 4
+    assert (
+        "Going on from last_previous.pth, saved after iteration 3" in (tmp_path / "self_train" / "log.txt").read_text()
+    )
+
+
+def test_a_lost_best_of_stage_one_is_named_before_self_training(tmp_path):
+    common = {"validate": score, "validate_at": (), "validated_on": "val", "config": {}}
+    pretrain(tiny_learners(), TinyStreams(), tmp_path, method(pre_iterations=2), **common)
+    (tmp_path / "pre_train" / "best_student_b.pth").unlink()
+    with pytest.raises(UserError, match="best_student_b.pth is missing although the run selected it"):
+        self_train(tiny_learners(), TinyStreams(), tmp_path, method(), start_from="best", **common)
+    broken = tmp_path / "pre_train" / "best_student_b.pth"
+    checkpoints.save({"networks": {"student_b": {}}, "optimisers": {"student_b": {}}}, broken)
+    with pytest.raises(UserError, match="best_student_b.pth"):
+        self_train(tiny_learners(), TinyStreams(), tmp_path, method(), start_from="best", **common)
+
+
+def test_both_stages_are_validated_on_what_they_say_and_keep_a_picture(tmp_path, monkeypatch):
+    from sdcl.runs.records import StageRecord
+
+    pictures = []
+    monkeypatch.setattr(
+        StageRecord, "add_image", lambda self, name, image, step: pictures.append((name, image.shape, step))
+    )
+    both(tmp_path, method(pre_iterations=2, self_iterations=3), validated_on="test")
+    assert pictures == [("test cases", PANEL.shape, 2), ("test cases", PANEL.shape, 3)]
+    for stage in ("pre_train", "self_train"):
+        assert "test_dice/mean" in (tmp_path / stage / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_without_a_picture_a_validation_is_a_validation(tmp_path):
+    both(tmp_path, method(pre_iterations=1, self_iterations=1), validate=lambda p: Validation(score(p).dice, None))
+
+
+def test_the_first_of_equal_scores_is_the_best_and_0_is_a_score(tmp_path):
+    scores = iter([0.0, 0.5, 0.5])
+    seen = []
+
+    def validate(predictors):
+        dice = next(scores)
+        seen.append(dice)
+        return Validation({"student_a": dice, "student_b": 0.0, "mean": dice}, PANEL)
+
+    common = {"validate": validate, "validate_at": (1, 2, 3), "validated_on": "val", "config": {}}
+    learners = tiny_learners()
+    pretrain(learners, TinyStreams(), tmp_path, method(pre_iterations=3), **common)
+    assert learners.best["mean"] == {"dice": 0.5, "iteration": 2}
+    assert learners.best["student_b"] == {"dice": 0.0, "iteration": 1}
+    assert checkpoints.load(tmp_path / "pre_train" / "best_mean.pth")["iteration"] == 2
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(0.0, [6]), (1.0, [4, 6])])
+def test_a_run_saves_when_so_many_minutes_have_passed(tmp_path, monkeypatch, minutes, saves):
+    """The clock is read before each iteration's save is considered; here each reading is 5 s after the one before."""
+    import time
+
+    seconds = iter(range(0, 10**6, 5))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    saved = []
+    monkeypatch.setattr(checkpoints, "save", lambda payload, path, previous=None: saved.append(payload["iteration"]))
+    (tmp_path / "pre_train").mkdir()
+    (tmp_path / "pre_train" / "last.pth").write_bytes(b"x")
+    monkeypatch.setattr(checkpoints, "load_last", lambda folder: None)
+    common = {"validate": None, "validate_at": (), "validated_on": "val", "config": {}}
+    settings = method(pre_iterations=6, save_every=100, save_minutes=minutes, log_every=1)
+    pretrain(tiny_learners(), TinyStreams(), tmp_path, settings, **common)
+    assert saved[-1] == 6 and (len(saved) > 1) == bool(minutes), saved
+
+
+def test_a_stage_tells_its_cost(tmp_path):
+    common = {"validate": None, "validate_at": (), "validated_on": "val", "config": {}}
+    pretrain(tiny_learners(), TinyStreams(), tmp_path, method(pre_iterations=3, log_every=1), **common)
+    found = re.search(
+        r"pre_train: ([\d.]+) s an iteration \(median of 3, validation apart\), peak memory ([\d.]+) GiB",
+        (tmp_path / "pre_train" / "log.txt").read_text(),
+    )
+    assert float(found[1]) > 0 and 0.05 < float(found[2]) < 100
+
+
+def test_validations_end_with_the_stage():
+    assert list(validation_iterations(0, 5, 9)) == [5] and list(validation_iterations(0, 5, 10)) == [5, 10]
+    assert list(validation_iterations(0, 0, 10)) == []

@@ -76,13 +76,13 @@ class PendingLabels:
     Args:
         logits: (N, C, *S), any float dtype, any device.
         rule: see decide().
-        connectivity: see largest_components(); LA 26, Pancreas 18, ACDC 8.
+        connectivity: see largest_components(); LA 26, Pancreas 18, ACDC 8; None: nothing is cleaned away.
 
     Raises:
         ValueError: see decide().
     """
 
-    def __init__(self, logits: Tensor, rule: Rule, connectivity: int):
+    def __init__(self, logits: Tensor, rule: Rule, connectivity: int | None):
         decision = decide(torch.softmax(logits.detach().float(), dim=1), rule)
         self._device, self._copied = decision.device, None
         if decision.is_cuda:
@@ -92,7 +92,8 @@ class PendingLabels:
             self._copied.record()
         else:
             self._labels = decision
-        self._work = [_cleaners(os.getpid()).submit(self._clean, sample, connectivity) for sample in self._labels]
+        samples = [] if connectivity is None else self._labels
+        self._work = [_cleaners(os.getpid()).submit(self._clean, sample, connectivity) for sample in samples]
 
     def _clean(self, sample: Tensor, connectivity: int) -> None:
         if self._copied is not None:

@@ -1,4 +1,4 @@
-"""One training step of each stage, the same for 2D and 3D, and what the steps change."""
+"""What a training step changes and is made of, whatever the method; and stage 1's step, which all methods share."""
 
 import copy
 from collections.abc import Callable, Collection
@@ -10,20 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from sdcl import checkpoints
-from sdcl.losses import DiceOver, discrepancy, mixed_losses
+from sdcl.losses import DiceOver, mixed_losses
 from sdcl.mixing import mix
 from sdcl.pseudo_labels import PendingLabels, Rule
 from sdcl.runs.errors import UserError
 from sdcl.scoring.evaluation import STUDENTS
 from sdcl.teacher import update_teacher
 
+TEACHER = "teacher"  # the EMA teacher's role
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
 
 
-class Method(Protocol):
-    """What the loops read of a script's header; every number of the method is one of its fields."""
+class Settings(Protocol):
+    """What the loops and methods read of a script's header; every number of a method is one of its fields."""
 
+    method: str
     seed: int
     precision: Literal["fp32", "tf32", "bf16"]
     compile: bool
@@ -33,12 +35,20 @@ class Method(Protocol):
     pre_dice: Literal["regions", "whole"]
     dice: DiceOver
     u_weight: float
+    correct: Literal["discrepancy", "everywhere", "none"]
     mse_weight: float
     kl_weight: float
     pseudo_label_rule: Rule
+    largest_component: Literal["yes", "no"]
     connectivity: int
+    teacher_dropout: Literal["yes", "no"]
     ema_decay: float
     ema_buffers: bool
+    consistency_weight: float
+    rampup: int | None
+    noise: float
+    passes: int
+    paste: Literal["yes", "no"]
     log_every: int
     save_every: int
     save_minutes: float
@@ -49,7 +59,7 @@ class Learners:
     """Everything with state: networks and optimisers by role, the best scores so far, iterations done.
 
     Attributes:
-        networks: "student_a", "student_b", and in self-training "teacher".
+        networks: those that a stage's method trains, such as "student_a" and "student_b", and maybe the "teacher".
         optimisers: one for each student.
         best: predictor to {"dice", "iteration"}.
         iteration: iterations of the stage that are done.
@@ -65,8 +75,14 @@ class Learners:
 
     @property
     def students(self) -> list[nn.Module]:
-        """Both students, a first."""
-        return [self.networks[role] for role in STUDENTS]
+        """The networks that are trained, student a first."""
+        return [self.networks[role] for role in self.optimisers]
+
+    def keep(self, roles: Collection[str]) -> None:
+        """Forget the students that a method does not train, with their optimisers."""
+        for held in (self.networks, self.optimisers):
+            for role in [role for role in held if role not in roles]:
+                del held[role]
 
     def state(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         """Return what a checkpoint keeps, of all roles or of some."""
@@ -114,22 +130,24 @@ def make_learners(student_a: nn.Module, student_b: nn.Module, base_lr: float) ->
 
 def add_teacher(learners: Learners) -> None:
     """Make the teacher: a copy of student a that no gradient reaches."""
-    learners.networks["teacher"] = copy.deepcopy(learners.networks["student_a"]).requires_grad_(False)
+    learners.networks[TEACHER] = copy.deepcopy(learners.networks["student_a"]).requires_grad_(False)
 
 
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Let networks compute in bfloat16 where the precision is "bf16"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _clear_gradients(learners: Learners) -> None:
+def clear_gradients(learners: Learners) -> None:
+    """Zero the students' gradients in place, before a step."""
     for optimiser in learners.optimisers.values():
         optimiser.zero_grad(set_to_none=False)
     for parameter in (p for student in learners.students for p in student.parameters() if not p.requires_grad):
         parameter.grad = None  # Adam leaves it alone; with a gradient of 0 its moments would still move it
 
 
-def _descend(learners: Learners, named: Losses) -> Losses:
-    """Move both students one step along their gradients, unless something is not finite.
+def descend(learners: Learners, named: Losses) -> Losses:
+    """Move the students one step along their gradients, unless something is not finite.
 
     Args:
         learners: have their gradients; once one of them or a loss is not finite, nothing is moved any more.
@@ -139,115 +157,159 @@ def _descend(learners: Learners, named: Losses) -> Losses:
         "<student>/grad_norm", the gradients' L2 norms.
     """
     norms: Losses = {}
-    for role in STUDENTS:
+    for role in learners.optimisers:
         gradients = [p.grad for p in learners.networks[role].parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         is_broken = ~torch.isfinite(norm + named[f"{role}/loss"])
         learners.halted = torch.maximum(learners.halted, is_broken.float())
         norms[f"{role}/grad_norm"] = norm
-    for role in STUDENTS:
+    for role in learners.optimisers:
         learners.optimisers[role].found_inf = learners.halted  # a fused Adam reads it on the device
         learners.optimisers[role].step()
     return norms
 
 
-def pretrain_step(learners: Learners, batch: Batch, mask: Tensor, method: Method) -> Losses:
-    """Train both students once on a copy-paste mix of two labelled batches.
+def pretrain_step(learners: Learners, batch: Batch, mask: Tensor, settings: Settings) -> Losses:
+    """Train the students once on a copy-paste mix of two labelled batches.
 
     Args:
         learners: changed in place.
         batch: "x_a", "x_b" (N, 1, *S) float32; "y_a", "y_b" (N, *S) integers; on the networks' device.
         mask: (*S), True keeps batch a.
-        method: reads pre_dice, dice, precision.
+        settings: reads pre_dice, dice, precision.
 
     Returns:
         Named scalars on the device: "<student>/loss", "/dice", "/ce", "/grad_norm" (L2, of the step's gradient).
 
-    Source: docs/method.md, "Stage 1".
+    Source: docs/settings.md, "Stage 1".
     """
     image = mix(batch["x_a"], batch["x_b"], mask)
     label = mix(batch["y_a"], batch["y_b"], mask)
-    region = mask if method.pre_dice == "regions" else None
-    _clear_gradients(learners)
+    region = mask if settings.pre_dice == "regions" else None
+    clear_gradients(learners)
     named: Losses = {}
-    for role in STUDENTS:
-        with _autocast(image.device, method.precision):
+    for role in learners.optimisers:
+        with autocast(image.device, settings.precision):
             logits = learners.networks[role](image)
-        losses = mixed_losses(logits, label, label, region, image_weight=1.0, patch_weight=1.0, dice=method.dice)
+        losses = mixed_losses(logits, label, label, region, image_weight=1.0, patch_weight=1.0, dice=settings.dice)
         loss = (losses["dice"] + losses["ce"]) / 2
         loss.backward()
         named |= {f"{role}/{name}": losses[name].detach() for name in ("dice", "ce")} | {f"{role}/loss": loss.detach()}
-    return named | _descend(learners, named)
+    return named | descend(learners, named)
 
 
-def self_train_step(learners: Learners, batch: Batch, mask: Tensor, method: Method) -> Losses:
-    """Train both students once on mixes of labelled and unlabelled batches, then move the teacher.
+Where = Callable[[dict[str, Tensor]], Tensor | None]
+
+
+def mixed_step(learners: Learners, batch: Batch, mask: Tensor, settings: Settings, where: Where) -> Losses:
+    """Train the students once on mixes of labelled and unlabelled batches, then move the teacher.
 
     Args:
         learners: changed in place; has a teacher.
         batch: as in pretrain_step, and the unlabelled "u_a", "u_b" (N, 1, *S).
         mask: (*S), True keeps the image: u_a in the first mix, x_a in the second.
-        method: reads the loss weights, the pseudo-labels' rule, the EMA's settings, dice and precision.
+        settings: reads the loss weights, the pseudo-labels' rule, the EMA's settings, dice and precision.
+        where: maps the students' logits (N, C, *S) by role to the voxels (N, *S) where the two correction losses act;
+            None: there are none.
 
     Returns:
-        Named scalars on the device: "<student>/loss", "/dice", "/ce", "/mse", "/kl" (unweighted sums over both
-        mixes), "/grad_norm" and "discrepancy", the number of voxels where the students disagree, in both mixes.
+        Named scalars on the device: "<student>/loss", "/dice", "/ce", and with corrections "/mse", "/kl" (unweighted
+        sums over both mixes), "/grad_norm" and "discrepancy", the number of those voxels, in both mixes.
 
     Source: docs/method.md, "Stage 2".
     """
-    teacher = learners.networks["teacher"]
-    with torch.no_grad(), _autocast(mask.device, method.precision):
+    teacher, connectivity = learners.networks[TEACHER], settings.connectivity
+    with torch.no_grad(), autocast(mask.device, settings.precision):
         pending = [
-            PendingLabels(teacher(batch[name]), method.pseudo_label_rule, method.connectivity)
+            PendingLabels(
+                teacher(batch[name]),
+                settings.pseudo_label_rule,
+                connectivity if settings.largest_component == "yes" else None,
+            )
             for name in ("u_a", "u_b")
         ]
     # Each mix: its input, the label where the mask is True, the label where it is False, and the weights of both.
     mixes = [
-        (("u_a", "x_b"), lambda: (pending[0].result(), batch["y_b"]), (method.u_weight, 1.0)),
-        (("x_a", "u_b"), lambda: (batch["y_a"], pending[1].result()), (1.0, method.u_weight)),
+        (("u_a", "x_b"), lambda: (pending[0].result(), batch["y_b"]), (settings.u_weight, 1.0)),
+        (("x_a", "u_b"), lambda: (batch["y_a"], pending[1].result()), (1.0, settings.u_weight)),
     ]
-    _clear_gradients(learners)
+    clear_gradients(learners)
     named: Losses = {}
     # Two separate forward passes a student: BatchNorm's statistics are each mix's own. Going backward after each mix
     # adds up the same gradient as after both, and halves the memory of what the backward passes need.
     for (image, patch), labels, weights in mixes:
-        losses = _train_on_mix(learners, mix(batch[image], batch[patch], mask), labels, mask, weights, method)
-        named = {name: named[name] + value if named else value for name, value in losses.items()}
-    named |= _descend(learners, named)
-    update_teacher(teacher, learners.networks["student_a"], method.ema_decay, method.ema_buffers, learners.halted)
+        with autocast(mask.device, settings.precision):
+            mixed = mix(batch[image], batch[patch], mask)
+            logits = {role: learners.networks[role](mixed) for role in learners.optimisers}
+        # Asked for only now that the students have run, since pseudo-labels are cleaned meanwhile.
+        targets = (where(logits), *labels())
+        add_up(named, _learn(logits, targets, mask, weights, settings))
+    named |= descend(learners, named)
+    student = learners.networks["student_a"]
+    update_teacher(teacher, student, settings.ema_decay, settings.ema_buffers, learners.halted)
     return named
 
 
-def _train_on_mix(
-    learners: Learners,
-    image: Tensor,
-    labels: Callable[[], tuple[Tensor, Tensor]],
+def _learn(
+    logits: dict[str, Tensor],
+    targets: tuple[Tensor | None, Tensor, Tensor],
     mask: Tensor,
     weights: tuple[float, float],
-    method: Method,
+    settings: Settings,
 ) -> Losses:
-    """Add one mix's gradient to both students, and return its part of self_train_step()'s losses.
+    """Add one mix's gradient to the students, and return its part of mixed_step()'s losses.
 
     Args:
-        learners: the gradients of the students' parameters are changed.
-        image: the mixed input (N, 1, *S).
-        labels: gives the labels (N, *S) where the mask is True and where it is False; asked for only when the students
-            have run, since pseudo-labels are cleaned meanwhile.
+        logits: of each student (N, C, *S); emptied.
+        targets: where the corrections act (N, *S) or None, and the labels (N, *S) where the mask is True and False.
         mask: (*S).
         weights: of the two regions.
-        method: see self_train_step().
+        settings: see mixed_step().
     """
-    with _autocast(mask.device, method.precision):
-        logits = {role: learners.networks[role](image) for role in STUDENTS}
-    disagree = discrepancy(*logits.values())
-    image_label, patch_label = labels()
-    named: Losses = {"discrepancy": disagree.sum()}
-    for role in STUDENTS:
+    acting, image_label, patch_label = targets
+    named: Losses = {} if acting is None else {"discrepancy": acting.sum()}
+    for role in list(logits):
         losses = mixed_losses(
             logits.pop(role), image_label, patch_label, mask,
-            image_weight=weights[0], patch_weight=weights[1], dice=method.dice, discrepancy=disagree,
+            image_weight=weights[0], patch_weight=weights[1], dice=settings.dice, discrepancy=acting,
         )  # fmt: skip
-        loss = (losses["dice"] + losses["ce"]) / 2 + method.mse_weight * losses["mse"] + method.kl_weight * losses["kl"]
+        loss = (losses["dice"] + losses["ce"]) / 2
+        if acting is None:
+            losses = {name: losses[name] for name in ("dice", "ce")}
+        else:
+            loss = loss + settings.mse_weight * losses["mse"] + settings.kl_weight * losses["kl"]
         loss.backward()
         named |= {f"{role}/{name}": value.detach() for name, value in losses.items()} | {f"{role}/loss": loss.detach()}
     return named
+
+
+def supervised_step(learners: Learners, batch: Batch, settings: Settings) -> Losses:
+    """Add the gradient of `sup` on the labelled images themselves to each student: x_a and x_b, half each.
+
+    Args:
+        learners: the gradients of the students' parameters are changed; clear_gradients() comes before.
+        batch: as in pretrain_step().
+        settings: reads dice and precision.
+
+    Returns:
+        "<student>/loss", "/dice" and "/ce", means over both batches.
+
+    Source: docs/methods.md: sup(z, y) = (Dice + CE) / 2.
+    """
+    named: Losses = {}
+    for image, label in ((batch["x_a"], batch["y_a"]), (batch["x_b"], batch["y_b"])):
+        for role in learners.optimisers:
+            with autocast(image.device, settings.precision):
+                logits = learners.networks[role](image)
+            losses = mixed_losses(logits, label, label, None, image_weight=0.5, patch_weight=0.5, dice=settings.dice)
+            loss = (losses["dice"] + losses["ce"]) / 2
+            loss.backward()
+            found = {"loss": loss, "dice": losses["dice"], "ce": losses["ce"]}
+            add_up(named, {f"{role}/{name}": value.detach() for name, value in found.items()})
+    return named
+
+
+def add_up(named: Losses, more: Losses) -> None:
+    """Add losses to those of the same names, in place."""
+    for name, value in more.items():
+        named[name] = named[name] + value if name in named else value

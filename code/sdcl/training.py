@@ -3,17 +3,18 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdcl import checkpoints
+from sdcl.methods import get
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.runs.data import Stage
 from sdcl.runs.devices import compile_networks
@@ -21,10 +22,10 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, StopRequest
 from sdcl.runs.records import StageRecord
 from sdcl.runs.resume import resume
-from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Validation
-from sdcl.steps import Batch, Learners, Losses, Method, add_teacher, make_learners, pretrain_step, self_train_step
+from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Predictors, Validation
+from sdcl.steps import TEACHER, Batch, Learners, Losses, Settings, add_teacher, make_learners, pretrain_step
 
-__all__ = ["make_learners", "pretrain", "pretrain_step", "self_train", "self_train_step", "validation_iterations"]
+__all__ = ["make_learners", "pretrain", "pretrain_step", "self_train", "validation_iterations"]
 
 
 class Streams(Protocol):
@@ -39,14 +40,14 @@ class Streams(Protocol):
         ...
 
 
-Validate = Callable[[list[nn.Module]], Validation]
+Validate = Callable[[Predictors], Validation]
 
 
 def pretrain(
     learners: Learners,
     streams: Streams,
     folder: Path,
-    method: Method,
+    settings: Settings,
     *,
     validate: Validate | None,
     validate_at: Collection[int],
@@ -59,8 +60,8 @@ def pretrain(
         learners: the students; changed in place.
         streams: batches of two labelled streams.
         folder: the run's folder; this stage writes into its pre_train/.
-        method: the script's header.
-        validate: scores the students; None: nothing is validated or selected.
+        settings: the script's header; its `method` names what stage 2 is.
+        validate: scores a stage's predictors; None: nothing is validated or selected.
         validate_at: iterations (from 1) after which to validate; the last one always is.
         validated_on: the name of what validate scores on, "val" or "test"; logs and columns carry it.
         config: kept in each checkpoint.
@@ -69,14 +70,14 @@ def pretrain(
         UserError: the folder's checkpoint does not fit, a loss is not finite, or the disk is full.
     """
     validations = _Validations(validate, validate_at, validated_on)
-    _Loop("pre_train", learners, streams, method, validations, _Kept(folder, config)).run(method.pre_iterations)
+    _Loop("pre_train", learners, streams, settings, validations, _Kept(folder, config)).run(settings.pre_iterations)
 
 
 def self_train(
     learners: Learners,
     streams: Streams,
     folder: Path,
-    method: Method,
+    settings: Settings,
     *,
     validate: Validate | None,
     validate_at: Collection[int],
@@ -91,8 +92,8 @@ def self_train(
         learners: the students; a teacher is added; changed in place.
         streams: batches of two labelled and two unlabelled streams.
         folder: the run's folder; this stage writes into its self_train/.
-        method: the script's header.
-        validate: scores the students; None: nothing is validated or selected.
+        settings: the script's header; its `method` names what stage 2 is.
+        validate: scores a stage's predictors; None: nothing is validated or selected.
         validate_at: iterations (from 1) after which to validate; the last one always is.
         validated_on: the name of what validate scores on, "val" or "test"; logs and columns carry it.
         config: kept in each checkpoint.
@@ -102,18 +103,20 @@ def self_train(
     Raises:
         UserError: stage 1 left no checkpoint, or as in pretrain().
     """
-    stage = folder / "self_train"
+    method, stage = get(settings.method), folder / "self_train"
     if not (stage / checkpoints.LAST).exists() and not (stage / checkpoints.PREVIOUS).exists():
         begin = (pretrained or folder) / "pre_train"
         if start_from == "best":
-            checkpoints.check_best(begin, STUDENTS)
-        names = {"best": [f"best_{role}.pth" for role in STUDENTS], "last": [checkpoints.LAST]}[start_from]
+            checkpoints.check_best(begin, method.students)
+        names = {"best": [f"best_{role}.pth" for role in method.students], "last": [checkpoints.LAST]}[start_from]
         for name in names:
             learners.load(checkpoints.load(begin / name), begin / name)
     learners.best, learners.iteration = {}, 0
-    add_teacher(learners)
+    learners.keep(method.students)
+    if method.has_teacher:
+        add_teacher(learners)
     validations = _Validations(validate, validate_at, validated_on)
-    _Loop("self_train", learners, streams, method, validations, _Kept(folder, config)).run(method.self_iterations)
+    _Loop("self_train", learners, streams, settings, validations, _Kept(folder, config)).run(settings.self_iterations)
 
 
 def validation_iterations(first: int, every: int, last: int) -> range:
@@ -157,15 +160,21 @@ class _Loop:
         stage: Stage,
         learners: Learners,
         streams: Streams,
-        method: Method,
+        settings: Settings,
         validations: _Validations,
         kept: _Kept,
     ):
-        self.stage, self.learners, self.streams, self.method = stage, learners, streams, method
-        self.step = {"pre_train": pretrain_step, "self_train": self_train_step}[stage]
+        self.stage, self.learners, self.streams, self.settings = stage, learners, streams, settings
+        method = get(settings.method)
+        if stage == "pre_train":  # the same for all methods
+            self.step, self.parts, self.totals = method.pretrain_step, ("dice", "ce"), ()
+            self.predictors = {name: tuple(STUDENTS[i] for i in members) for name, members in PREDICTORS.items()}
+        else:
+            self.step, self.parts, self.totals = method.self_train_step, method.parts, method.totals
+            self.predictors = method.predictors
         self.folder, self.config, self.validations = kept.folder / stage, kept.config, validations
         self.device = next(learners.networks["student_a"].parameters()).device
-        if method.compile:
+        if settings.compile:
             compile_networks(learners.networks.values(), self.device)
         self.unread: list[tuple[int, Losses]] = []  # losses that are still on the device
         self.told_cost = False  # of saving
@@ -203,19 +212,17 @@ class _Loop:
     def _iterate(self, batch: Batch, iterations: int, record: StageRecord, bar: tqdm, stop: StopRequest) -> bool:
         """Do one iteration and tell whether it was saved because somebody asked to stop."""
         number = self.learners.iteration + 1
-        torch.manual_seed(iteration_seed(self.method.seed, self.stage, number))
-        for network in self.learners.networks.values():
-            network.train()  # the teacher too: its dropout is on and its BatchNorm uses the batch
-        shape = batch["x_a"].shape[2:]
-        mask = copy_paste_mask(shape, box_size(shape, self.method.mask_fraction)).to(self.device, non_blocking=True)
-        losses = self.step(self.learners, to_device(batch, self.device), mask, self.method)
+        torch.manual_seed(iteration_seed(self.settings.seed, self.stage, number))
+        self._set_modes()
+        mask = self._mask(batch["x_a"].shape[2:]).to(self.device, non_blocking=True)
+        losses = self.step(self.learners, to_device(batch, self.device), mask, self.settings)
         self.unread.append((number, losses))
         self.learners.iteration = number
         is_stop = bool(stop.code)  # looked at once: what comes later is for the next iteration
         is_last = number == iterations
         is_validated = self.validations.score is not None and (is_last or number in self.validations.at)
-        is_saved = is_last or is_validated or is_stop or number % self.method.save_every == 0 or self._is_due()
-        if is_saved or number % self.method.log_every == 0:
+        is_saved = is_last or is_validated or is_stop or number % self.settings.save_every == 0 or self._is_due()
+        if is_saved or number % self.settings.log_every == 0:
             rows = self._read_losses()
             if is_saved:
                 self._check_weights()
@@ -233,6 +240,19 @@ class _Loop:
         bar.update()
         return is_stop
 
+    def _set_modes(self) -> None:
+        for role, network in self.learners.networks.items():
+            network.train()  # the teacher too: its dropout is on and its BatchNorm uses the batch
+            if role == TEACHER and self.settings.teacher_dropout == "no":
+                for module in network.modules():
+                    if isinstance(module, nn.Dropout | nn.Dropout3d):
+                        module.eval()
+
+    def _mask(self, shape: Sequence[int]) -> Tensor:
+        """Draw an iteration's mask (*S); without pasting it keeps every voxel."""
+        fraction = self.settings.mask_fraction
+        return copy_paste_mask(shape, box_size(shape, fraction)) if fraction else torch.ones(*shape, dtype=torch.bool)
+
     def _warn_of_lost_best(self) -> None:
         """Say that a finished stage has lost a best checkpoint, which what comes after it may well do without."""
         try:
@@ -241,10 +261,9 @@ class _Loop:
             LOGGER.warning("WARNING: %s", error)
 
     def _columns(self) -> list[str]:
-        parts = ["loss", "dice", "ce"] + (["mse", "kl"] if self.stage == "self_train" else []) + ["grad_norm"]
-        columns = [f"{role}/{part}" for role in STUDENTS for part in parts]
-        columns += ["discrepancy"] if self.stage == "self_train" else []
-        return ["iteration", *columns, *(f"{self.validations.on}_dice/{name}" for name in PREDICTORS)]
+        columns = [f"{r}/{part}" for r in self.learners.optimisers for part in ("loss", *self.parts, "grad_norm")]
+        scores = [f"{self.validations.on}_dice/{name}" for name in self.predictors]
+        return ["iteration", *columns, *self.totals, *scores]
 
     def _read_losses(self) -> list[dict[str, float]]:
         """Fetch the losses that wait on the device, in one copy, and stop the run where one is not finite."""
@@ -281,7 +300,7 @@ class _Loop:
 
     def _is_due(self) -> bool:
         """Tell whether so many minutes have passed since the last save."""
-        minutes = self.method.save_minutes
+        minutes = self.settings.save_minutes
         return bool(minutes) and time.perf_counter() - self.saved_at >= 60 * minutes
 
     def _save(self) -> None:
@@ -297,15 +316,15 @@ class _Loop:
             )  # fmt: skip
 
     def _validate(self, record: StageRecord) -> dict[str, float]:
-        for network in self.learners.students:
-            network.eval()
-        validation = self.validations.score(self.learners.students)
+        scored = list(dict.fromkeys(role for roles in self.predictors.values() for role in roles))
+        networks = [self.learners.networks[role].eval() for role in scored]
+        members = {name: tuple(map(scored.index, roles)) for name, roles in self.predictors.items()}
+        validation = self.validations.score(Predictors(networks, members, len(members)))
         number = self.learners.iteration
         for name, dice in validation.dice.items():
             if dice > self.learners.best.get(name, {"dice": -1.0})["dice"]:
                 self.learners.best[name] = {"dice": dice, "iteration": number}
-                members = [STUDENTS[i] for i in PREDICTORS[name]]
-                checkpoints.save(self._payload(members), self.folder / f"best_{name}.pth")
+                checkpoints.save(self._payload(self.predictors[name]), self.folder / f"best_{name}.pth")
         if validation.panel is not None:
             record.add_image(f"{self.validations.on} cases", validation.panel, number)
         best = self.learners.best
@@ -319,10 +338,10 @@ class _Loop:
 
     def _show(self, bar: tqdm, row: dict[str, float], scores: dict[str, float], is_logged: bool) -> None:
         self.shown |= {f"{self.validations.on}_{name}": f"{value:.3f}" for name, value in scores.items()}
-        losses = {role: f"{row[f'{role}/loss']:.4f}" for role in STUDENTS}
+        losses = {role: f"{row[f'{role}/loss']:.4f}" for role in self.learners.optimisers}
         bar.set_postfix(losses | self.shown)
         if is_logged:
-            pace = float(np.median(self.seconds[-self.method.log_every :]))
+            pace = float(np.median(self.seconds[-self.settings.log_every :]))
             named = ", ".join(f"{role} {loss}" for role, loss in losses.items())
             LOGGER.info("%s %d: loss %s; %.3f s an iteration", self.stage, row["iteration"], named, pace)
 

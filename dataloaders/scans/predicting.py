@@ -1,10 +1,12 @@
 """Segmenting scans one after the other, as code/predict.py's header says: what fails is told, the others are there."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from dataloaders.scans.finding import SeriesPath
 from dataloaders.scans.prediction import Run, box_on_grid, check_roi, inference_of, segment
@@ -100,12 +102,16 @@ def tell_limits(config: Any, run: Run) -> None:
         LOGGER.info("NOTE: this run fixes no slicing axis: each scan is sliced across its own longest voxel side.")
 
 
-def predict_scans(config: Any, device: torch.device) -> None:
+Load = Callable[[Any, dict[str, Any], int, torch.device], list[nn.Module]]
+
+
+def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     """Read the run, then segment one scan after the other.
 
     Args:
         config: code/predict.py's header.
         device: where to compute.
+        load: gives the networks of a header, a run's settings, a number of classes and a device.
 
     Raises:
         UserError: a setting is impossible, or some scans were refused; the others are there.
@@ -117,7 +123,7 @@ def predict_scans(config: Any, device: torch.device) -> None:
         check_windows(config.stride, run.settings["patch_size"])
     scans = scans_of(config.input)
     tell_limits(config, run)
-    model = inference_of(run, config), run.load(config.stage, config.predictor, device)
+    model = inference_of(run, config), load(config, run.settings, run.num_classes, device)
     table = config.output / "volumes.csv"
     earlier, rows, failures, kept = read_volumes(table), [], [], 0
     for name, path in scans.items():

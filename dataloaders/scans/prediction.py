@@ -4,24 +4,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nibabel
 import numpy as np
-import torch
 from torch import nn
 
 from dataloaders.scans.preprocessing import Box, Preprocessing, onto_scan, prepare
 from dataloaders.scans.reading import Scan
-from sdcl.checkpoints import load_weights
 from sdcl.inference import slice_wise, sliding_window, window_starts
-from sdcl.networks import build_network
-from sdcl.runs.devices import place
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, read_config, read_task
-from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Decision
+from sdcl.scoring.evaluation import Decision
 
-PredictorName = Literal["mean", "student_a", "student_b"]
 MANY_WINDOWS = 500
 
 
@@ -79,21 +74,6 @@ class Run:
     def is_3d(self) -> bool:
         """Tell whether the networks take volumes."""
         return self.preprocessing.layout == "volume"
-
-    def load(self, stage: str, predictor: PredictorName, device: torch.device) -> list[nn.Module]:
-        """Load a predictor's best networks, or its last where nothing was selected.
-
-        Raises:
-            UserError: a checkpoint is missing or does not fit.
-        """
-        best = self.folder / stage / f"best_{predictor}.pth"
-        path = best if best.exists() else self.folder / stage / "last.pth"
-        networks = []
-        for role in (STUDENTS[i] for i in PREDICTORS[predictor]):
-            network = place(build_network(self.settings[role], self.num_classes), device)
-            LOGGER.info("%s: %s", role, load_weights(network, path, role))
-            networks.append(network)
-        return networks
 
 
 def _label_values(values: Any, count: int) -> tuple[int, ...]:

@@ -20,13 +20,14 @@ from sdcl.runs.errors import UserError
 Config = TypeVar("Config")
 POSITIVE_FIELDS = (
     "labelnum", "batch_size", "window_batch", "base_lr", "log_every", "save_every", "labelled_repeat",
-    "unlabelled_repeat", "late_val_every",
+    "unlabelled_repeat", "late_val_every", "passes",
 )  # fmt: skip
 NON_NEGATIVE_FIELDS = (
     "pre_iterations", "self_iterations", "u_weight", "mse_weight", "kl_weight", "seed", "gpu", "cache_gb", "val_cases",
     "pre_val_from", "pre_val_every", "self_val_every", "late_val_from", "max_angle_deg",
-    "save_minutes",
+    "save_minutes", "consistency_weight", "rampup", "noise",
 )  # fmt: skip
+METHODS = Path(__file__).resolve().parents[1] / "methods"  # a file each
 SIDE_DIVISOR = 16  # every network halves its input four times
 GROUP = re.compile(r"\s*# --- (?P<title>[^(]*?)\s*(?:\((?P<remark>.*)\))?\s*---\s*$")  # a heading in a header
 FIELD = re.compile(r"    (?P<name>\w+): ")
@@ -162,6 +163,11 @@ def describe(config: Any) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in values.items())
 
 
+def method_names() -> list[str]:
+    """Return the names that --method takes: those of the files in sdcl/methods/."""
+    return sorted(path.stem for path in METHODS.glob("[a-z]*.py"))
+
+
 def check_common(config: Any) -> None:
     """Refuse values that no data set can train with; fields that are None are filled in later.
 
@@ -179,6 +185,8 @@ def check_common(config: Any) -> None:
     for name in ("ema_decay", "augment_probability"):
         if not 0 <= values.get(name, 0) <= 1:
             raise UserError(f"--{name} is {values[name]}: it must lie in [0, 1].")
+    if values.get("method", "sdcl") not in method_names():
+        raise UserError(f"--method {config.method} is not known: choose {', '.join(method_names())}.")
     if values.get("pre_iterations") == values.get("self_iterations") == 0:
         raise UserError("--pre_iterations and --self_iterations are both 0, which trains nothing: raise one of them.")
     if not all(math.isfinite(side) and side > 0 for side in values.get("spacing", ())):
@@ -195,10 +203,10 @@ def _check_patch(patch_size: tuple[int, ...], mask_fraction: float | None) -> No
         )
     if math.prod(patch_size) == SIDE_DIVISOR ** len(patch_size):
         raise UserError("--patch_size leaves a single voxel at the networks' bottom, which no normalisation can use.")
-    if mask_fraction is not None and not (
+    if mask_fraction not in (None, 0) and not (
         0 < mask_fraction < 1 and all(0 < int(side * mask_fraction + 1e-9) < side for side in patch_size)
     ):
         raise UserError(
             f"--mask_fraction is {mask_fraction}: a mask of {mask_fraction} of {patch_size} leaves no box, or nothing "
-            "around it; choose a fraction inside (0, 1)."
+            "around it; choose a fraction inside (0, 1), or 0 for no pasting."
         )

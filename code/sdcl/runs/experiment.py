@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sdcl.checkpoints import LAST, PREVIOUS, load, load_last, load_weights
+from sdcl.methods import check_settings, get
 from sdcl.networks import build_network
 from sdcl.runs.atomic import claimed
 from sdcl.runs.config import as_dict, check_common, describe
@@ -33,6 +35,7 @@ from sdcl.runs.folder import (
 )
 from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Predictors, load_predictors
 from sdcl.scoring.report import test_report, validator
+from sdcl.steps import TEACHER
 from sdcl.training import make_learners, pretrain, self_train, validation_iterations
 
 
@@ -74,6 +77,7 @@ def train(config: Any, data: Data) -> None:
     def check(_: Any) -> None:
         data.check_root()
         data.check()
+        check_settings(config)
 
     device = begin(config, check)
     given = data.training()
@@ -84,7 +88,7 @@ def train(config: Any, data: Data) -> None:
     stages: list[Stage] = ["pre_train"] * (config.pretrained is None) + ["self_train"] * bool(config.self_iterations)
     streams = {stage: given.streams(stage) for stage in stages}  # all before any training, for their refusals
     pretrained = _check_stages(config, folder, given.facts)
-    common = {"method": config, "validate": validator(given.validation_cases, given.task)}
+    common = {"settings": config, "validate": validator(given.validation_cases, given.task)}
     common |= {"validated_on": given.validated_on, "config": as_dict(config)}
     with claimed(folder):
         validation = [case.name for case in given.validation_cases]
@@ -161,7 +165,7 @@ def _check_stages(config: Any, folder: Path, facts: dict[str, Any]) -> dict[str,
         LOGGER.warning("NOTE: %s does not tell on which data it was trained.", where)
     elif differing := differing_tasks(other["task"], facts):
         raise UserError(f"{where} was trained on other data ({differing}): choose a run on these.")
-    needed = [LAST] if config.select == "last" else [f"best_{role}.pth" for role in STUDENTS]
+    needed = [LAST] if config.select == "last" else [f"best_{role}.pth" for role in get(config.method).students]
     for name in needed:
         if not (config.pretrained / "pre_train" / name).exists():
             raise UserError(
@@ -196,9 +200,11 @@ def test(config: Any, data: Data) -> None:
     folder, trained = find_weights(config, data.name)
     scored = data.scoring(trained)
 
-    def make_student(role: str) -> torch.nn.Module:
-        return place(build_network(trained[role], scored.task.num_classes), device)
+    def make_network(role: str) -> nn.Module:
+        name = trained["student_a" if role == TEACHER else role]
+        return place(build_network(name, scored.task.num_classes), device)
 
+    method = trained.get("method", "sdcl")
     files = dict(zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True))
     are_given = all(files.values())
     stages = {path.resolve().parent for path in files.values()} if are_given else set()
@@ -208,19 +214,20 @@ def test(config: Any, data: Data) -> None:
         _check_prepared(run, scored.facts, are_given)
     selected_on = None if are_given else "test" if trained["select"] == "test" else "val"
     if are_given:
-        networks = [make_student(role) for role in STUDENTS]
+        networks = [make_network(role) for role in STUDENTS]
         for network, (role, path) in zip(networks, files.items(), strict=True):
             LOGGER.info("%s", load_weights(network, path, prefer=role))
         predictors = Predictors(networks, PREDICTORS)
     else:
-        predictors = load_predictors(folder / config.stage, make_student, selected_on)
+        roles_of = get("sdcl" if config.stage == "pre_train" else method).predictors
+        predictors = load_predictors(folder / config.stage, make_network, selected_on, roles_of)
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     name = "_".join([_weights_name(files) if are_given else config.stage, scored.split, *_options(config)])
     cases, results = scored.read_cases(), folder / "test" / name
     seen = list(dict.fromkeys(one for run in runs for one in trained_among(run, [case.name for case in cases])))
     said = {"split": scored.split, "selected_on": selected_on, "config": used, "environment": environment(device)}
-    said |= {"trained_on": seen, "protocol": config.protocol}
+    said |= {"trained_on": seen, "protocol": config.protocol, "method": "given weights" if are_given else method}
     with claimed(results):
         test_report(results, predictors, cases, scored.task, said, config.save_nifti)
     if seen:
@@ -231,6 +238,37 @@ def test(config: Any, data: Data) -> None:
         LOGGER.info(
             "NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", scored.split
         )
+
+
+def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, device: torch.device) -> list[nn.Module]:
+    """Load a run's networks for prediction: a predictor's best, or its last where nothing was selected.
+
+    Args:
+        config: code/predict.py's header: the run, the stage, and the predictor; None: the method's own answer, such as
+            the mean of both students.
+        settings: that the run was trained with.
+        num_classes: number of classes C.
+        device: where to.
+
+    Returns:
+        The networks, whose probabilities are to be averaged.
+
+    Raises:
+        UserError: the method has no such predictor, or a checkpoint is missing or does not fit.
+    """
+    method = "sdcl" if config.stage == "pre_train" else settings.get("method", "sdcl")  # stage 1 is the same for all
+    roles_of = get(method).predictors
+    predictor = config.predictor or list(roles_of)[-1]
+    if predictor not in roles_of:
+        raise UserError(f"--predictor {predictor} is none of {method}'s: choose {', '.join(roles_of)}.")
+    best = config.run / config.stage / f"best_{predictor}.pth"
+    path = best if best.exists() else config.run / config.stage / LAST
+    networks = []
+    for role in roles_of[predictor]:
+        network = place(build_network(settings["student_a" if role == TEACHER else role], num_classes), device)
+        LOGGER.info("%s: %s", role, load_weights(network, path, role))
+        networks.append(network)
+    return networks
 
 
 def _check_prepared(run: Path, facts: dict[str, Any], are_given: bool) -> None:

@@ -32,6 +32,11 @@ MACHINE_FIELDS = frozenset(
         "window_batch",
     }
 )  # fmt: skip
+# Fields that earlier versions lacked, as they computed.
+ADDED_FIELDS = {
+    "method": "sdcl", "correct": "discrepancy", "largest_component": "yes", "teacher_dropout": "yes",
+    "consistency_weight": 0.1, "rampup": None, "noise": 0.1, "passes": 8, "paste": "yes",
+}  # fmt: skip
 COMPLETED_LATER = frozenset({"orientation", "slice_axis", "label_values"})  # facts that earlier versions lacked
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
 MAX_CONFIG_BYTES = 2**24  # of config.json, which grows by half a kilobyte at each resume
@@ -172,6 +177,7 @@ def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.
 
 def differing_fields(there: dict[str, Any], now: dict[str, Any]) -> str:
     """Say which fields that matter to a run's result differ between two configurations; "" if none does."""
+    there, now = ({**ADDED_FIELDS, **fields} for fields in (there, now))
     names = [k for k in sorted({*there, *now} - MACHINE_FIELDS) if there.get(k) != now.get(k)]
     return ", ".join(f"{k} {there.get(k)} there, {now.get(k)} now" for k in names)
 

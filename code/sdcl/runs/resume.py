@@ -8,7 +8,7 @@ from sdcl import checkpoints
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import differing_fields
 from sdcl.scoring.evaluation import PREDICTORS
-from sdcl.steps import Learners
+from sdcl.steps import TEACHER, Learners
 
 DAMAGED = "last_damaged.pth"  # a last checkpoint that could not be read, kept for inspection
 
@@ -55,7 +55,7 @@ def _check_progress(state: dict[str, Any], path: Path, learners: Learners) -> No
         and iteration >= 0
         and isinstance(best, dict)
         and all(
-            name in PREDICTORS
+            name in (*PREDICTORS, TEACHER)
             and isinstance(entry, dict)
             and isinstance(entry.get("dice"), float)
             and isinstance(entry.get("iteration"), int)

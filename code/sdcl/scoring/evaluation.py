@@ -3,7 +3,7 @@
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,21 +151,36 @@ class Predictors:
     Attributes:
         networks: each needed network once.
         members: name of a predictor to indices into networks; several: the mean of their probabilities.
+        shown: how many of the first ones pictures show; the last of them is the answer that files hold.
     """
 
     networks: list[nn.Module]
     members: dict[str, tuple[int, ...]]
+    shown: int = 3
+
+    @property
+    def pictured(self) -> list[str]:
+        """The predictors that pictures show, the answer last."""
+        return list(self.members)[: self.shown]
+
+    @property
+    def single(self) -> list[str]:
+        """Those of them that are one network's."""
+        return [name for name in self.pictured if len(self.members[name]) == 1]
 
 
-def load_predictors(folder: Path, make_student: Callable[[str], nn.Module], selected_on: str) -> Predictors:
-    """Load a stage's best and last student a, student b and mean; checkpoints of the same weights only once.
+def load_predictors(
+    folder: Path, make_network: Callable[[str], nn.Module], selected_on: str, roles_of: Mapping[str, tuple[str, ...]]
+) -> Predictors:
+    """Load a stage's best and last predictors; checkpoints of the same weights only once.
 
     A run that was never validated has no best ones. Where the best is the last, one predictor is named as both.
 
     Args:
         folder: a run's pre_train/ or self_train/.
-        make_student: builds the network of "student_a" or "student_b", on its device.
+        make_network: builds the network of a role, such as "student_a", on its device.
         selected_on: what the best was selected on, for its name.
+        roles_of: the method's predictors, to the roles whose probabilities are averaged.
 
     Raises:
         UserError: a checkpoint is missing or does not fit.
@@ -173,14 +188,14 @@ def load_predictors(folder: Path, make_student: Callable[[str], nn.Module], sele
     known: dict[tuple[str, int | None], int] = {}
     networks: list[nn.Module] = []
     members: dict[str, tuple[int, ...]] = {}
-    was_validated = any((folder / f"best_{name}.pth").exists() for name in PREDICTORS)
+    was_validated = any((folder / f"best_{name}.pth").exists() for name in roles_of)
     best: dict[str, tuple[str, tuple[int, ...]]] = {}
     for kind in [f"best on {selected_on}"] * was_validated + ["last"]:
-        for name, indices in PREDICTORS.items():
+        for name, roles in roles_of.items():
             path = folder / ("last.pth" if kind == "last" else f"best_{name}.pth")
             chosen = []
-            for role in (STUDENTS[i] for i in indices):
-                network = make_student(role)
+            for role in roles:
+                network = make_network(role)
                 iteration = load_weights(network, path, role).iteration
                 if (role, iteration) not in known:
                     known[role, iteration] = len(networks)
@@ -192,7 +207,7 @@ def load_predictors(folder: Path, make_student: Callable[[str], nn.Module], sele
                 members = {title if key == best[name][0] else key: value for key, value in members.items()}
             best.setdefault(name, (title, tuple(chosen)))
             members[title] = tuple(chosen)
-    return Predictors(networks, members)
+    return Predictors(networks, members, len(roles_of))
 
 
 def evaluate(

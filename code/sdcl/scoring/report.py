@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -15,14 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
-from torch import nn
 
 from sdcl.runs.atomic import replacing, write_text
 from sdcl.runs.folder import LOGGER, MACHINE_FIELDS, write_csv
 from sdcl.scoring.evaluation import (
     METRICS,
-    PREDICTORS,
-    STUDENTS,
     Case,
     CaseRow,
     Predictors,
@@ -89,51 +86,67 @@ def slice_of(volume: np.ndarray, k: int, axis: int, is_xyz: bool) -> np.ndarray:
     return picture.T if axis == 2 else picture.T[::-1]
 
 
-def views(case: Case, label_maps: Sequence[np.ndarray], axis: int, is_xyz: bool) -> dict[str, np.ndarray]:
-    """Return five pictures of one case's fullest slice, RGB (H, W, 3) in [0, 1], by title.
+def views(case: Case, label_maps: Mapping[str, np.ndarray], axis: int, is_xyz: bool) -> dict[str, np.ndarray]:
+    """Return pictures of one case's fullest slice, RGB (H, W, 3) in [0, 1], by title.
 
     Args:
         case: a volume (*S) of three dimensions.
-        label_maps: student a's and student b's (*S).
+        label_maps: of one network or of two (*S), by name.
         axis: across which to slice.
         is_xyz: the axes are x, y, z; else slices, rows, columns.
+
+    Returns:
+        The image, the reference, each label map, and of two where they disagree.
     """
     k = fullest_slice(case.label, axis)
-    image, reference, a, b = (slice_of(v, k, axis, is_xyz) for v in (case.image, case.label, *label_maps))
-    return {
-        f"{case.name}, {PLANE_NAMES[axis] if is_xyz else 'slice'} {k + 1}": overlay(image, np.zeros_like(a)),
+    image, reference = (slice_of(v, k, axis, is_xyz) for v in (case.image, case.label))
+    maps = {name: slice_of(label, k, axis, is_xyz) for name, label in label_maps.items()}
+    shown = {
+        f"{case.name}, {PLANE_NAMES[axis] if is_xyz else 'slice'} {k + 1}": overlay(image, np.zeros_like(reference)),
         "reference": overlay(image, reference),
-        "student a": overlay(image, a),
-        "student b": overlay(image, b),
-        "students disagree": overlay(image, a != b, DISCREPANCY_COLOUR),
     }
+    shown |= {name.split(",")[0].replace("_", " "): overlay(image, label) for name, label in maps.items()}
+    if len(maps) == 2:
+        a, b = maps.values()
+        shown[_disagreement(label_maps)] = overlay(image, a != b, DISCREPANCY_COLOUR)
+    return shown
 
 
-def panel(case: Case, label_maps: Sequence[np.ndarray], axis: int, is_xyz: bool = False) -> np.ndarray:
-    """Return the views of a case side by side, (3, H, 5 W) in [0, 1]."""
+def _disagreement(names: Iterable[str]) -> str:
+    return "students disagree" if all("student" in name for name in names) else "they disagree"
+
+
+def panel(case: Case, label_maps: Mapping[str, np.ndarray], axis: int, is_xyz: bool = False) -> np.ndarray:
+    """Return the views of a case side by side, (3, H, width) in [0, 1]."""
     return np.concatenate(list(views(case, label_maps, axis, is_xyz).values()), axis=1).transpose(2, 0, 1)
 
 
-def save_case_figure(path: Path, cases: Sequence[tuple[str, Case, Sequence[np.ndarray]]], task: Task) -> None:
-    """Draw for each case, across each plane, the views, and on the image the contours of reference and mean.
+def save_case_figure(
+    path: Path, cases: Sequence[tuple[str, Case, Mapping[str, np.ndarray]]], task: Task, predictors: Predictors
+) -> None:
+    """Draw for each case, across each plane, the views, and on the image the contours of reference and answer.
 
     Args:
         path: PNG to write.
-        cases: title, volume, and label maps of student a, student b and their mean.
+        cases: title, volume, and label maps by predictor.
         task: for the planes and the structures' names.
+        predictors: which of them are single networks, and which is the answer.
     """
     colours = class_colours(np.arange(1, task.num_classes))
     rows = [(title, case, maps, axis) for title, case, maps in cases for axis in task.planes]
-    figure = Figure(figsize=(13, 2.9 * len(rows) + 0.5), dpi=FIGURE_DPI, layout="constrained")
+    single, answer = predictors.single, predictors.pictured[-1]
+    columns = 2 + len(single) + (len(single) == 2)
+    figure = Figure(figsize=(2.6 * columns, 2.9 * len(rows) + 0.5), dpi=FIGURE_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, case, (a, b, mean), axis) in zip(figure.subplots(len(rows), 5, squeeze=False), rows, strict=True):
-        for plot, (name, picture) in zip(axes, views(case, (a, b), axis, is_xyz(task)).items(), strict=True):
+    for axes, (title, case, maps, axis) in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        shown = views(case, {name: maps[name] for name in single}, axis, is_xyz(task))
+        for plot, (name, picture) in zip(axes, shown.items(), strict=True):
             plot.imshow(picture)
             plot.set_title(name, fontsize=8)
             plot.set_xticks([])
             plot.set_yticks([])
         k = fullest_slice(case.label, axis)
-        for label, of_reference in ((case.label, True), (mean, False)):
+        for label, of_reference in ((case.label, True), (maps[answer], False)):
             for c in range(1, task.num_classes):
                 mask = slice_of(label, k, axis, is_xyz(task)) == c
                 if mask.any():
@@ -141,10 +154,11 @@ def save_case_figure(path: Path, cases: Sequence[tuple[str, Case, Sequence[np.nd
                     axes[0].contour(mask, levels=[0.5], colors=[colour], linestyles=style, linewidths=1)
         axes[0].set_ylabel(title, fontsize=9)
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, task.class_names, strict=True)]
+    handles += [Patch(color=DISCREPANCY_COLOUR, label=_disagreement(single))] * (len(single) == 2)
+    named = "mean of the students" if len(predictors.members[answer]) > 1 else answer.split(",")[0].replace("_", " ")
     handles += [
-        Patch(color=DISCREPANCY_COLOUR, label="students disagree"),
         Line2D([], [], color="grey", label="reference"),
-        Line2D([], [], color="lightgrey", linestyle="dashed", label="mean of the students (white)"),
+        Line2D([], [], color="lightgrey", linestyle="dashed", label=f"{named} (white)"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     _save_figure(figure, path)
@@ -240,8 +254,8 @@ def _save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(temporary)
 
 
-def validator(cases: Sequence[Case], task: Task) -> Callable[[list[nn.Module]], Validation] | None:
-    """Return what the loops call to score both students and their mean; the panel shows the first case.
+def validator(cases: Sequence[Case], task: Task) -> Callable[[Predictors], Validation] | None:
+    """Return what the loops call to score a stage's predictors; the panel shows the first case.
 
     Args:
         cases: volumes to score; none: nothing can be validated, and None is returned.
@@ -250,14 +264,14 @@ def validator(cases: Sequence[Case], task: Task) -> Callable[[list[nn.Module]], 
     if not cases:
         return None
 
-    def validate(students: list[nn.Module]) -> Validation:
+    def validate(predictors: Predictors) -> Validation:
         panels = []
 
         def draw_first(case: Case, label_maps: dict[str, np.ndarray], _: dict[str, np.ndarray]) -> None:
             if not panels:
-                panels.append(panel(case, [label_maps[name] for name in STUDENTS], task.planes[0], is_xyz(task)))
+                maps = {name: label_maps[name] for name in predictors.single}
+                panels.append(panel(case, maps, task.planes[0], is_xyz(task)))
 
-        predictors = Predictors(students, PREDICTORS)
         rows = evaluate(predictors, cases, task, distances=False, on_case=draw_first)
         dice = {name: 0.0 if math.isnan(value) else value for name, value in mean_dice(rows).items()}
         return Validation(dice, panels[0])
@@ -280,13 +294,13 @@ def test_report(
 
     Args:
         folder: where to.
-        predictors: student a, student b and their mean first; these are the ones that cases.png shows.
+        predictors: those that cases.png shows first.
         cases: volumes to score.
         task: see evaluate().
         facts: what else summary.json says, such as the split; "protocol": see summarise().
-        nifti: also write nifti/, from the first mean.
+        nifti: also write nifti/, of the answer.
     """
-    shown = list(predictors.members)[:3]
+    shown, method = predictors.pictured, facts.get("method", "sdcl")
     settings = {k: v for k, v in facts.get("config", {}).items() if k not in MACHINE_FIELDS and k != "protocol"}
     made_by = {"predictors": predictors.members, "classes": task.class_names, "values": task.label_values}
     made_by |= {key: facts.get("environment", {}).get(key) for key in ("commit", "packages")}
@@ -307,26 +321,30 @@ def test_report(
     def keep_rows(case: Case, rows: list[CaseRow]) -> None:
         rows_of[case.name] = rows
         kept.save(case, rows, label_maps[case.name])
-        write_csv(folder / "cases.csv", [asdict(row) for case in cases for row in rows_of.get(case.name, ())])
+        _write_cases(folder, method, [row for case in cases for row in rows_of.get(case.name, ())])
 
     waiting = [case for case in cases if case.name not in done]
     evaluate(predictors, waiting, task, on_case=keep_maps, on_scored=keep_rows)
     rows = [row for case in cases for row in rows_of[case.name]]
-    write_csv(folder / "cases.csv", [asdict(row) for row in rows])
+    _write_cases(folder, method, rows)
     protocol: Protocol = facts["protocol"]
     summary = summarise(rows, protocol)
-    content = facts | {"summary": [asdict(row) for row in summary]}
+    content = facts | {"summary": [{"method": method} | asdict(row) for row in summary]}
     write_text(folder / "summary.json", json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
-    LOGGER.info("%s\n\n%s", format_cases(rows), format_table(summary, protocol))
+    LOGGER.info("method %s\n\n%s\n\n%s", method, format_cases(rows), format_table(summary, protocol))
     dice, by_name = case_dice(rows)[shown[-1]], {case.name: case for case in cases}
     pictures = [
-        (f"{rank}: Dice {dice[name]:.3f}", by_name[name], [label_maps[name][predictor] for predictor in shown])
+        (f"{rank}: Dice {dice[name]:.3f}", by_name[name], label_maps[name])
         for rank, name in best_median_worst(rows, shown[-1]).items()
     ]
-    save_case_figure(folder / "cases.png", pictures, task)
+    save_case_figure(folder / "cases.png", pictures, task, predictors)
     save_metrics_figure(folder / "metrics.png", rows, shown_metrics(rows))
     kept.remove()
     LOGGER.info("written to %s: cases.csv, summary.json, cases.png, metrics.png", folder)
+
+
+def _write_cases(folder: Path, method: str, rows: Sequence[CaseRow]) -> None:
+    write_csv(folder / "cases.csv", [{"method": method} | asdict(row) for row in rows])
 
 
 def save_nifti(

@@ -1,0 +1,49 @@
+"""What consistency methods share: the ramp, the noise, and sure places."""
+
+import math
+
+import torch
+from torch import Tensor
+
+NOISE_BOUND = 2.0  # of the noise, in its standard deviations
+RAMP_SHARE = 0.4  # of self-training, where no length is given
+
+
+def ramp(iteration: int, length: int) -> float:
+    """Return exp(-5 (1 - min(t, T) / T)^2), the weight of what unlabelled images say, rising to 1.
+
+    Args:
+        iteration: t, iterations of self-training that are done.
+        length: T; 0: the weight is 1 from the start.
+
+    Source: Tarvainen and Valpola, NeurIPS 2017; docs/methods.md.
+    """
+    return math.exp(-5 * (1 - min(iteration, length) / length) ** 2) if length else 1.0
+
+
+def ramp_length(rampup: int | None, iterations: int) -> int:
+    """Return T of ramp(): what the header says, else two fifths of the stage's iterations."""
+    return round(RAMP_SHARE * iterations) if rampup is None else rampup
+
+
+def exact(logits: Tensor) -> Tensor:
+    """Return logits in float32 at least, in which softmax and sums are taken."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def noisy(images: Tensor, deviation: float) -> Tensor:
+    """Add to each voxel a draw of N(0, deviation^2), clipped to two deviations, from torch's own generator."""
+    noise = torch.randn_like(images).mul_(deviation)
+    return images + noise.clamp_(-NOISE_BOUND * deviation, NOISE_BOUND * deviation)
+
+
+def growing_decay(iteration: int, decay: float) -> float:
+    """Return min(1 - 1 / (t + 1), decay), an EMA's decay that forgets its start.
+
+    Args:
+        iteration: t, iterations of self-training that are done.
+        decay: the largest.
+
+    Source: Tarvainen and Valpola, NeurIPS 2017; docs/methods.md.
+    """
+    return min(1 - 1 / (iteration + 1), decay)
