@@ -21,7 +21,7 @@ CORE = {  # a module of the core to the test files that are about it
     "sdcl/mixing.py": ("mixing", "steps"),
     "sdcl/pseudo_labels.py": ("pseudo_labels", "steps"),
     "sdcl/teacher.py": ("teacher", "steps"),
-    "sdcl/steps.py": ("steps", "training"),
+    "sdcl/steps.py": ("steps", "methods"),
     "sdcl/training.py": ("training", "runs"),
     "sdcl/inference.py": ("inference", "3d"),
     "sdcl/metrics.py": ("metrics",),
@@ -29,7 +29,18 @@ CORE = {  # a module of the core to the test files that are about it
     "dataloaders/streams.py": ("data", "steps"),
     "dataloaders/transforms.py": ("data", "3d"),
 }
-SLOW = "not scripts and not selection_is_named and not without_validation and not three_classes"  # whole runs
+SLOW = "not " + " and not ".join(
+    (
+        "scripts",
+        "selection_is_named",
+        "without_validation",
+        "three_classes",
+        "trains_tests_and_predicts",
+        "page_on_ones",
+        "mean_nothing",
+        "of_each_method_ends",
+    )
+)  # whole runs
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["src"]

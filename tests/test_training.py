@@ -13,7 +13,7 @@ from torch import nn
 
 from sdcl import checkpoints
 from sdcl.methods.sdcl import self_train_step
-from sdcl.networks import build_network
+from sdcl.networks import build_network, resnet, unet, vnet
 from sdcl.runs.errors import UserError
 from sdcl.scoring.report import Validation
 from sdcl.steps import add_teacher
@@ -25,6 +25,15 @@ from sdcl.training import (
     self_train,
     validation_iterations,
 )
+
+
+@pytest.fixture(autouse=True)
+def narrow(request, monkeypatch):
+    """The same networks with few filters; the golden figures are of all of them."""
+    if "golden" not in request.node.name:
+        for module in (resnet, unet, vnet):
+            monkeypatch.setattr(module, "WIDTHS", (2, 4, 8, 16, 32))
+
 
 PANEL = np.zeros((3, 4, 4))
 
