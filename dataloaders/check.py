@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     LOGGER.info("spacing: %s", "not known; distances come in voxels" if usual is None else "known, distances in mm too")
     cases = [finding.case for finding in findings if finding.case is not None]
     if cases:
-        from sdcl.scoring.report import save_label_figure
+        from sdcl.scoring.figures import save_label_figure
 
         figure = config.figure or Path(f"check_{config.dataset}.png")
         figure.parent.mkdir(parents=True, exist_ok=True)

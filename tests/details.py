@@ -141,7 +141,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
              "tests/test_evaluation.py"),
     ),
     21: (
-        Undo("code/sdcl/scoring/evaluation.py", 'if protocol == "default" or not row.empty:', "if True:",
+        Undo("code/sdcl/scoring/tables.py", 'if protocol == "default" or not row.empty:', "if True:",
              "tests/test_evaluation.py"),
         Undo("code/sdcl/metrics.py", "math.nan if size_p == size_r else 0.0", "0.0", "tests/test_metrics.py"),
     ),

@@ -25,7 +25,8 @@ CORE = {  # a module of the core to the test files that are about it
     "sdcl/training.py": ("training", "runs"),
     "sdcl/inference.py": ("inference", "3d"),
     "sdcl/metrics.py": ("metrics",),
-    "sdcl/scoring/evaluation.py": ("evaluation", "inference", "training"),
+    "sdcl/scoring/evaluation.py": ("evaluation", "inference"),
+    "sdcl/scoring/tables.py": ("evaluation",),
     "dataloaders/streams.py": ("data", "steps"),
     "dataloaders/transforms.py": ("data", "3d"),
 }

@@ -10,22 +10,10 @@ from torch import nn
 from sdcl.checkpoints import save
 from sdcl.runs.errors import UserError
 from sdcl.scoring import report
-from sdcl.scoring.evaluation import (
-    PREDICTORS,
-    Case,
-    CaseRow,
-    Decision,
-    Predictors,
-    Task,
-    apply_protocol,
-    evaluate,
-    format_cases,
-    format_table,
-    load_predictors,
-    mean_dice,
-    summarise,
-)
-from sdcl.scoring.report import best_median_worst, panel, validator
+from sdcl.scoring.evaluation import PREDICTORS, Case, CaseRow, Decision, Predictors, Task, evaluate, load_predictors
+from sdcl.scoring.figures import panel
+from sdcl.scoring.report import best_median_worst, validator
+from sdcl.scoring.tables import apply_protocol, format_cases, format_table, mean_dice, summarise
 
 NAN = math.nan
 ROLES = {"student_a": ("student_a",), "student_b": ("student_b",), "mean": ("student_a", "student_b")}

@@ -22,8 +22,9 @@ from sdcl.networks import build_network
 from sdcl.runs.config import check_common, header_groups, make_output_safe, parse
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, StopRequest, differing_tasks, read_config
-from sdcl.scoring.evaluation import Case, CaseRow, mean_dice, summarise
+from sdcl.scoring.evaluation import Case, CaseRow
 from sdcl.scoring.scored import ScoredCases
+from sdcl.scoring.tables import mean_dice, summarise
 
 VOLUMES = ["--patch_size", "32", "16", "16", "--labelled_repeat", "2", "--unlabelled_repeat", "4", "--labelnum", "2",
            "--stride", "32", "16", "16", "--device", "cpu", "--log_every", "1"]  # fmt: skip

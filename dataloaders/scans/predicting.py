@@ -16,7 +16,7 @@ from dataloaders.volumes import check_windows
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 from sdcl.scoring.evaluation import Case
-from sdcl.scoring.report import save_scan_figure
+from sdcl.scoring.figures import save_scan_figure
 
 
 def predict(config: Any, run: Run, name: str, path: Path, model: tuple) -> list[dict]:
