@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Config:
-    """Train SDCL on LA: both students on labelled volumes, then self-training with the EMA teacher.
+    """Train on LA: both students on labelled volumes, then what --method says, by default SDCL's self-training.
 
     The defaults are the published run. A run that was stopped goes on when the same command is given again.
     """
@@ -67,7 +67,7 @@ class Config:
     mse_weight: float = 0.5  # lambda_mse: pull to the target where the students disagree
     kl_weight: float = 0.05  # lambda_kl: entropy where they disagree and this student is wrong
     pseudo_label_rule: Literal["argmax", "threshold"] = "threshold"  # foreground where its probability is at least 0.5
-    largest_component: Literal["yes", "no"] = "yes"  # of pseudo-labels only each class\'s largest component is kept
+    largest_component: Literal["yes", "no"] = "yes"  # of pseudo-labels only each class's largest component is kept
     connectivity: int = 26  # neighbours of a voxel in a connected component: 6, 18 or 26
     teacher_dropout: Literal["yes", "no"] = "yes"  # whether the teacher drops out, as published
     ema_decay: float = 0.99  # teacher = ema_decay * teacher + (1 - ema_decay) * student a

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from dataloaders.roots import check_root
 from sdcl.runs.config import run_script
+from sdcl.runs.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is None in the header follows from the data set's layout: the published settings of LA, or of ACDC.
@@ -25,7 +26,7 @@ IN_2D = {
 
 @dataclass
 class Config:
-    """Train SDCL on imported scans, in 3D or 2D: both students on labelled cases, then self-training with the teacher.
+    """Train on imported scans, in 3D or 2D: both students on labelled cases, then what --method says, by default SDCL.
 
     A run that was stopped goes on when the same command is given again.
     """
@@ -82,7 +83,7 @@ class Config:
     mse_weight: float = 0.5  # lambda_mse: pull to the target where the students disagree
     kl_weight: float = 0.05  # lambda_kl: entropy where they disagree and this student is wrong
     pseudo_label_rule: Literal["argmax", "threshold"] = "argmax"  # the teacher's decision
-    largest_component: Literal["yes", "no"] = "yes"  # of pseudo-labels only each class\'s largest component is kept
+    largest_component: Literal["yes", "no"] = "yes"  # of pseudo-labels only each class's largest component is kept
     connectivity: int | None = None  # neighbours in a connected component: 6, 18, 26 (3D); 4, 8 (2D)
     teacher_dropout: Literal["yes", "no"] = "yes"  # whether the teacher drops out, as published
     ema_decay: float = 0.99  # teacher = ema_decay * teacher + (1 - ema_decay) * student a
@@ -110,17 +111,22 @@ def main(config: Config) -> None:
     from dataloaders.own import count_labelled, has_val, read_data_set  # these take seconds, a wrong flag does not
     from dataloaders.slices import SliceData
     from dataloaders.volumes import VolumeData
+    from sdcl.methods import check_settings
     from sdcl.runs.experiment import train
 
+    check_settings(config)
     data_set = read_data_set(config.root_path)
     is_3d = data_set.preprocessing.layout == "volume"
     given = {name: value for name, value in vars(config).items() if value is not None}
     config = dataclasses.replace(config, **((IN_3D if is_3d else IN_2D) | given))
-    config.labelnum = config.labelnum or count_labelled(config.root_path, data_set)
+    labelled = count_labelled(config.root_path, data_set)
+    if config.labelnum > labelled:
+        raise UserError(f"--labelnum is {config.labelnum}, but {labelled} training cases have a label: lower it.")
+    config.labelnum = config.labelnum or labelled
     config.select = config.select or ("val" if has_val(config.root_path) else "last")
     if is_3d:
         config.stride = config.stride or tuple(max(side // 2, 1) for side in config.patch_size)
-    train(config, (VolumeData if is_3d else SliceData)(data_set, config))
+    train(config, (VolumeData if is_3d else SliceData)(data_set, config), IN_3D if is_3d else IN_2D)
 
 
 if __name__ == "__main__":

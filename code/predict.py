@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import read_config
+from sdcl.runs.folder import known_runs, read_config
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Config:
 
     # --- which weights ---
     stage: Literal["self_train", "pre_train"] = "self_train"  # whose checkpoints; the best, or the last of no best
-    predictor: Literal["mean", "student_a", "student_b", "teacher"] | None = None  # None: the method's answer
+    predictor: str | None = None  # student_a, student_b, mean or teacher; None: the method's own answer
 
     # --- where and how ---
     roi: tuple[int, int, int, int, int, int] | None = None  # x0 x1 y0 y1 z0 z1: only these voxels of the scan
@@ -55,6 +55,11 @@ def main(config: Config) -> None:
     """Refuse what is not there, then read the run and the scans and segment."""
     if config.input.is_dir() and config.output.resolve().is_relative_to(config.input.resolve()):
         raise UserError(f"--output {config.output} lies in --input, where predictions pass for scans: move it.")
+    if not (config.run / "config.json").is_file():
+        raise UserError(
+            f"--run {config.run} is no run's folder, its config.json does not exist ({known_runs(config.run.parent)}): "
+            "give one of these."
+        )
     read_config(config.run)
     if not config.input.exists():
         raise UserError(f"--input {config.input} does not exist: check the path.")

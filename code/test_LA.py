@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Config:
-    """Score a run on LA: each student and their mean, at the selected and at the last checkpoint, in one pass."""
+    """Score a run on LA: each of its predictors, at the selected and at the last checkpoint, in one pass."""
 
     # --- what to test ---
     root_path: Path = ROOT / "Datasets" / "la"  # the data set's folder, with data/ and data_split/

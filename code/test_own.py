@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Config:
-    """Score a run on your own data: each student and their mean, at the selected and at the last checkpoint."""
+    """Score a run on your own data: each of its predictors, at the selected and at the last checkpoint."""
 
     root_path: Path  # the data set's folder, as dataloaders/import_nifti.py wrote it
 

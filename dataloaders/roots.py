@@ -50,6 +50,8 @@ def check_root(name: str, root_path: Path) -> None:
         UserError: says where it looked, what it expected there, and where the data are to be had.
     """
     root = ROOTS.get(name)
+    if root is None and not root_path.is_dir():
+        raise UserError(f"--root_path {root_path} does not exist: check the path.")
     if root is None:
         if not any((root_path / "data").glob("*.h5")):
             raise UserError(

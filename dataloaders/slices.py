@@ -142,25 +142,25 @@ class SliceData:
         """Refuse settings that contradict each other."""
         check_2d(self._config, self._data_set.num_classes)
 
-    def training(self) -> Training:
+    def training(self, needs_unlabelled: bool = True) -> Training:
         """Read and check the lists and slices; see Data.training()."""
         config, root = self._config, self._config.root_path
         slices = read_list(root / "data_split" / "train_slices.list")
         check_patients(root, slices, self._data_set.patient_of)
         names = split_by_patients(slices, config.labelnum, self._data_set.patient_of)
-        if not names[1] and config.self_iterations:
+        if not names[1] and config.self_iterations and needs_unlabelled:
             raise UserError(
                 f"--labelnum {config.labelnum} leaves no unlabelled patients: lower it, or give --self_iterations 0 "
                 "for supervised pre-training alone."
             )
         labelled = self._slices(names[0], labelled=True)
         check_classes(labelled.classes, self._data_set)
-        unlabelled = self._slices(names[1], labelled=False) if config.self_iterations else None
+        unlabelled = self._slices(names[1], labelled=False) if config.self_iterations and names[1] else None
         used = [*names[0], *names[1]]
         has_val = (root / "data_split" / "val.list").exists() or config.select == "val"
         return Training(
             task=self._task(config.patch_size),
-            streams=lambda stage: Streams(labelled, unlabelled if stage == "self_train" else None, config),
+            streams=lambda stage: Streams(labelled, unlabelled if stage == "self_train" else None, config, stage),
             lists={"labelled": names[0], "unlabelled": names[1]},
             trained_on=list(dict.fromkeys(name.rsplit(SLICE, 1)[0] for name in used)),
             validation_cases=read_volumes(root, "val", self._data_set.num_classes) if has_val else [],

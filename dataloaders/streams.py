@@ -60,6 +60,7 @@ class Streams:
         labelled: the labelled cases.
         unlabelled: the unlabelled cases; None for pre-training.
         order: a script's header, or an Order.
+        stage: "pre_train" or "self_train", which draws anew; None: the second where there are unlabelled cases.
 
     Raises:
         UserError: a repeated list is shorter than a batch.
@@ -67,12 +68,12 @@ class Streams:
     Source: docs/method.md, "Order of the data".
     """
 
-    def __init__(self, labelled: TrainingSet, unlabelled: TrainingSet | None, order: Order):
+    def __init__(self, labelled: TrainingSet, unlabelled: TrainingSet | None, order: Order, stage: str | None = None):
         self._sets = {"x": (labelled, order.labelled_repeat)}
         if unlabelled is not None:
             self._sets["u"] = (unlabelled, order.unlabelled_repeat)
         self._batch_size, self._shuffle = order.batch_size, order.shuffle
-        self._seed = (order.seed, "pre_train" if unlabelled is None else "self_train")  # stage 2 draws anew
+        self._seed = (order.seed, stage or ("pre_train" if unlabelled is None else "self_train"))
         lengths = [len(cases) * repeat // order.batch_size for cases, repeat in self._sets.values()]
         self.iterations_per_epoch = min(lengths)
         if self.iterations_per_epoch == 0:

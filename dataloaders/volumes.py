@@ -164,21 +164,22 @@ class VolumeData:
         """Refuse settings that contradict each other."""
         check_3d(self._config, self._data_set.num_classes)
 
-    def training(self) -> Training:
+    def training(self, needs_unlabelled: bool = True) -> Training:
         """Read and check the lists and volumes; see Data.training().
 
         What is validated on are the volumes of test.txt for `--select test`, else those of val.txt, else those held out
         by `--val_cases`, maybe none.
         """
         config = self._config
-        labelled, unlabelled, scored = self._split()
+        labelled, unlabelled, scored = self._split(needs_unlabelled)
         labelled_set = self._volumes(labelled, "random", True)
         check_classes(labelled_set.classes, self._data_set)
-        unlabelled_set = self._volumes(unlabelled, config.unlabelled_crop, False) if config.self_iterations else None
+        reads_unlabelled = bool(config.self_iterations and unlabelled)
+        second = self._volumes(unlabelled, config.unlabelled_crop, False) if reads_unlabelled else None
         used = labelled + (unlabelled if config.self_iterations else [])
         return Training(
             task=self._task(config.patch_size, config.stride),
-            streams=lambda stage: Streams(labelled_set, unlabelled_set if stage == "self_train" else None, config),
+            streams=lambda stage: Streams(labelled_set, second if stage == "self_train" else None, config, stage),
             lists={"labelled": labelled, "unlabelled": unlabelled},
             trained_on=[*labelled, *unlabelled],
             validation_cases=read_volumes(scored, config.root_path, self._data_set),
@@ -202,7 +203,7 @@ class VolumeData:
             facts=self._facts(names),
         )
 
-    def _split(self) -> tuple[list[str], list[str], list[str]]:
+    def _split(self, needs_unlabelled: bool) -> tuple[list[str], list[str], list[str]]:
         """Return the names of the labelled and unlabelled training cases, and of those to validate on, checked."""
         config, lists = self._config, self._config.root_path / "data_split"
         train, test, val = read_list(lists / "train.txt"), lists / "test.txt", lists / "val.txt"
@@ -210,7 +211,7 @@ class VolumeData:
         others = {path: read_list(path) for path in needed}
         check_apart(train, others, lists / "train.txt")
         labelled, unlabelled, held_out = split_labelled(train, config.labelnum, config.val_cases)
-        if not unlabelled and config.self_iterations:
+        if not unlabelled and config.self_iterations and needs_unlabelled:
             raise UserError(
                 f"--labelnum {config.labelnum} leaves no unlabelled cases: lower it, or give --self_iterations 0 "
                 "for supervised pre-training alone."

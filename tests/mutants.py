@@ -46,7 +46,7 @@ SETTINGS = """
 [tool.mutmut]
 source_paths = ["src"]
 only_mutate = {core}
-also_copy = ["src", "code", "tests", "benchmarks", "Datasets"]
+also_copy = ["src", "code", "tests", "benchmarks", "Datasets", "docs", "README.md"]
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-k", "{slow}"]
 pytest_add_cli_args_test_selection = {tests}
 timeout_multiplier = 4
@@ -66,8 +66,9 @@ def lay_out(module: str) -> None:
     shutil.copytree(ROOT / "code", work / "code", ignore=ignore)
     for package in (ROOT / "code" / "sdcl", ROOT / "dataloaders"):
         shutil.copytree(package, work / "src" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for folder in ("tests", "benchmarks"):
+    for folder in ("tests", "benchmarks", "docs"):
         shutil.copytree(ROOT / folder, work / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "README.md", work)
     shutil.copytree(ROOT / "Datasets", work / "Datasets", ignore=shutil.ignore_patterns("data"))
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     text = text.replace('pythonpath = ["code", "."]', 'pythonpath = ["src"]')

@@ -426,7 +426,7 @@ def test_three_classes_from_data_to_table(tmp_path):
         streams=lambda stage: Streams(labelled, unlabelled if stage == "self_train" else None, Order(2, 2, 4)),
         lists={"train": names}, trained_on=names, validation_cases=cases, validated_on="val", facts={},
     )  # fmt: skip
-    train(config, SimpleNamespace(check_root=lambda: None, check=lambda: None, training=lambda: given))
+    train(config, SimpleNamespace(check_root=lambda: None, check=lambda: None, training=lambda needs_unlabelled: given))
     assert (tmp_path / "models" / "la_three_2_labeled" / "self_train" / "best_mean.pth").exists()
 
 

@@ -1,6 +1,7 @@
 """The methods: each step against a plain oracle, the loop around each, ablations, refusals, the page on one's own."""
 
 import copy
+import dataclasses
 import math
 import re
 import shutil
@@ -17,10 +18,11 @@ from torch.nn import functional as F
 
 from sdcl import checkpoints
 from sdcl.consistency import growing_decay, noisy, ramp, ramp_length
-from sdcl.methods import get
+from sdcl.methods import check_settings, get
 from sdcl.networks import build_network, resnet, unet, vnet
 from sdcl.runs.config import method_names, parse
 from sdcl.runs.errors import UserError
+from sdcl.runs.experiment import validate_at
 from sdcl.scoring.evaluation import Validation
 from sdcl.steps import add_teacher, make_learners
 from sdcl.training import pretrain, self_train
@@ -289,6 +291,79 @@ def test_without_pasting_inputs_are_the_images_and_the_teacher_may_go_without_dr
     assert modes["teacher"] == {False} and learners.networks["teacher"].training
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_method_moves_from_a_value_that_is_not_finite_on(name):
+    learners, mask = learners_of(name), torch.ones(32, 48).bool()
+    mask[4:20, 8:30] = False
+    step, settings = get(name).self_train_step, method(method=name, rampup=0)
+    step(learners, batch_of((32, 48)), mask, settings)
+    state = {(r, n): v.clone() for r, net in learners.networks.items() for n, v in net.named_parameters()}
+    bad = batch_of((32, 48), seed=2)
+    bad["x_a"][:] = torch.inf
+    for batch in (bad, batch_of((32, 48), seed=3)):
+        step(learners, batch, mask, settings)
+    assert learners.halted == 1
+    assert all(torch.equal(state[r, n], v) for r, net in learners.networks.items() for n, v in net.named_parameters())
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    """Let a method of one's own be there, without a file."""
+
+    def add(**changes):
+        module = SimpleNamespace(METHOD=dataclasses.replace(get("bcp"), **({"name": "mine"} | changes)))
+        monkeypatch.setitem(sys.modules, "sdcl.methods.mine", module)
+        monkeypatch.setattr("sdcl.methods.method_names", lambda: [*NAMES, "mine"])
+
+    return add
+
+
+def test_predictors_of_ones_own_are_scored_and_resumed(tmp_path, mine):
+    mine(predictors={"student_a": ("student_a",), "both": ("student_a", "teacher")})
+    trained(tmp_path, "mine", (32, 32), self_iterations=3)
+    assert trained(tmp_path, "mine", (32, 32)).iteration == 5
+    assert set(checkpoints.load(tmp_path / "self_train" / "best_both.pth")["networks"]) == {"student_a", "teacher"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "other"}, "mine.py calls its method other: its name must be the file's, mine"),
+        ({"self_train_step": lambda *_: {"student_a/loss": torch.zeros(())}},
+         "mine.py names no student_a/grad_norm: end it with `return named | descend"),
+        ({"parts": ("dice",)}, "mine.py names student_a/ce, which its METHOD lacks: add them to its parts or totals"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_ones_own_method_are_named(tmp_path, mine, changes, message):
+    mine(**changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        trained(tmp_path, "mine", (32, 32))
+
+
+def test_a_file_that_is_no_method_disables_only_itself(acdc_phantom, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sdcl.methods.broken", SimpleNamespace())
+    monkeypatch.setattr("sdcl.methods.method_names", lambda: [*NAMES, "broken"])
+    with pytest.raises(UserError, match="broken.py cannot be read as a method .AttributeError"):
+        get("broken")
+    check_settings(parse(script("ACDC_train").Config, ["--method", "bcp"]))
+    broken = dataclasses.replace(get("bcp"), reads=("consistancy_weight",))
+    monkeypatch.setattr(sys.modules["sdcl.methods.bcp"], "METHOD", broken)
+    with pytest.raises(UserError, match="bcp.py reads consistancy_weight, which no header field is called"):
+        check_settings(parse(script("ACDC_train").Config, ["--method", "bcp"]))
+
+
+def test_when_a_stage_is_validated_follows_from_the_header():
+    acdc = parse(script("ACDC_train").Config, [])
+    assert sorted(validate_at(acdc, "pre_train"))[:2] == [5650, 6215]
+    pancreas = parse(script("pancreas/Pancreas_train").Config, [])
+    assert sorted(validate_at(pancreas, "self_train"))[6:9] == [3500, 4000, 4125]
+    own = parse(script("own_train").Config, ["--root_path", "x", "--pre_val_every", "500", "--pre_iterations", "1500"])
+    own.patch_size = (96, 96, 96)  # pre_val_from is of 2D
+    assert sorted(validate_at(own, "pre_train")) == [500, 1000, 1500]
+    own.patch_size = (256, 256)
+    assert sorted(validate_at(own, "pre_train")) == [200, 700, 1200]
+
+
 # --- scripts ---
 
 
@@ -338,6 +413,8 @@ def test_each_method_trains_tests_and_predicts(data, name, stage_one, tmp_path, 
     )
     assert (results / "cases.csv").read_text().splitlines()[1].startswith(f"{name},")
     assert (results / "cases.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="has no pre_train, only self_train: give --stage self_train"):
+        call(test, *where, *stride, "--exp", name, "--stage", "pre_train")
     scan = write_scan(tmp_path / "scan.nii.gz")
     call("predict", "--run", models / f"{data}_{name}_2_labeled", "--input", scan, "--output", tmp_path / "out",
          "--device", "cpu")  # fmt: skip
@@ -366,6 +443,12 @@ def write_scan(path):
         ),
         (("--noise", 0.2), "--noise is not read by --method sdcl, only by mean_teacher, ua_mt"),
         (("--method", "cps", "--correct", "none"), "--correct is not read by --method cps, only by sdcl"),
+        (("--method", "bcp", "--rampup", 7), "--rampup is not read by --method bcp, only by cps, mean_teacher, ua_mt"),
+        (
+            ("--correct", "none", "--mse_weight", 0.9),
+            "--mse_weight does nothing with --correct none: leave",
+        ),
+        (("--largest_component", "no", "--connectivity", 4), "--connectivity does nothing with --largest_component no"),
         (("--method", "ua_mt", "--passes", 0), "--passes is 0: it must be above 0"),
         (("--method", "ua_mt", "--rampup", -1), "--rampup is -1: it must not be negative"),
     ],
@@ -375,6 +458,39 @@ def test_settings_that_mean_nothing_are_refused(flags, message, acdc_phantom, tm
         call("ACDC_train", "--root_path", acdc_phantom, "--models_path", tmp_path, "--labelnum", 2, "--device", "cpu",
              "--patch_size", 32, 32, *flags)  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+def test_labelled_images_alone_need_no_others(acdc_phantom, tmp_path, capsys):
+    """The upper bound: every case labelled, as many updates; what stage 1 scores is no method's."""
+    where = ("--root_path", acdc_phantom, "--models_path", tmp_path, "--labelnum", 4, "--device", "cpu")
+    tiny = ("--patch_size", 32, 32, "--batch_size", 2, "--pre_iterations", 1, "--self_iterations", 1)
+    with pytest.raises(UserError, match="leaves no unlabelled patients"):
+        call("ACDC_train", *where, *tiny)
+    call("ACDC_train", *where, *tiny, "--method", "supervised")
+    for stage, named in (("self_train", "supervised"), ("pre_train", "pre_train")):
+        call("test_ACDC", *where, "--stage", stage)
+        results = tmp_path / "acdc_SDCL_4_labeled" / "test" / f"{stage}_test"
+        assert (results / "cases.csv").read_text().splitlines()[1].startswith(f"{named},")
+    capsys.readouterr()
+    call("ACDC_train", *where, *tiny, "--exp", "again", "--method", "supervised", "--pre_dice", "whole", "--pretrained",
+         tmp_path / "acdc_SDCL_4_labeled")  # fmt: skip
+    said = capsys.readouterr().out
+    assert "--pre_dice: of stage 1, which --pretrained brings: nothing reads it here" in said
+    assert "method: supervised: labelled images alone" in said
+
+
+def test_given_weights_are_of_the_student_that_they_are_given_for(stage_one, tmp_path):
+    root, models = stage_one["acdc"]
+    state = checkpoints.load(models / "acdc_stage1_2_labeled" / "pre_train" / "last.pth")
+    state["config"] |= {"student_b": "unet"}  # as if both were of one architecture
+    one = tmp_path / "a_alone.pth"
+    checkpoints.save(state | {"networks": {"student_a": state["networks"]["student_a"]}}, one)
+    files = ("--student_a_weights", one, "--student_b_weights", one)
+    with pytest.raises(UserError, match="a_alone.pth holds student_a, no student_b: give that student's file"):
+        call("test_ACDC", "--root_path", root, "--models_path", models, "--device", "cpu", *files)
+    checkpoints.save(state | {"networks": {"teacher": state["networks"]["student_a"]}}, tmp_path / "teacher.pth")
+    network = build_network("unet", 4)
+    assert checkpoints.load_weights(network, tmp_path / "teacher.pth", prefer="student_a").loaded
 
 
 def test_every_script_knows_every_setting_of_a_method():

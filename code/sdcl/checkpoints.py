@@ -201,7 +201,10 @@ def _find_state(
         if not isinstance(states, dict) or not all(isinstance(r, str) and _is_state(states[r]) for r in states):
             raise UserError(f"{path} holds no networks by role: choose a checkpoint of this repository.")
         if role is None:
-            fitting = [r for r in states if r != "teacher" and states[r].keys() == network.state_dict().keys()]
+            usable = [r for r in states if r != "teacher"] or list(states)  # a file of the teacher alone is meant
+            fitting = [r for r in usable if states[r].keys() == network.state_dict().keys()]
+            if prefer not in (None, *fitting) and fitting not in ([], ["teacher"]):
+                raise UserError(f"{path} holds {', '.join(states)}, no {prefer}: give that student's file.")
             fitting = [prefer] if prefer in fitting else fitting
             if len(fitting) != 1:
                 raise UserError(

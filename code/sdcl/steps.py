@@ -181,7 +181,7 @@ def pretrain_step(learners: Learners, batch: Batch, mask: Tensor, settings: Sett
     Returns:
         Named scalars on the device: "<student>/loss", "/dice", "/ce", "/grad_norm" (L2, of the step's gradient).
 
-    Source: docs/settings.md, "Stage 1".
+    Source: docs/method.md, "Stage 1".
     """
     image = mix(batch["x_a"], batch["x_b"], mask)
     label = mix(batch["y_a"], batch["y_b"], mask)

@@ -183,7 +183,7 @@ class _Loop:
 
     def run(self, iterations: int) -> None:
         """Train until so many iterations are done."""
-        note = resume(self.learners, self.folder, self.config)
+        note = resume(self.learners, self.folder, self.config, self.predictors)
         start = self.learners.iteration
         if start >= iterations:
             LOGGER.info("%s: all %d iterations are done already", self.stage, start)
@@ -216,6 +216,7 @@ class _Loop:
         self._set_modes()
         mask = self._mask(batch["x_a"].shape[2:]).to(self.device, non_blocking=True)
         losses = self.step(self.learners, to_device(batch, self.device), mask, self.settings)
+        self._check_names(losses)
         self.unread.append((number, losses))
         self.learners.iteration = number
         is_stop = bool(stop.code)  # looked at once: what comes later is for the next iteration
@@ -264,6 +265,15 @@ class _Loop:
         columns = [f"{r}/{part}" for r in self.learners.optimisers for part in ("loss", *self.parts, "grad_norm")]
         scores = [f"{self.validations.on}_dice/{name}" for name in self.predictors]
         return ["iteration", *columns, *self.totals, *scores]
+
+    def _check_names(self, losses: Losses) -> None:
+        """Refuse a step that names other losses than its method says, or forgets to move a student."""
+        needed = {f"{role}/{part}" for role in self.learners.optimisers for part in ("loss", "grad_norm")}
+        named = f"the step of sdcl/methods/{self.settings.method}.py names"
+        if missing := sorted(needed - set(losses)):
+            raise UserError(f"{named} no {', '.join(missing)}: end it with `return named | descend(learners, named)`.")
+        if unknown := sorted(set(losses) - set(self._columns())):
+            raise UserError(f"{named} {', '.join(unknown)}, which its METHOD lacks: add them to its parts or totals.")
 
     def _read_losses(self) -> list[dict[str, float]]:
         """Fetch the losses that wait on the device, in one copy, and stop the run where one is not finite."""

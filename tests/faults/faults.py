@@ -87,7 +87,9 @@ def refused(runner: Runner, models: Path, words: str, *arguments: str) -> list[s
     process = runner.start(models, *arguments)
     status = process.wait()
     text = process.output.read_text(encoding="utf-8")
-    is_clean = status == 1 and re.search(words, text.splitlines()[-1]) and "Traceback" not in text
+    # Python 3.14's resource tracker remarks on the forks of the harness, after everything else.
+    said = [line for line in text.splitlines() if "resource_tracker" not in line and "warnings.warn" not in line]
+    is_clean = status == 1 and re.search(words, said[-1]) and "Traceback" not in text
     return [] if is_clean else [f"exit status {status}: {text[-300:]}"]
 
 

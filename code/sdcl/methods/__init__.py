@@ -1,16 +1,19 @@
 """The methods, one file each: which networks they train, by what they are scored, and their step."""
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
-from sdcl.runs.config import method_names
+from sdcl.runs.config import METHODS, method_names
 from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
 from sdcl.steps import TEACHER, Batch, Learners, Losses, Settings, pretrain_step
 
+STAGE_ONE = ("pre_iterations", "pre_dice", "pre_val_from", "pre_val_every", "mask_fraction")  # fields that it reads
 Step = Callable[[Learners, Batch, Tensor, Settings], Losses]
 
 
@@ -30,6 +33,7 @@ class Method:
         reads: header fields that stage 2 reads, beside those that all methods read; other methods' are refused where
             they are changed.
         passes: of networks over one batch in an iteration, the teacher's in brackets.
+        needs_unlabelled: it cannot do without unlabelled cases.
         pretrain_step: stage 1's step.
     """
 
@@ -42,6 +46,7 @@ class Method:
     totals: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     passes: str = ""
+    needs_unlabelled: bool = True
     pretrain_step: Step = pretrain_step
 
     @property
@@ -59,28 +64,61 @@ def get(name: str) -> Method:
     """Return a method by the name of its file in sdcl/methods/.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or its file is none of a method.
     """
     if name not in method_names():
         raise UserError(f"--method {name} is not known: choose {', '.join(method_names())}.")
-    return importlib.import_module(f"sdcl.methods.{name}").METHOD
+    path = METHODS / f"{name}.py"
+    try:
+        found = importlib.import_module(f"sdcl.methods.{name}").METHOD
+    except Exception as error:  # whatever a file of one's own raises
+        raise UserError(f"{path} cannot be read as a method ({type(error).__name__}: {error}): correct it.") from error
+    if found.name != name:
+        raise UserError(f"{path} calls its method {found.name}: its name must be the file's, {name}.")
+    return found
 
 
-def check_settings(config: Any) -> None:
-    """Refuse a header in which a field was changed that its method does not read.
+# What makes other fields idle: a field, its value, and those that nothing reads then.
+IDLE = (
+    ("correct", "none", ("mse_weight", "kl_weight")),
+    ("largest_component", "no", ("connectivity",)),
+)
+
+
+def check_settings(config: Any, filled: Collection[str] = ()) -> None:
+    """Refuse a header in which a field was changed that its method does not read, and tell of what stage 1 alone reads.
+
+    Args:
+        config: the header; what differs from its defaults was changed.
+        filled: fields that the script fills in where they are None.
 
     Raises:
         UserError: names the flag and the methods that read it.
     """
-    method = get(config.method)
-    readers: dict[str, list[str]] = {}
-    for other in map(get, method_names()):
-        for field in other.reads:
-            readers.setdefault(field, []).append(other.name)
-    for field in fields(config):
-        is_changed = field.default not in (None, MISSING) and getattr(config, field.name) != field.default
-        if is_changed and field.name in readers and method.name not in readers[field.name]:
+    method, readers = get(config.method), _readers()
+    header = {field.name: field.default for field in fields(config)}
+    if unknown := [name for name in method.reads if name not in header]:
+        raise UserError(f"{METHODS / method.name}.py reads {', '.join(unknown)}, which no header field is called.")
+    changed = [n for n, d in header.items() if d is not MISSING and getattr(config, n) != d and n not in filled]
+    for name in (name for name in changed if name in readers and name not in STAGE_ONE):
+        if name not in method.reads:
             raise UserError(
-                f"--{field.name} is not read by --method {method.name}, only by {', '.join(readers[field.name])}: "
+                f"--{name} is not read by --method {method.name}, only by {', '.join(readers[name])}: "
                 "leave it out, or choose one of these."
             )
+    for field, value, others in IDLE:
+        if getattr(config, field) == value and (named := [name for name in others if name in changed]):
+            raise UserError(f"--{named[0]} does nothing with --{field} {value}: leave one of them out.")
+    idle = [f"--{name}" for name in changed if name in STAGE_ONE and name not in method.reads]
+    if idle and config.pretrained is not None:
+        LOGGER.info("NOTE: %s: of stage 1, which --pretrained brings: nothing reads it here.", ", ".join(idle))
+
+
+def _readers() -> dict[str, list[str]]:
+    """Return the header fields that some methods read, to those methods; files that are broken say so when chosen."""
+    readers: dict[str, list[str]] = {}
+    for name in method_names():
+        with contextlib.suppress(UserError):
+            for field in get(name).reads:
+                readers.setdefault(field, []).append(name)
+    return readers

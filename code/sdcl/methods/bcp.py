@@ -17,7 +17,7 @@ METHOD = Method(
     students=("student_a",),
     predictors={"teacher": ("teacher",), "student_a": ("student_a",)},
     self_train_step=self_train_step,
-    reads=("u_weight", "pseudo_label_rule", "connectivity", "largest_component", "teacher_dropout", "ema_decay",
-           "ema_buffers"),
+    reads=("mask_fraction", "u_weight", "pseudo_label_rule", "connectivity", "largest_component", "teacher_dropout",
+           "ema_decay", "ema_buffers"),
     passes="2 (2)",
 )  # fmt: skip

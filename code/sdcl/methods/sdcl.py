@@ -29,7 +29,7 @@ METHOD = Method(
     self_train_step=self_train_step,
     parts=("dice", "ce", "mse", "kl"),
     totals=("discrepancy",),
-    reads=("correct", "mse_weight", "kl_weight", "u_weight", "pseudo_label_rule", "connectivity", "largest_component",
-           "teacher_dropout", "ema_decay", "ema_buffers"),
+    reads=("correct", "mse_weight", "kl_weight", "mask_fraction", "u_weight", "pseudo_label_rule", "connectivity",
+           "largest_component", "teacher_dropout", "ema_decay", "ema_buffers"),
     passes="4 (2)",
 )  # fmt: skip

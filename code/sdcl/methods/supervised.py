@@ -21,6 +21,7 @@ METHOD = Method(
     students=("student_a",),
     predictors={"student_a": ("student_a",)},
     self_train_step=self_train_step,
-    reads=("paste",),
+    reads=("paste", "mask_fraction"),
     passes="1, without pasting 2",
+    needs_unlabelled=False,
 )

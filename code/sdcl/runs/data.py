@@ -70,8 +70,11 @@ class Data(Protocol):
         """
         ...
 
-    def training(self) -> Training:
+    def training(self, needs_unlabelled: bool = True) -> Training:
         """Read and check what training needs.
+
+        Args:
+            needs_unlabelled: self-training cannot do without unlabelled cases.
 
         Raises:
             UserError: a list or file is missing or wrong.

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,13 @@ def begin(config: Any, check: Callable[[Any], None]) -> torch.device:
     return device
 
 
-def train(config: Any, data: Data) -> None:
+def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     """Train both stages of a run, from where its folder left it.
 
     Args:
         config: the script's header.
         data: what it names.
+        filled: fields that the script filled in since they were None.
 
     Raises:
         UserError: a setting, list or file is wrong; see also claimed(), open_run(), pretrain() and self_train().
@@ -77,13 +78,15 @@ def train(config: Any, data: Data) -> None:
     def check(_: Any) -> None:
         data.check_root()
         data.check()
-        check_settings(config)
+        check_settings(config, filled)
 
     device = begin(config, check)
-    given = data.training()
+    LOGGER.info("method: %s", get(config.method).title)
+    given = data.training(get(config.method).needs_unlabelled)
     torch.manual_seed(config.seed)
     students = [place(build_network(getattr(config, role), given.task.num_classes), device) for role in STUDENTS]
     learners = make_learners(*students, config.base_lr)
+    del students  # so that a stage which trains one of them does not keep the other in memory
     folder = run_folder(config.models_path, given.task.name, config.exp, config.labelnum)
     stages: list[Stage] = ["pre_train"] * (config.pretrained is None) + ["self_train"] * bool(config.self_iterations)
     streams = {stage: given.streams(stage) for stage in stages}  # all before any training, for their refusals
@@ -122,7 +125,8 @@ def validate_at(config: Any, stage: Stage) -> set[int]:
         stage: which.
     """
     if stage == "pre_train":
-        first = getattr(config, "pre_val_from", config.pre_val_every)
+        has_from = hasattr(config, "pre_val_from") and len(config.patch_size) == 2  # own_train reads it in 2D
+        first = config.pre_val_from if has_from else config.pre_val_every
         return set(validation_iterations(first, config.pre_val_every, config.pre_iterations))
     every, last = config.self_val_every, config.self_iterations
     if not hasattr(config, "late_val_every"):
@@ -204,7 +208,8 @@ def test(config: Any, data: Data) -> None:
         name = trained["student_a" if role == TEACHER else role]
         return place(build_network(name, scored.task.num_classes), device)
 
-    method = trained.get("method", "sdcl")
+    # Stage 1 is the same for all methods: its scores are no method's.
+    method = trained.get("method", "sdcl") if config.stage == "self_train" else "sdcl"
     files = dict(zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True))
     are_given = all(files.values())
     stages = {path.resolve().parent for path in files.values()} if are_given else set()
@@ -212,22 +217,28 @@ def test(config: Any, data: Data) -> None:
     runs = {run for run in runs if (run / "config.json").is_file()}  # published files lie in none
     for run in runs:
         _check_prepared(run, scored.facts, are_given)
-    selected_on = None if are_given else "test" if trained["select"] == "test" else "val"
+    was_selected = not are_given and any((folder / config.stage).glob("best_*.pth"))
+    selected_on = ("test" if trained["select"] == "test" else "val") if was_selected else None
     if are_given:
         networks = [make_network(role) for role in STUDENTS]
         for network, (role, path) in zip(networks, files.items(), strict=True):
             LOGGER.info("%s", load_weights(network, path, prefer=role))
         predictors = Predictors(networks, PREDICTORS)
     else:
-        roles_of = get("sdcl" if config.stage == "pre_train" else method).predictors
-        predictors = load_predictors(folder / config.stage, make_network, selected_on, roles_of)
+        _check_stage(folder, config.stage)
+        roles_of = get(method).predictors
+        predictors = load_predictors(folder / config.stage, make_network, str(selected_on), roles_of)
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     name = "_".join([_weights_name(files) if are_given else config.stage, scored.split, *_options(config)])
     cases, results = scored.read_cases(), folder / "test" / name
     seen = list(dict.fromkeys(one for run in runs for one in trained_among(run, [case.name for case in cases])))
     said = {"split": scored.split, "selected_on": selected_on, "config": used, "environment": environment(device)}
-    said |= {"trained_on": seen, "protocol": config.protocol, "method": "given weights" if are_given else method}
+    said |= {
+        "trained_on": seen,
+        "protocol": config.protocol,
+        "method": "given weights" if are_given else method if config.stage == "self_train" else config.stage,
+    }
     with claimed(results):
         test_report(results, predictors, cases, scored.task, said, config.save_nifti)
     if seen:
@@ -238,6 +249,17 @@ def test(config: Any, data: Data) -> None:
         LOGGER.info(
             "NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", scored.split
         )
+
+
+def _check_stage(folder: Path, stage: str) -> None:
+    """Refuse a stage that a run does not have, naming the one that it has.
+
+    Raises:
+        UserError: the run has the other stage alone.
+    """
+    other = {"self_train": "pre_train", "pre_train": "self_train"}[stage]
+    if not (folder / stage / LAST).exists() and (folder / other / LAST).exists():
+        raise UserError(f"{folder} has no {stage}, only {other}: give --stage {other}, or train it.")
 
 
 def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, device: torch.device) -> list[nn.Module]:
@@ -256,11 +278,13 @@ def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, devi
     Raises:
         UserError: the method has no such predictor, or a checkpoint is missing or does not fit.
     """
+    _check_stage(config.run, config.stage)
     method = "sdcl" if config.stage == "pre_train" else settings.get("method", "sdcl")  # stage 1 is the same for all
     roles_of = get(method).predictors
     predictor = config.predictor or list(roles_of)[-1]
     if predictor not in roles_of:
-        raise UserError(f"--predictor {predictor} is none of {method}'s: choose {', '.join(roles_of)}.")
+        whose = "pre-training" if config.stage == "pre_train" else method
+        raise UserError(f"--predictor {predictor} is none of {whose}'s: choose {', '.join(roles_of)}.")
     best = config.run / config.stage / f"best_{predictor}.pth"
     path = best if best.exists() else config.run / config.stage / LAST
     networks = []

@@ -57,16 +57,21 @@ def _csv_field(value: Any) -> str:
     return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
 
 
+def _git(root: Path, *arguments: str) -> str:
+    """Return what git says of the repository."""
+    run = ["git", "-C", str(root), *arguments]
+    return subprocess.run(run, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+
 def environment(device: "torch.device") -> dict[str, Any]:
     """Collect what is needed to run an experiment again: commit, versions, device."""
     import torch  # here alone, so that what needs no network starts at once
 
     root = Path(__file__).resolve().parents[3]
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True, text=True, timeout=10, check=True,
-        ).stdout.strip()  # fmt: skip
+        commit = _git(root, "describe", "--always", "--dirty", "--abbrev=40")
+        if not commit.endswith("-dirty") and _git(root, "status", "--porcelain", "--", "code", "dataloaders"):
+            commit += "-dirty"  # a file that git does not know, such as a method of one's own
     except (OSError, subprocess.SubprocessError):
         commit = "unknown"
     return {
@@ -178,6 +183,9 @@ def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.
 def differing_fields(there: dict[str, Any], now: dict[str, Any]) -> str:
     """Say which fields that matter to a run's result differ between two configurations; "" if none does."""
     there, now = ({**ADDED_FIELDS, **fields} for fields in (there, now))
+    for fields in (there, now):
+        if isinstance(fields.get("pretrained"), str):  # the same folder, however it is written
+            fields["pretrained"] = str(Path(fields["pretrained"]).resolve())
     names = [k for k in sorted({*there, *now} - MACHINE_FIELDS) if there.get(k) != now.get(k)]
     return ", ".join(f"{k} {there.get(k)} there, {now.get(k)} now" for k in names)
 

@@ -1,25 +1,26 @@
 """Going back to a stage's last save."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from sdcl import checkpoints
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import differing_fields
-from sdcl.scoring.evaluation import PREDICTORS
-from sdcl.steps import TEACHER, Learners
+from sdcl.steps import Learners
 
 DAMAGED = "last_damaged.pth"  # a last checkpoint that could not be read, kept for inspection
 
 
-def resume(learners: Learners, folder: Path, config: dict[str, Any]) -> str:
+def resume(learners: Learners, folder: Path, config: dict[str, Any], predictors: Collection[str]) -> str:
     """Go back to the last save that can be read; where there is none, change nothing.
 
     Args:
         learners: changed in place.
         folder: the stage's, which has the stage's name.
         config: the run's, which the checkpoint's must equal.
+        predictors: the names that a best may have.
 
     Returns:
         What was wrong with a later save, a sentence or two; "" where nothing was.
@@ -31,7 +32,7 @@ def resume(learners: Learners, folder: Path, config: dict[str, Any]) -> str:
     if last is None:
         return ""
     state, path = last.payload, last.path
-    _check_progress(state, path, learners)
+    _check_progress(state, path, learners, predictors)
     differing = differing_fields(state["config"], config)
     if differing:
         raise UserError(f"{path} is of another configuration ({differing}): choose another --exp.")
@@ -45,7 +46,7 @@ def resume(learners: Learners, folder: Path, config: dict[str, Any]) -> str:
     return f"{lost} Going on from {path.name}, saved after iteration {state['iteration']}."
 
 
-def _check_progress(state: dict[str, Any], path: Path, learners: Learners) -> None:
+def _check_progress(state: dict[str, Any], path: Path, learners: Learners, predictors: Collection[str]) -> None:
     """Refuse a checkpoint that is not one of this stage, whole."""
     best, iteration = state.get("best"), state.get("iteration")
     is_sound = (
@@ -55,7 +56,7 @@ def _check_progress(state: dict[str, Any], path: Path, learners: Learners) -> No
         and iteration >= 0
         and isinstance(best, dict)
         and all(
-            name in (*PREDICTORS, TEACHER)
+            name in predictors
             and isinstance(entry, dict)
             and isinstance(entry.get("dice"), float)
             and isinstance(entry.get("iteration"), int)
