@@ -1,8 +1,11 @@
 import csv
+import dataclasses
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from unittest import mock
 
 import numpy as np
@@ -12,7 +15,9 @@ from helpers import GOLDEN, fill, method, strided
 from torch import nn
 
 from sdcl import checkpoints
+from sdcl.methods import get
 from sdcl.methods.sdcl import self_train_step
+from sdcl.mixing import copy_paste_mask
 from sdcl.networks import build_network, resnet, unet, vnet
 from sdcl.runs.errors import UserError
 from sdcl.scoring.report import Validation
@@ -161,6 +166,7 @@ def test_the_best_is_what_was_scored(tmp_path):
 
     def validate(predictors):
         students = predictors.networks
+        assert predictors.members == {"student_a": (0,), "student_b": (1,), "mean": (0, 1)} and predictors.shown == 3
         assert not any(s.training for s in students)
         weights.append([{k: v.clone() for k, v in s.state_dict().items()} for s in students])
         return Validation(dict(zip(("student_a", "student_b", "mean"), next(scores), strict=True)), PANEL)
@@ -465,22 +471,101 @@ def test_the_first_of_equal_scores_is_the_best_and_0_is_a_score(tmp_path):
     assert checkpoints.load(tmp_path / "pre_train" / "best_mean.pth")["iteration"] == 2
 
 
-@pytest.mark.parametrize(("minutes", "saves"), [(0.0, [6]), (1.0, [4, 6])])
-def test_a_run_saves_when_so_many_minutes_have_passed(tmp_path, monkeypatch, minutes, saves):
-    """The clock is read before each iteration's save is considered; here each reading is 5 s after the one before."""
-    import time
+class Clocked(TinyStreams):
+    """A batch every 30 s, by a clock that stands still otherwise."""
 
-    seconds = iter(range(0, 10**6, 5))
-    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
-    saved = []
+    seconds = 0.0
+
+    def batches(self, start, stop):
+        for batch in super().batches(start, stop):
+            self.seconds += 30
+            yield batch
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(0.0, [6]), (0.5, [1, 2, 3, 4, 5, 6]), (1.0, [2, 4, 6]), (1.1, [3, 6])])
+def test_a_run_saves_when_so_many_minutes_have_passed(tmp_path, monkeypatch, minutes, saves):
+    streams, saved = Clocked(), []
+    monkeypatch.setattr("sdcl.training.time.perf_counter", lambda: streams.seconds)
     monkeypatch.setattr(checkpoints, "save", lambda payload, path, previous=None: saved.append(payload["iteration"]))
     (tmp_path / "pre_train").mkdir()
     (tmp_path / "pre_train" / "last.pth").write_bytes(b"x")
     monkeypatch.setattr(checkpoints, "load_last", lambda folder: None)
-    common = {"validate": None, "validate_at": (), "validated_on": "val", "config": {}}
-    settings = method(pre_iterations=6, save_every=100, save_minutes=minutes, log_every=1)
-    pretrain(tiny_learners(), TinyStreams(), tmp_path, settings, **common)
-    assert saved[-1] == 6 and (len(saved) > 1) == bool(minutes), saved
+    settings = method(pre_iterations=6, save_every=100, save_minutes=minutes, log_every=100)
+    pretrain(tiny_learners(), streams, tmp_path, settings, **UNSCORED)
+    assert saved == saves
+
+
+UNSCORED = {"validate": None, "validate_at": (), "validated_on": "val", "config": {}}
+
+
+def test_each_reading_of_the_losses_is_logged_with_the_time_of_one_iteration(tmp_path, monkeypatch):
+    streams = Clocked()
+    monkeypatch.setattr("sdcl.training.time.perf_counter", lambda: streams.seconds)
+    pretrain(tiny_learners(), streams, tmp_path, method(pre_iterations=4, save_every=100, log_every=2), **UNSCORED)
+    lines = (tmp_path / "pre_train" / "log.txt").read_text().splitlines()
+    told = [line for line in lines if ": loss " in line]
+    for number, line in zip((2, 4), told, strict=True):
+        expected = (
+            rf"pre_train {number}: loss student_a [01]\.\d{{4}}, student_b [01]\.\d{{4}}; 30\.000 s an iteration$"
+        )
+        assert re.search(expected, line), line
+    assert any("pre_train: 30.000 s an iteration (median of 4" in line for line in lines)
+
+
+def test_a_signal_lets_the_iteration_finish_saves_and_ends_with_its_number(tmp_path):
+    class Asking(TinyStreams):
+        def batches(self, start, stop):
+            for k, batch in enumerate(super().batches(start, stop), start=1):
+                if k == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    settings = method(pre_iterations=5, save_every=100, log_every=100)
+    with pytest.raises(SystemExit) as end:
+        pretrain(tiny_learners(), Asking(), tmp_path, settings, **UNSCORED)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert checkpoints.load(tmp_path / "pre_train" / "last.pth")["iteration"] == 2
+
+
+def test_an_iterations_seed_is_of_seed_stage_and_number():
+    for k, stage in enumerate(("pre_train", "self_train")):
+        expected = np.random.SeedSequence([7, k, 3]).generate_state(1, np.uint64)[0]
+        assert iteration_seed(7, stage, 3) == int(expected) // 2 < 2**63  # what torch.manual_seed takes
+
+
+@pytest.mark.parametrize(("fraction", "box"), [(2 / 3, 21), (0.5, 16), (0, 0)])
+def test_each_iteration_draws_the_mask_after_its_seed(tmp_path, monkeypatch, fraction, box):
+    masks = []
+
+    def step(learners, batch, mask, settings):
+        masks.append(mask)
+        return pretrain_step(learners, batch, mask, settings)
+
+    ours = dataclasses.replace(get("sdcl"), pretrain_step=step)
+    monkeypatch.setattr("sdcl.training.get", lambda name: ours)
+    pretrain(tiny_learners(), TinyStreams(), tmp_path, method(pre_iterations=2, mask_fraction=fraction), **UNSCORED)
+    for number, mask in enumerate(masks, start=1):
+        assert mask.dtype == torch.bool and int((~mask).sum()) == box**2
+        torch.manual_seed(iteration_seed(1, "pre_train", number))
+        assert not fraction or torch.equal(mask, copy_paste_mask((32, 32), (box, box)))
+
+
+@pytest.mark.parametrize("dropout", ["yes", "no"])
+def test_the_teacher_alone_may_go_without_dropout(tmp_path, dropout):
+    learners, settings = tiny_learners(), method(pre_iterations=1, self_iterations=2, teacher_dropout=dropout)
+    pretrain(learners, TinyStreams(), tmp_path, settings, **UNSCORED)
+    self_train(learners, TinyStreams(), tmp_path, settings, start_from="last", **UNSCORED)
+    for role, network in learners.networks.items():
+        modes = {m.training for m in network.modules() if isinstance(m, nn.Dropout)}
+        assert modes == {role != "teacher" or dropout == "yes"} and network.training, role
+
+
+def test_compiling_is_of_the_stages_networks(tmp_path):
+    learners = tiny_learners()
+    with mock.patch("sdcl.training.compile_networks") as compiled:
+        pretrain(learners, TinyStreams(), tmp_path, method(pre_iterations=1, compile=True), **UNSCORED)
+    ((networks, device), _), = compiled.call_args_list  # fmt: skip
+    assert list(networks) == list(learners.networks.values()) and device == torch.device("cpu")
 
 
 def test_a_stage_tells_its_cost(tmp_path):
