@@ -37,6 +37,8 @@ SLOW = "not " + " and not ".join(
         "without_validation",
         "three_classes",
         "trains_tests_and_predicts",
+        "given_weights_are_of",
+        "images_alone_need",
         "page_on_ones",
         "mean_nothing",
         "of_each_method_ends",

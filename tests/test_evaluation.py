@@ -204,6 +204,8 @@ def test_the_first_three_predictors_are_a_b_and_the_mean_whichever_best_is_the_l
     both_in_one = [title for title in members if " and last (" in title]
     assert both_in_one == [f"{name}, best on val and last ({last})" for name, (_, at) in best.items() if at == last]
     assert len(members) == 6 - len(both_in_one)
+    alone = load_predictors(tmp_path, lambda role: nn.Linear(1, 1, bias=False), "val", {"student_a": ("student_a",)})
+    assert alone.shown == 1 and alone.pictured == alone.single == [next(iter(alone.members))]
 
 
 def test_distances_in_mm_where_the_spacing_is_known():

@@ -30,7 +30,7 @@ class Threshold(nn.Module):
         self.images = 0
 
     def forward(self, x):
-        assert not self.training and not torch.is_grad_enabled()
+        assert not self.training and not torch.is_grad_enabled() and x.dtype == torch.float32
         self.images += len(x)
         return torch.cat([torch.zeros_like(x), self.sign * x, 2 * self.sign * x - 1], dim=1)
 

@@ -393,16 +393,25 @@ TINY = {
 }
 
 
+def first_stage(data, stage_one):
+    """The run whose stage 1 all methods share, trained once."""
+    root, models = stage_one[data]
+    train, _, tiny = TINY[data]
+    first = models / f"{data}_stage1_2_labeled"
+    if not (first / "pre_train" / "last.pth").exists():
+        call(train, "--root_path", root, "--models_path", models, "--labelnum", 2, "--device", "cpu", *tiny, "--select",
+             "last", "--pre_iterations", 1, "--exp", "stage1", "--self_iterations", 0)  # fmt: skip
+    return first
+
+
 @pytest.mark.parametrize("data", TINY)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_method_trains_tests_and_predicts(data, name, stage_one, tmp_path, capsys):
     root, models = stage_one[data]
     train, test, tiny = TINY[data]
     where = ("--root_path", root, "--models_path", models, "--labelnum", 2, "--device", "cpu")
-    first = models / f"{data}_stage1_2_labeled"
+    first = first_stage(data, stage_one)
     common = (*where, *tiny, "--select", "last", "--pre_iterations", 1)
-    if not first.exists():
-        call(train, *common, "--exp", "stage1", "--self_iterations", 0)
     call(train, *common, "--self_iterations", 2, "--exp", name, "--method", name, "--pretrained", first)
     stride = ("--stride", 16, 16, 16) if data == "la" else ()
     call(test, *where, *stride, "--exp", name)
@@ -481,7 +490,7 @@ def test_labelled_images_alone_need_no_others(acdc_phantom, tmp_path, capsys):
 
 def test_given_weights_are_of_the_student_that_they_are_given_for(stage_one, tmp_path):
     root, models = stage_one["acdc"]
-    state = checkpoints.load(models / "acdc_stage1_2_labeled" / "pre_train" / "last.pth")
+    state = checkpoints.load(first_stage("acdc", stage_one) / "pre_train" / "last.pth")
     state["config"] |= {"student_b": "unet"}  # as if both were of one architecture
     one = tmp_path / "a_alone.pth"
     checkpoints.save(state | {"networks": {"student_a": state["networks"]["student_a"]}}, one)
