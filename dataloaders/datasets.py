@@ -133,6 +133,22 @@ class DataSet:
         }
 
 
+class StudyData:
+    """A data set together with the header of a training or test script; what both layouts share of sdcl.runs.data.Data.
+
+    Args:
+        data_set: which.
+        config: the header.
+    """
+
+    def __init__(self, data_set: DataSet, config: Any):
+        self.name, self._data_set, self._config = data_set.name, data_set, config
+
+    def check_root(self) -> None:
+        """Refuse a folder that does not hold the data set."""
+        self._data_set.check_root(self._config.root_path)
+
+
 def missing_classes(labels: Iterable[np.ndarray | Iterable[int]], data_set: DataSet) -> list[str]:
     """Name the classes that no label has.
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from dataloaders.checks import check_apart, check_dimensions
-from dataloaders.datasets import SLICE, DataSet, check_classes, find_file
+from dataloaders.datasets import SLICE, StudyData, check_classes, find_file
 from dataloaders.files import Cache, Decoding, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
 from dataloaders.transforms import Augmentation, apply_index, augmentation_index
@@ -123,20 +123,8 @@ def check_2d(config: Any, num_classes: int) -> None:
         raise UserError(f"--connectivity is {config.connectivity}: slices know 4 or 8 neighbours.")
 
 
-class SliceData:
-    """A 2D data set with a script's header: trained on slices, scored on volumes; see sdcl.runs.data.Data.
-
-    Args:
-        data_set: which.
-        config: the header of a training or test script.
-    """
-
-    def __init__(self, data_set: DataSet, config: Any):
-        self.name, self._data_set, self._config = data_set.name, data_set, config
-
-    def check_root(self) -> None:
-        """Refuse a folder that does not hold the data set."""
-        self._data_set.check_root(self._config.root_path)
+class SliceData(StudyData):
+    """A 2D data set with a script's header: trained on slices, scored on volumes; see sdcl.runs.data.Data."""
 
     def check(self) -> None:
         """Refuse settings that contradict each other."""

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from dataloaders.checks import check_apart, check_dimensions
-from dataloaders.datasets import DataSet, check_classes
+from dataloaders.datasets import DataSet, StudyData, check_classes
 from dataloaders.files import Cache, Decoding, has_label, read_affine, read_list, read_sample, read_spacing
 from dataloaders.streams import Streams
 from dataloaders.transforms import Crop, crop_corner, cropped
@@ -145,20 +145,8 @@ def check_3d(config: Any, num_classes: int) -> None:
         raise UserError("--select test and --val_cases contradict each other: give --select val, or no --val_cases.")
 
 
-class VolumeData:
-    """A 3D data set with a script's header: trained on crops, scored on whole volumes; see sdcl.runs.data.Data.
-
-    Args:
-        data_set: which.
-        config: the header of a training or test script.
-    """
-
-    def __init__(self, data_set: DataSet, config: Any):
-        self.name, self._data_set, self._config = data_set.name, data_set, config
-
-    def check_root(self) -> None:
-        """Refuse a folder that does not hold the data set."""
-        self._data_set.check_root(self._config.root_path)
+class VolumeData(StudyData):
+    """A 3D data set with a script's header: trained on crops, scored on whole volumes; see sdcl.runs.data.Data."""
 
     def check(self) -> None:
         """Refuse settings that contradict each other."""

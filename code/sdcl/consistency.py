@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from sdcl.steps import TEACHER, Learners, Settings
+from sdcl.teacher import update_teacher
+
 NOISE_BOUND = 2.0  # of the noise, in its standard deviations
 RAMP_SHARE = 0.4  # of self-training, where no length is given
 
@@ -24,6 +27,18 @@ def ramp(iteration: int, length: int) -> float:
 def ramp_length(rampup: int | None, iterations: int) -> int:
     """Return T of ramp(): what the header says, else two fifths of the stage's iterations."""
     return round(RAMP_SHARE * iterations) if rampup is None else rampup
+
+
+def risen(learners: Learners, settings: Settings) -> float:
+    """Return the ramp's weight at a step, by the header's `rampup` and `self_iterations`."""
+    return ramp(learners.iteration, ramp_length(settings.rampup, settings.self_iterations))
+
+
+def move_teacher(learners: Learners, settings: Settings) -> None:
+    """Move the teacher towards student a after a step, by growing_decay()."""
+    decay = growing_decay(learners.iteration, settings.ema_decay)
+    teacher, student = learners.networks[TEACHER], learners.networks["student_a"]
+    update_teacher(teacher, student, decay, settings.ema_buffers, learners.halted)
 
 
 def exact(logits: Tensor) -> Tensor:

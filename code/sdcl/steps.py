@@ -218,15 +218,11 @@ def mixed_step(learners: Learners, batch: Batch, mask: Tensor, settings: Setting
 
     Source: docs/method.md, "Stage 2".
     """
-    teacher, connectivity = learners.networks[TEACHER], settings.connectivity
+    teacher = learners.networks[TEACHER]
+    connectivity = settings.connectivity if settings.largest_component == "yes" else None
     with torch.no_grad(), autocast(mask.device, settings.precision):
         pending = [
-            PendingLabels(
-                teacher(batch[name]),
-                settings.pseudo_label_rule,
-                connectivity if settings.largest_component == "yes" else None,
-            )
-            for name in ("u_a", "u_b")
+            PendingLabels(teacher(batch[name]), settings.pseudo_label_rule, connectivity) for name in ("u_a", "u_b")
         ]
     # Each mix: its input, the label where the mask is True, the label where it is False, and the weights of both.
     mixes = [

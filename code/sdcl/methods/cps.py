@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdcl.consistency import exact, ramp, ramp_length
+from sdcl.consistency import exact, risen
 from sdcl.losses import class_map
 from sdcl.methods import Method
 from sdcl.steps import Batch, Learners, Losses, Settings, add_up, autocast, clear_gradients, descend, supervised_step
@@ -23,9 +23,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
 
     Source: docs/methods.md, "CPS".
     """
-    weight = settings.consistency_weight * ramp(
-        learners.iteration, ramp_length(settings.rampup, settings.self_iterations)
-    )
+    weight = settings.consistency_weight * risen(learners, settings)
     clear_gradients(learners)
     named = supervised_step(learners, batch, settings)
     for images in (batch["u_a"], batch["u_b"]):
@@ -33,9 +31,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
             logits = {role: learners.networks[role](images) for role in learners.optimisers}
         decisions = {role: class_map(z).long() for role, z in logits.items()}
         for role, other in (("student_a", "student_b"), ("student_b", "student_a")):
-            consistency = (
-                F.cross_entropy(exact(logits[role]), decisions[other]) / 2
-            )  # half of the mean over both batches
+            consistency = F.cross_entropy(exact(logits[role]), decisions[other]) / 2  # half of both batches' mean
             loss = weight * consistency
             loss.backward()
             add_up(named, {f"{role}/consistency": consistency.detach(), f"{role}/loss": loss.detach()})

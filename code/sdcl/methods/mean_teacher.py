@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sdcl.consistency import exact, growing_decay, noisy, ramp, ramp_length
+from sdcl.consistency import exact, move_teacher, noisy, risen
 from sdcl.methods import Method
 from sdcl.steps import (
     TEACHER,
@@ -17,7 +17,6 @@ from sdcl.steps import (
     descend,
     supervised_step,
 )
-from sdcl.teacher import update_teacher
 
 
 def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Settings) -> Losses:
@@ -35,9 +34,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
     Source: docs/methods.md, "Mean teacher".
     """
     student, teacher = learners.networks["student_a"], learners.networks[TEACHER]
-    weight = settings.consistency_weight * ramp(
-        learners.iteration, ramp_length(settings.rampup, settings.self_iterations)
-    )
+    weight = settings.consistency_weight * risen(learners, settings)
     clear_gradients(learners)
     named = supervised_step(learners, batch, settings)
     for images in (batch["u_a"], batch["u_b"]):
@@ -51,8 +48,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
         loss.backward()
         add_up(named, {"student_a/consistency": consistency.detach(), "student_a/loss": loss.detach()})
     named |= descend(learners, named)
-    decay = growing_decay(learners.iteration, settings.ema_decay)
-    update_teacher(teacher, student, decay, settings.ema_buffers, learners.halted)
+    move_teacher(learners, settings)
     return named
 
 

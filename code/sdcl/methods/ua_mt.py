@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from sdcl.consistency import exact, growing_decay, noisy, ramp, ramp_length
+from sdcl.consistency import exact, move_teacher, noisy, risen
 from sdcl.methods import Method
 from sdcl.steps import (
     TEACHER,
@@ -19,7 +19,6 @@ from sdcl.steps import (
     descend,
     supervised_step,
 )
-from sdcl.teacher import update_teacher
 
 
 @torch.no_grad()
@@ -56,7 +55,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
     Source: docs/methods.md, "UA-MT".
     """
     student, teacher = learners.networks["student_a"], learners.networks[TEACHER]
-    rise = ramp(learners.iteration, ramp_length(settings.rampup, settings.self_iterations))
+    rise = risen(learners, settings)
     clear_gradients(learners)
     named = supervised_step(learners, batch, settings)
     names, targets, sure = ("u_a", "u_b"), {}, {}
@@ -75,8 +74,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
         loss.backward()
         add_up(named, {"student_a/consistency": consistency.detach(), "student_a/loss": loss.detach()})
     named |= {"sure": count} | descend(learners, named)
-    decay = growing_decay(learners.iteration, settings.ema_decay)
-    update_teacher(teacher, student, decay, settings.ema_buffers, learners.halted)
+    move_teacher(learners, settings)
     return named
 
 
