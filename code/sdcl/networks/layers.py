@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a number to the integers of that width
 BITS = 15  # that decide on an element
+SHORTEST_BF16 = 2  # up to this first spatial side 3D convolutions compute in float32 on a CPU
 ROW = 1024  # numbers that BatchNorm sums side by side
 
 
@@ -20,6 +21,21 @@ def every_second(x: Tensor) -> Tensor:
     several times as fast as a slice's in channels last, and slower than it in 3D.
     """
     return F.avg_pool2d(x, 1, 2) if x.ndim == 4 else x[..., ::2, ::2, ::2]
+
+
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d, in float32 where bfloat16 on a CPU is wrong.
+
+    The gradient of its weights comes from memory that nobody wrote where the kernel is 3 wide, the stride 1, and the
+    first spatial side is 2 (oneDNN in PyTorch 2.13, with AVX-512): as a patch of 32 voxels gives at the deepest stage.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, channels, *S) to (N, out_channels, *S / stride)."""
+        if x.device.type != "cpu" or x.shape[2] > SHORTEST_BF16 or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
 
 
 class InstanceNorm(nn.InstanceNorm3d):

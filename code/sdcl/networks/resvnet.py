@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor, nn
 
-from sdcl.networks.layers import InstanceNorm
+from sdcl.networks.layers import Conv3d, InstanceNorm
 from sdcl.networks.resnet import ResNetEncoder
 from sdcl.networks.vnet import STAGES_DOWN, VNetDecoder
 
@@ -17,7 +17,7 @@ class ResVNet(VNetDecoder):
 
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()
-        self.resencoder = ResNetEncoder(nn.Conv3d, InstanceNorm, in_channels)
+        self.resencoder = ResNetEncoder(Conv3d, InstanceNorm, in_channels)
         self.add_decoder(num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from sdcl.networks.layers import InstanceNorm
+from sdcl.networks.layers import Conv3d, InstanceNorm
 
 WIDTHS = (16, 32, 64, 128, 256)
 CONVS_DOWN = (1, 2, 3, 3, 3)  # convolutions a stage, from the top
@@ -24,7 +24,7 @@ class Stage(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for i in range(convs):
-            layers += conv_norm_relu(nn.Conv3d(width if i else width_in, width, 3, padding=1), width)
+            layers += conv_norm_relu(Conv3d(width if i else width_in, width, 3, padding=1), width)
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
