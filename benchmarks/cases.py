@@ -173,6 +173,7 @@ def streams(work: Work, is_ours: bool) -> Run:
 def evaluation(work: Work, is_ours: bool) -> Run:
     """Predict one volume with both students and their mean, window by window or slice by slice, and score it."""
     students = [Decided(student) for student in _placed(_students(work), work, is_ours)]
+    roles = dict(zip(STUDENTS, students, strict=True))
     is_2d = len(work.shape) == 2
     distance, rough = _ellipsoid(work.volume)
     image, reference = (1 - distance - 2 * rough).astype(np.float32), (distance < 1) * np.uint8(work.classes - 1)
@@ -189,12 +190,12 @@ def evaluation(work: Work, is_ours: bool) -> Run:
 
     def run() -> dict[str, float]:
         if not is_ours:
-            maps = {name: theirs([students[i] for i in members]) for name, members in PREDICTORS.items()}
+            maps = {name: theirs([roles[role] for role in members]) for name, members in PREDICTORS.items()}
             return {
                 name: _textbook_scores(label_map, reference, range(1, work.classes)) for name, label_map in maps.items()
             }
         task = Task("t", [str(c) for c in range(1, work.classes)], ours, Decision("argmax" if is_2d else "threshold"))
-        rows = evaluate(Predictors(students, PREDICTORS), [Case("c", image, reference)], task)
+        rows = evaluate(Predictors.of(roles, PREDICTORS), [Case("c", image, reference)], task)
         return {name: float(np.nanmean([r.dice for r in rows if r.predictor == name])) for name in PREDICTORS}
 
     return run

@@ -64,9 +64,10 @@ def main(config: Config) -> None:
     if not config.input.exists():
         raise UserError(f"--input {config.input} does not exist: check the path.")
     from dataloaders.scans.predicting import predict_scans  # these take seconds, which a wrong flag need not wait for
-    from sdcl.runs.experiment import begin, load_predictor
+    from sdcl.runs.experiment import begin
+    from sdcl.runs.weights import load_predictor
 
-    predict_scans(config, begin(config, lambda _: None), load_predictor)
+    predict_scans(config, begin(config), load_predictor)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,17 @@ from torch import nn
 from sdcl.checkpoints import save
 from sdcl.runs.errors import UserError
 from sdcl.scoring import report
-from sdcl.scoring.evaluation import PREDICTORS, Case, CaseRow, Decision, Predictors, Task, evaluate, load_predictors
+from sdcl.scoring.evaluation import (
+    PREDICTORS,
+    STUDENTS,
+    Case,
+    CaseRow,
+    Decision,
+    Predictors,
+    Task,
+    evaluate,
+    load_predictors,
+)
 from sdcl.scoring.figures import panel
 from sdcl.scoring.report import best_median_worst, validator
 from sdcl.scoring.tables import apply_protocol, format_cases, format_table, mean_dice, summarise
@@ -114,7 +124,7 @@ def test_case_lines():
 
 def test_validator_scores_without_distances_and_draws_the_first_case():
     validation = validator(cases(), Task("t", ("x", "y"), infer))(
-        Predictors([nn.Identity(), nn.Identity()], PREDICTORS)
+        Predictors.of({r: nn.Identity() for r in STUDENTS}, PREDICTORS)
     )
     assert set(validation.dice) == {"student_a", "student_b", "mean"}
     assert validation.panel.shape == (3, 8, 40) and 0 <= validation.panel.min() <= validation.panel.max() <= 1

@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import math
 import re
-import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -508,30 +506,3 @@ def test_every_script_knows_every_setting_of_a_method():
         for field in get(name).reads:
             defaults = {repr(header.__dataclass_fields__[field].default) for header in headers}
             assert defaults, field
-
-
-def test_the_page_on_ones_own_method_does_what_it_says(acdc_phantom, tmp_path):
-    """In a copy of the code: the page's file, its two commands with few iterations."""
-    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("## Your own method")[1]
-    path = re.search(r"^`(code/sdcl/methods/\w+\.py)`:$", page, re.MULTILINE)[1]
-    code, commands = re.findall(r"^```\w*\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    for folder in ("code", "dataloaders"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / path).write_text(code, encoding="utf-8")
-    where = ["--root_path", str(acdc_phantom), "--models_path", "models", "--labelnum", "2", "--device", "cpu"]
-    tiny = ["--patch_size", "32", "32", "--batch_size", "2", "--pre_iterations", "1", "--select", "last"]
-    first = "python code/ACDC_train.py --exp stage1 --self_iterations 0"
-    train, test = commands.strip().replace("_7_labeled", "_2_labeled").splitlines()
-    for line in (first, f"{train} --self_iterations 1", test):
-        words = line.split()
-        more = tiny if "train" in words[1] else []
-        done = subprocess.run(
-            [sys.executable, *words[1:], *where, *more],
-            cwd=tmp_path,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "method entropy" in done.stdout
-    assert "student_a/entropy" in (tmp_path / "models/acdc_entropy_2_labeled/self_train/metrics.csv").read_text()

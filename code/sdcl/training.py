@@ -22,7 +22,7 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, StopRequest
 from sdcl.runs.records import StageRecord
 from sdcl.runs.resume import resume
-from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Predictors, Validation
+from sdcl.scoring.evaluation import PREDICTORS, Predictors, Validation
 from sdcl.steps import TEACHER, Batch, Learners, Losses, Settings, add_teacher, make_learners, pretrain_step
 
 __all__ = ["make_learners", "pretrain", "pretrain_step", "self_train", "validation_iterations"]
@@ -168,7 +168,7 @@ class _Loop:
         method = get(settings.method)
         if stage == "pre_train":  # the same for all methods
             self.step, self.parts, self.totals = method.pretrain_step, ("dice", "ce"), ()
-            self.predictors = {name: tuple(STUDENTS[i] for i in members) for name, members in PREDICTORS.items()}
+            self.predictors = PREDICTORS
         else:
             self.step, self.parts, self.totals = method.self_train_step, method.parts, method.totals
             self.predictors = method.predictors
@@ -326,10 +326,10 @@ class _Loop:
             )  # fmt: skip
 
     def _validate(self, record: StageRecord) -> dict[str, float]:
-        scored = list(dict.fromkeys(role for roles in self.predictors.values() for role in roles))
-        networks = [self.learners.networks[role].eval() for role in scored]
-        members = {name: tuple(map(scored.index, roles)) for name, roles in self.predictors.items()}
-        validation = self.validations.score(Predictors(networks, members, len(members)))
+        predictors = Predictors.of(self.learners.networks, self.predictors)
+        for network in predictors.networks:
+            network.eval()
+        validation = self.validations.score(predictors)
         number = self.learners.iteration
         for name, dice in validation.dice.items():
             if dice > self.learners.best.get(name, {"dice": -1.0})["dice"]:

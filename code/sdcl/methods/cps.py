@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from sdcl.consistency import exact, risen
 from sdcl.losses import class_map
 from sdcl.methods import Method
+from sdcl.scoring.evaluation import PREDICTORS, STUDENTS
 from sdcl.steps import Batch, Learners, Losses, Settings, add_up, autocast, clear_gradients, descend, supervised_step
 
 
@@ -41,8 +42,8 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
 METHOD = Method(
     name="cps",
     title="CPS: cross pseudo supervision, two students without a teacher",
-    students=("student_a", "student_b"),
-    predictors={"student_a": ("student_a",), "student_b": ("student_b",), "mean": ("student_a", "student_b")},
+    students=STUDENTS,
+    predictors=PREDICTORS,
     self_train_step=self_train_step,
     parts=("dice", "ce", "consistency"),
     reads=("consistency_weight", "rampup"),

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sdcl.losses import discrepancy
 from sdcl.methods import Method
+from sdcl.scoring.evaluation import PREDICTORS, STUDENTS
 from sdcl.steps import Batch, Learners, Losses, Settings, mixed_step
 
 
@@ -24,8 +25,8 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
 METHOD = Method(
     name="sdcl",
     title="SDCL: two students corrected where they disagree, by an EMA teacher's copy-paste",
-    students=("student_a", "student_b"),
-    predictors={"student_a": ("student_a",), "student_b": ("student_b",), "mean": ("student_a", "student_b")},
+    students=STUDENTS,
+    predictors=PREDICTORS,
     self_train_step=self_train_step,
     parts=("dice", "ce", "mse", "kl"),
     totals=("discrepancy",),

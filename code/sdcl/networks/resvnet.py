@@ -2,7 +2,7 @@
 
 import re
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdcl.networks.layers import Conv3d, InstanceNorm
 from sdcl.networks.resnet import ResNetEncoder

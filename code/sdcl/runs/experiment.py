@@ -1,16 +1,13 @@
 """What every data set's scripts do around the loops: prepare, train both stages, test."""
 
-import hashlib
-import re
 import shlex
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from sdcl.checkpoints import LAST, PREVIOUS, load, load_last, load_weights
+from sdcl.checkpoints import LAST, PREVIOUS, load_last
 from sdcl.methods import check_settings, get
 from sdcl.networks import build_network
 from sdcl.runs.atomic import claimed
@@ -23,28 +20,26 @@ from sdcl.runs.folder import (
     Reads,
     differing_tasks,
     environment,
-    find_run,
     inherited,
     known_runs,
-    known_task,
     open_run,
     read_config,
     run_folder,
     start_logging,
     trained_among,
 )
-from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Predictors, load_predictors
+from sdcl.runs.weights import check_prepared, find_weights
+from sdcl.scoring.evaluation import STUDENTS
 from sdcl.scoring.report import test_report, validator
-from sdcl.steps import TEACHER
 from sdcl.training import make_learners, pretrain, self_train, validation_iterations
 
 
-def begin(config: Any, check: Callable[[Any], None]) -> torch.device:
+def begin(config: Any, check: Callable[[], None] = lambda: None) -> torch.device:
     """Start logging, check the header, print it, and choose the device.
 
     Args:
         config: the script's header.
-        check: refuses what this data set cannot do.
+        check: refuses what this data set cannot do, after the common checks.
 
     Raises:
         UserError: a setting is impossible; the message names it.
@@ -52,7 +47,7 @@ def begin(config: Any, check: Callable[[Any], None]) -> torch.device:
     start_logging()
     device = select_device(config.device, config.gpu)
     check_common(config)
-    check(config)
+    check()
     precision = getattr(config, "precision", "fp32")
     set_arithmetic(getattr(config, "deterministic", False), precision)
     if device.type == "cpu":
@@ -75,7 +70,7 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
         UserError: a setting, list or file is wrong; see also claimed(), open_run(), pretrain() and self_train().
     """
 
-    def check(_: Any) -> None:
+    def check() -> None:
         data.check_root()
         data.check()
         check_settings(config, filled)
@@ -200,161 +195,32 @@ def test(config: Any, data: Data) -> None:
     Raises:
         UserError: a checkpoint is missing or does not fit, or the data are not prepared as those trained on.
     """
-    device = begin(config, lambda _: data.check_root())
-    folder, trained = find_weights(config, data.name)
+    device = begin(config, data.check_root)
+    weights = find_weights(config, data.name)
+    trained = weights.settings
     scored = data.scoring(trained)
-
-    def make_network(role: str) -> nn.Module:
-        name = trained["student_a" if role == TEACHER else role]
-        return place(build_network(name, scored.task.num_classes), device)
-
-    # Stage 1 is the same for all methods: its scores are no method's.
-    method = trained.get("method", "sdcl") if config.stage == "self_train" else "sdcl"
-    files = dict(zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True))
-    are_given = all(files.values())
-    stages = {path.resolve().parent for path in files.values()} if are_given else set()
-    runs = {stage.parent for stage in stages if stage.name in ("pre_train", "self_train")} if are_given else {folder}
-    runs = {run for run in runs if (run / "config.json").is_file()}  # published files lie in none
-    for run in runs:
-        _check_prepared(run, scored.facts, are_given)
-    was_selected = not are_given and any((folder / config.stage).glob("best_*.pth"))
-    selected_on = ("test" if trained["select"] == "test" else "val") if was_selected else None
-    if are_given:
-        networks = [make_network(role) for role in STUDENTS]
-        for network, (role, path) in zip(networks, files.items(), strict=True):
-            LOGGER.info("%s", load_weights(network, path, prefer=role))
-        predictors = Predictors(networks, PREDICTORS)
-    else:
-        _check_stage(folder, config.stage)
-        roles_of = get(method).predictors
-        predictors = load_predictors(folder / config.stage, make_network, str(selected_on), roles_of)
+    for run in weights.runs:
+        check_prepared(run, scored.facts, bool(weights.files))
+    predictors = weights.load(scored.task.num_classes, device)
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
-    name = "_".join([_weights_name(files) if are_given else config.stage, scored.split, *_options(config)])
-    cases, results = scored.read_cases(), folder / "test" / name
-    seen = list(dict.fromkeys(one for run in runs for one in trained_among(run, [case.name for case in cases])))
-    said = {"split": scored.split, "selected_on": selected_on, "config": used, "environment": environment(device)}
-    said |= {
-        "trained_on": seen,
-        "protocol": config.protocol,
-        "method": "given weights" if are_given else method if config.stage == "self_train" else config.stage,
-    }
+    cases = scored.read_cases()
+    results = weights.folder / "test" / "_".join([weights.name, scored.split, *_options(config)])
+    names = [case.name for case in cases]
+    seen = list(dict.fromkeys(one for run in weights.runs for one in trained_among(run, names)))
+    said = {"split": scored.split, "selected_on": weights.selected_on, "config": used}
+    said |= {"environment": environment(device), "trained_on": seen, "protocol": config.protocol}
+    said |= {"method": weights.label}
     with claimed(results):
         test_report(results, predictors, cases, scored.task, said, config.save_nifti)
     if seen:
         LOGGER.warning("NOTE: the run was TRAINED on %d of these cases (%s), which flatters it.", len(seen), _few(seen))
-    elif not runs:
+    elif not weights.runs:
         LOGGER.info("NOTE: these files do not tell which cases they were trained on.")
-    if selected_on == scored.split:
+    if weights.selected_on == scored.split:
         LOGGER.info(
             "NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", scored.split
         )
-
-
-def _check_stage(folder: Path, stage: str) -> None:
-    """Refuse a stage that a run does not have, naming the one that it has.
-
-    Raises:
-        UserError: the run has the other stage alone.
-    """
-    other = {"self_train": "pre_train", "pre_train": "self_train"}[stage]
-    if not (folder / stage / LAST).exists() and (folder / other / LAST).exists():
-        raise UserError(f"{folder} has no {stage}, only {other}: give --stage {other}, or train it.")
-
-
-def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, device: torch.device) -> list[nn.Module]:
-    """Load a run's networks for prediction: a predictor's best, or its last where nothing was selected.
-
-    Args:
-        config: code/predict.py's header: the run, the stage, and the predictor; None: the method's own answer, such as
-            the mean of both students.
-        settings: that the run was trained with.
-        num_classes: number of classes C.
-        device: where to.
-
-    Returns:
-        The networks, whose probabilities are to be averaged.
-
-    Raises:
-        UserError: the method has no such predictor, or a checkpoint is missing or does not fit.
-    """
-    _check_stage(config.run, config.stage)
-    method = "sdcl" if config.stage == "pre_train" else settings.get("method", "sdcl")  # stage 1 is the same for all
-    roles_of = get(method).predictors
-    predictor = config.predictor or list(roles_of)[-1]
-    if predictor not in roles_of:
-        whose = "pre-training" if config.stage == "pre_train" else method
-        raise UserError(f"--predictor {predictor} is none of {whose}'s: choose {', '.join(roles_of)}.")
-    best = config.run / config.stage / f"best_{predictor}.pth"
-    path = best if best.exists() else config.run / config.stage / LAST
-    networks = []
-    for role in roles_of[predictor]:
-        network = place(build_network(settings["student_a" if role == TEACHER else role], num_classes), device)
-        LOGGER.info("%s: %s", role, load_weights(network, path, role))
-        networks.append(network)
-    return networks
-
-
-def _check_prepared(run: Path, facts: dict[str, Any], are_given: bool) -> None:
-    """Refuse to score a run on data that were prepared in another way than those it was trained on.
-
-    Args:
-        run: its folder.
-        facts: what the data set to score says, as DataSet.facts() does.
-        are_given: the run's weights were given as files, so that the data may be another set of the same classes.
-
-    Raises:
-        UserError: says what differs.
-    """
-    task = known_task(run)
-    if task is None:
-        LOGGER.info("NOTE: %s does not tell how the data were prepared that it was trained on.", run)
-        return
-    if are_given:  # on one's own data, say: its name and its structures' names are its own
-        facts = facts | {key: task.get(key) for key in ("name", "class_names", "label_values")}
-    if differing := differing_tasks(task, facts):
-        raise UserError(
-            f"{run} was trained on data prepared in another way than those of --root_path ({differing}): "
-            "prepare the data to test on as it was, or choose a run on these."
-        )
-
-
-def _weights_name(files: dict[str, Path]) -> str:
-    """Name a set of given weights, so that each has results of its own: the files' names and their content."""
-    content = hashlib.sha256()
-    for path in files.values():
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(2**20), b""):  # noqa: B023 - read at once
-                content.update(block)
-    stems = "_".join(re.sub(r"\W", "", path.stem) for path in files.values())
-    return f"weights_{stems[:60]}_{content.hexdigest()[:8]}"
-
-
-def find_weights(config: Any, data_set: str) -> tuple[Path, dict[str, Any]]:
-    """Do what find_run() does, and take the settings of given weights from their own checkpoints where they have some.
-
-    Raises:
-        UserError: see find_run(), or the two files are of different patches.
-    """
-    folder, settings = find_run(config, data_set)
-    if not config.student_a_weights:
-        return folder, settings
-    found: dict[str, list[Any]] = {}
-    for role, path in zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True):
-        own = load(path).get("config")
-        for name in ("patch_size", role):
-            if isinstance(own, dict) and name in own:
-                found.setdefault(name, []).append(own[name])
-    for name, values in found.items():
-        if any(value != values[0] for value in values):
-            raise UserError(
-                f"--student_a_weights and --student_b_weights were trained with {name} {values[0]} and {values[1]}: "
-                "give two files of one run."
-            )
-        if settings[name] != values[0]:
-            LOGGER.info("NOTE: %s is the checkpoint's own, %s, not this script's %s", name, values[0], settings[name])
-        settings[name] = values[0]
-    return folder, settings
 
 
 def _options(config: Any) -> list[str]:

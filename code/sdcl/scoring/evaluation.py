@@ -17,7 +17,8 @@ from sdcl.metrics import case_metrics
 from sdcl.pseudo_labels import largest_components
 
 STUDENTS = ("student_a", "student_b")
-PREDICTORS = {"student_a": (0,), "student_b": (1,), "mean": (0, 1)}  # members, as indices into STUDENTS
+# What two students are scored by, to the roles whose probabilities are averaged: of stage 1, SDCL and CPS.
+PREDICTORS = {"student_a": ("student_a",), "student_b": ("student_b",), "mean": STUDENTS}
 Rule = Literal["argmax", "threshold"]
 OnCase = Callable[["Case", dict[str, np.ndarray], dict[str, np.ndarray]], None]
 Infer = Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]]
@@ -130,6 +131,13 @@ class Predictors:
     networks: list[nn.Module]
     members: dict[str, tuple[int, ...]]
     shown: int = 3
+
+    @classmethod
+    def of(cls, networks: Mapping[str, nn.Module], roles_of: Mapping[str, tuple[str, ...]]) -> "Predictors":
+        """Make them of networks by role, and of predictors' names to the roles whose probabilities are averaged."""
+        roles = list(dict.fromkeys(role for members in roles_of.values() for role in members))
+        members = {name: tuple(map(roles.index, of)) for name, of in roles_of.items()}
+        return cls([networks[role] for role in roles], members, len(members))
 
     @property
     def pictured(self) -> list[str]:

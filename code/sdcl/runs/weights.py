@@ -1,0 +1,193 @@
+"""Which weights are scored or predict: a stage of a run, or files that a user gives."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdcl.checkpoints import LAST, load, load_weights
+from sdcl.methods import get
+from sdcl.networks import build_network
+from sdcl.runs.devices import place
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER, differing_tasks, find_run, known_task
+from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Predictors, load_predictors
+from sdcl.steps import TEACHER
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a test scores.
+
+    Attributes:
+        folder: the run's; results go below it.
+        settings: that the networks were trained with.
+        stage: of the run, "pre_train" or "self_train".
+        files: by student, where files were given; else empty.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    stage: str
+    files: dict[str, Path]
+
+    @property
+    def runs(self) -> list[Path]:
+        """The folders of the runs that they come of; published files come of none."""
+        if not self.files:
+            return [self.folder]
+        stages = {path.resolve().parent for path in self.files.values()}
+        runs = {stage.parent for stage in stages if stage.name in ("pre_train", "self_train")}
+        return sorted(run for run in runs if (run / "config.json").is_file())
+
+    @property
+    def selected_on(self) -> str | None:
+        """What the run's best were selected on, "test" or "val"; None: nothing was."""
+        was_selected = not self.files and any((self.folder / self.stage).glob("best_*.pth"))
+        return ("test" if self.settings["select"] == "test" else "val") if was_selected else None
+
+    @property
+    def name(self) -> str:
+        """What folders of results are called: the stage, or the given files' names and content."""
+        if not self.files:
+            return self.stage
+        content = hashlib.sha256()
+        for path in self.files.values():
+            with open(path, "rb") as file:
+                for block in iter(lambda: file.read(2**20), b""):  # noqa: B023 - read at once
+                    content.update(block)
+        stems = "_".join(re.sub(r"\W", "", path.stem) for path in self.files.values())
+        return f"weights_{stems[:60]}_{content.hexdigest()[:8]}"
+
+    @property
+    def label(self) -> str:
+        """What tables say in the place of a method."""
+        if self.files:
+            return "given weights"
+        return self.settings.get("method", "sdcl") if self.stage == "self_train" else self.stage
+
+    def load(self, num_classes: int, device: torch.device) -> Predictors:
+        """Load what is scored, on the device.
+
+        Raises:
+            UserError: a checkpoint is missing or does not fit.
+        """
+        if self.files:
+            networks = {role: make_network(self.settings, role, num_classes, device) for role in STUDENTS}
+            for role, path in self.files.items():
+                LOGGER.info("%s", load_weights(networks[role], path, prefer=role))
+            return Predictors.of(networks, PREDICTORS)
+        return load_predictors(
+            self.folder / self.stage,
+            lambda role: make_network(self.settings, role, num_classes, device),
+            str(self.selected_on),
+            predictors_of(self.folder, self.stage, self.settings),
+        )
+
+
+def find_weights(config: Any, data_set: str) -> Weights:
+    """Do what find_run() does, and take the settings of given weights from their own checkpoints where they have some.
+
+    Args:
+        config: a test script's header.
+        data_set: the data set's name, as runs carry it.
+
+    Raises:
+        UserError: see find_run(), or the two files are of different patches.
+    """
+    folder, settings = find_run(config, data_set)
+    if not config.student_a_weights:
+        return Weights(folder, settings, config.stage, {})
+    files = dict(zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True))
+    found: dict[str, list[Any]] = {}
+    for role, path in files.items():
+        own = load(path).get("config")
+        for name in ("patch_size", role):
+            if isinstance(own, dict) and name in own:
+                found.setdefault(name, []).append(own[name])
+    for name, values in found.items():
+        if any(value != values[0] for value in values):
+            raise UserError(
+                f"--student_a_weights and --student_b_weights were trained with {name} {values[0]} and {values[1]}: "
+                "give two files of one run."
+            )
+        if settings[name] != values[0]:
+            LOGGER.info("NOTE: %s is the checkpoint's own, %s, not this script's %s", name, values[0], settings[name])
+        settings[name] = values[0]
+    return Weights(folder, settings, config.stage, files)
+
+
+def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, device: torch.device) -> list[nn.Module]:
+    """Load a run's networks for prediction: a predictor's best, or its last where nothing was selected.
+
+    Args:
+        config: code/predict.py's header: the run, the stage, and the predictor; None: the method's own answer, such as
+            the mean of both students.
+        settings: that the run was trained with.
+        num_classes: number of classes C.
+        device: where to.
+
+    Returns:
+        The networks, whose probabilities are to be averaged.
+
+    Raises:
+        UserError: the method has no such predictor, or a checkpoint is missing or does not fit.
+    """
+    roles_of = predictors_of(config.run, config.stage, settings)
+    predictor = config.predictor or list(roles_of)[-1]
+    if predictor not in roles_of:
+        whose = "pre-training" if config.stage == "pre_train" else settings.get("method", "sdcl")
+        raise UserError(f"--predictor {predictor} is none of {whose}'s: choose {', '.join(roles_of)}.")
+    best = config.run / config.stage / f"best_{predictor}.pth"
+    path = best if best.exists() else config.run / config.stage / LAST
+    networks = []
+    for role in roles_of[predictor]:
+        network = make_network(settings, role, num_classes, device)
+        LOGGER.info("%s: %s", role, load_weights(network, path, role))
+        networks.append(network)
+    return networks
+
+
+def make_network(settings: dict[str, Any], role: str, num_classes: int, device: torch.device) -> nn.Module:
+    """Build the network of a role, as a run's settings name it, on the device."""
+    return place(build_network(settings["student_a" if role == TEACHER else role], num_classes), device)
+
+
+def predictors_of(folder: Path, stage: str, settings: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return what a stage of a run is scored by, to the roles whose probabilities are averaged.
+
+    Raises:
+        UserError: the run has the other stage alone.
+    """
+    other = {"self_train": "pre_train", "pre_train": "self_train"}[stage]
+    if not (folder / stage / LAST).exists() and (folder / other / LAST).exists():
+        raise UserError(f"{folder} has no {stage}, only {other}: give --stage {other}, or train it.")
+    return PREDICTORS if stage == "pre_train" else dict(get(settings.get("method", "sdcl")).predictors)
+
+
+def check_prepared(run: Path, facts: dict[str, Any], are_given: bool) -> None:
+    """Refuse to score a run on data that were prepared in another way than those it was trained on.
+
+    Args:
+        run: its folder.
+        facts: what the data set to score says, as DataSet.facts() does.
+        are_given: the run's weights were given as files, so that the data may be another set of the same classes.
+
+    Raises:
+        UserError: says what differs.
+    """
+    task = known_task(run)
+    if task is None:
+        LOGGER.info("NOTE: %s does not tell how the data were prepared that it was trained on.", run)
+        return
+    if are_given:  # on one's own data, say: its name and its structures' names are its own
+        facts = facts | {key: task.get(key) for key in ("name", "class_names", "label_values")}
+    if differing := differing_tasks(task, facts):
+        raise UserError(
+            f"{run} was trained on data prepared in another way than those of --root_path ({differing}): "
+            "prepare the data to test on as it was, or choose a run on these."
+        )
