@@ -29,8 +29,9 @@ class Config:
     pretrained: Path | None = None  # folder of another run whose pre-training to start self-training from
 
     # --- machine (may change when a run goes on) ---
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     gpu: int = 0  # number of the GPU, from 0
+    workers: int = 1  # threads that prepare batches; the batches are the same
     cache_gb: float = 8.0  # memory for decoded volumes of each list, GiB; beyond it files are read again each time
     log_every: int = 20  # iterations between readings of the losses
     save_every: int = 100  # iterations between checkpoints, beside those at each validation

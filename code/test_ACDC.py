@@ -36,7 +36,7 @@ class Config:
     student_b: Literal["unet", "resunet"] = "resunet"  # network of --student_b_weights; a run's own replaces it
     largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure
     batch_size: int = 16  # slices that go through the networks together
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     gpu: int = 0  # number of the GPU, from 0
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks
 

@@ -43,7 +43,7 @@ class Config:
     student_b: Literal["vnet", "resvnet", "unet", "resunet"] = "resvnet"  # of --student_b_weights
     window_batch: int = 4  # windows that go through the networks together (3D)
     batch_size: int = 16  # slices that go through the networks together (2D)
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     gpu: int = 0  # number of the GPU, from 0
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks
 

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from dataloaders.files import sample_rng
+from sdcl import ranks
 from sdcl.runs.errors import UserError
-
-PREFETCHED = 2  # batches prepared ahead
 
 
 class TrainingSet(Protocol):
@@ -41,6 +40,8 @@ class Order:
         unlabelled_repeat: the same for the unlabelled list.
         seed: of the crops and augmentations, and of the order with shuffle.
         shuffle: read each list in a random order, new in each epoch, instead of the published one.
+        workers: threads that prepare batches ahead; the batches are the same, whatever their number.
+        device: where the run computes; batches for a GPU wait in memory that it copies from by itself.
     """
 
     batch_size: int
@@ -48,6 +49,8 @@ class Order:
     unlabelled_repeat: int = 1
     seed: int = 1337
     shuffle: bool = False
+    workers: int = 1
+    device: str = "auto"
 
 
 class Streams:
@@ -72,7 +75,8 @@ class Streams:
         self._sets = {"x": (labelled, order.labelled_repeat)}
         if unlabelled is not None:
             self._sets["u"] = (unlabelled, order.unlabelled_repeat)
-        self._batch_size, self._shuffle = order.batch_size, order.shuffle
+        self._batch_size, self._shuffle, self._workers = order.batch_size, order.shuffle, order.workers
+        self._is_pinned = order.device not in ("cpu", "mps", "xpu") and torch.cuda.is_available()
         self._seed = (order.seed, stage or ("pre_train" if unlabelled is None else "self_train"))
         lengths = [len(cases) * repeat // order.batch_size for cases, repeat in self._sets.values()]
         self.iterations_per_epoch = min(lengths)
@@ -85,34 +89,35 @@ class Streams:
             )
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the batches of iterations start to stop - 1 (from 0), prepared ahead by another thread.
+        """Yield the batches of iterations start to stop - 1 (from 0), prepared ahead by other threads.
 
         Yields:
             "x_a", "x_b" (and "u_a", "u_b") float32 (N, 1, *S); "y_a", "y_b" uint8 (N, *S).
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="streams") as pool:
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="streams") as pool:
             ahead: deque = deque()
             for iteration in range(start, stop):
                 ahead.append(pool.submit(self._pinned, iteration))
-                if len(ahead) > PREFETCHED:
+                if len(ahead) > self._workers + 1:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
     def _pinned(self, iteration: int) -> dict[str, torch.Tensor]:
-        """Prepare a batch in memory that a GPU, if there is one, copies from by itself."""
         batch = self.batch(iteration)
-        return {name: t.pin_memory() for name, t in batch.items()} if torch.cuda.is_available() else batch
+        return {name: t.pin_memory() for name, t in batch.items()} if self._is_pinned else batch
 
     def batch(self, iteration: int) -> dict[str, torch.Tensor]:
-        """Prepare one iteration's batch; see batches()."""
+        """Prepare one iteration's batch, of several processes this one's samples of it; see batches()."""
         batch = {}
+        share = self._batch_size // ranks.count()
+        mine = slice(ranks.rank() * share, (ranks.rank() + 1) * share)
         for kind, (cases, _) in self._sets.items():
             for direction in "ab":
-                chosen = self._chosen(iteration, kind, direction)
+                chosen = list(enumerate(self._chosen(iteration, kind, direction)))[mine]
                 samples = [
                     cases.sample(int(index), sample_rng(*self._seed, kind + direction, iteration, place))
-                    for place, index in enumerate(chosen)
+                    for place, index in chosen
                 ]
                 batch[f"{kind}_{direction}"] = torch.from_numpy(np.stack([image for image, _ in samples])[:, None])
                 if kind == "x":

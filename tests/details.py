@@ -175,7 +175,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
         Undo("code/sdcl/networks/layers.py", "1 / (1 - dropped / 2**BITS)", "1.0", "tests/test_networks.py"),
         Undo("code/sdcl/networks/layers.py", "return _Normalise.apply(", "return super().forward(x)\n        (",
              "tests/test_networks.py -k batch_norm"),
-        Undo("code/sdcl/networks/layers.py", "F.group_norm(x, x.shape[1],", "F.group_norm(x, 1,",
+        Undo("code/sdcl/networks/layers.py", "n, channels, size, channels, self.eps", "n, channels, size, 1, self.eps",
              "tests/test_networks.py -k golden"),
     ),
 }  # fmt: skip

@@ -43,7 +43,7 @@ def begin(told, monkeypatch, precision, has_bf16):
     monkeypatch.setattr(experiment, "computes_bf16", lambda device: has_bf16)
     monkeypatch.setattr(experiment, "check_common", lambda header: None)
     monkeypatch.setattr(experiment, "describe", lambda header: "")
-    experiment.begin(SimpleNamespace(device="cpu", gpu=0, precision=precision, __doc__="x"), lambda header: None)
+    experiment.begin(SimpleNamespace(device="cpu", gpu=0, precision=precision, __doc__="x"))
     return "no bfloat16 arithmetic" in told.text
 
 

@@ -190,14 +190,15 @@ def test_batches_are_the_same_bits_whatever_the_threads(acdc_phantom):
     labelled = Slices(acdc_phantom, names[:8], Decoding(4, True, 1.0), Augmentation((32, 32)))
     unlabelled = Slices(acdc_phantom, names[8:], Decoding(4, False, 1.0), Augmentation((32, 32)))
 
-    def streams():
-        return Streams(labelled, unlabelled, Order(2, 2, 2, seed=3))
+    def streams(workers=1):
+        return Streams(labelled, unlabelled, Order(2, 2, 2, seed=3, workers=workers))
 
     one_by_one = [streams().batch(k) for k in range(12)]
     with ThreadPoolExecutor(6) as pool:
         at_once = list(pool.map(streams().batch, reversed(range(12))))[::-1]
-    for first, second, third in zip(one_by_one, at_once, streams().batches(0, 12), strict=True):
+    for first, second, third in zip(one_by_one, at_once, streams(workers=5).batches(0, 12), strict=True):
         assert all(torch.equal(first[key], second[key]) and torch.equal(first[key], third[key]) for key in first)
+    assert len(list(streams().batches(3, 12))) == 9
     assert streams().names(0) == {
         "x_a": names[:2], "x_b": names[7:5:-1], "u_a": names[8:10], "u_b": names[15:13:-1],
     }  # fmt: skip

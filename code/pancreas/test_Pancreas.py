@@ -41,7 +41,7 @@ class Config:
     student_a: Literal["vnet", "resvnet"] = "vnet"  # network of --student_a_weights; a run's own replaces it
     student_b: Literal["vnet", "resvnet"] = "resvnet"  # network of --student_b_weights; a run's own replaces it
     window_batch: int = 4  # windows that go through the networks together
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     gpu: int = 0  # number of the GPU, from 0
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks
 

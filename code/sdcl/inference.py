@@ -138,8 +138,8 @@ def sliding_window(
     """Predict a volume window by window with 3D networks; one pass over the windows serves all of them.
 
     The windows are summed in float32 on the networks' device, a block of them at a time, and the blocks on the host. So
-    the device holds, for each network, at most C * BLOCK_SIDE**3 sums (a window's, where that is larger), whatever the
-    volume's size; the host holds the results and one padded copy of the volume.
+    the device holds the block's voxels and for each network at most C * BLOCK_SIDE**3 sums (a window's, where that is
+    larger), whatever the volume's size; the host holds the results and one padded copy of the volume.
 
     Args:
         networks: 3D networks on one device.
@@ -177,14 +177,14 @@ def sliding_window(
         corner = [axis[0] for axis in block]
         sides = [axis[-1] - axis[0] + patch for axis, patch in zip(block, patch_size, strict=True)]
         sums = [torch.zeros(num_classes, *sides, device=device) for _ in networks]
-        places = list(product(*block))
+        region = _window(image, corner, sides).to(device)  # at once: windows are cut on the device
+        places = [tuple(a - b for a, b in zip(place, corner, strict=True)) for place in product(*block)]
         for first in range(0, len(places), batch_size):
             chosen = places[first : first + batch_size]
-            windows = torch.stack([_window(image, place, patch_size) for place in chosen])[:, None].to(device)
+            windows = torch.stack([_window(region, place, patch_size) for place in chosen])[:, None]
             for total, probabilities in zip(sums, run(networks, windows, precision), strict=True):
                 for place, p in zip(chosen, probabilities, strict=True):
-                    inner = [a - b for a, b in zip(place, corner, strict=True)]
-                    _window(total, (0, *inner), (num_classes, *patch_size)).add_(p * window_weight)
+                    _window(total, (0, *place), (num_classes, *patch_size)).add_(p * window_weight)
         for total, result in zip(sums, results, strict=True):
             _window(result, (0, *corner), total.shape)[...] += total.cpu().numpy()
     norms = [_axis_weight(*axis).numpy() for axis in zip(padded.shape, starts, profiles, strict=True)]

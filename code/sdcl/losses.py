@@ -1,5 +1,6 @@
 """The losses of one mixed batch: Dice, cross-entropy, and the two that act on the students' discrepancy."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -8,11 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sdcl import ranks
+
 DiceOver = Literal["sample", "batch"]
 DICE_SMOOTH = {"sample": 1e-5, "batch": 1e-10}
 REGIONS = ("image", "patch")
 # Voxels that are worked on together: on a CPU so few a core that what is made of them stays in its cache.
 CORE_CHUNK, DEVICE_CHUNK = 2**15, 2**19
+DEVICE_SPLITS = 256  # pieces of a sample whose sums other devices than a CPU take side by side
 # Log-probabilities are no lower in the sums, since 0 voxels of -inf are nan; a sum that is, is infinite in the losses.
 LEAST_LOG_P, INFINITE = -1e30, 1e29
 
@@ -87,12 +91,17 @@ def mixed_losses(
         ValueError: the shapes do not fit each other, labels are no integers, or the kind of Dice is unknown.
         RuntimeError: a label lies outside the classes (on a GPU later, at the next call that waits for it).
 
+    Where torch.distributed has a group, each process gives its own samples, as many as every other. The losses are then
+    those of the whole batch on each of them, and backward() gives the part of the own samples: add the gradients up
+    (ranks.add_gradients(); a mean, such as DistributedDataParallel's, is too small by the number of processes).
+
     Source: docs/method.md, "Losses of one mixed batch".
     """
     _check_shapes(logits, image_label, patch_label, mask, discrepancy, dice)
     with torch.autocast(logits.device.type, enabled=False):  # sums stay in float32
         code, states = _codes(logits, image_label, patch_label, mask, discrepancy)
         sums = _CodeSums.apply(logits.flatten(2), code.flatten(1), len(REGIONS) * states * logits.shape[1])
+        sums = ranks.gather(sums)  # of the whole batch
         sums = sums.unflatten(2, (len(REGIONS), states, logits.shape[1]))  # (N, 3 C + 1, region, state, target)
         return _losses_of_sums(sums, (image_weight, patch_weight), dice)
 
@@ -178,22 +187,24 @@ class _CodeSums(torch.autograd.Function):
         """Map logits (N, C, V) and codes (N, V) below `codes` to sums (N, 3 C + 1, codes), the last the count."""
         ctx.save_for_backward(logits, code)
         ctx.codes = codes
-        classes, sums = logits.shape[1], 0
-        for z, is_code in _chunks(logits, code, codes):
+        classes, sums, splits = logits.shape[1], 0, _splits(logits)
+        for z, is_code in _chunks(_split(logits, splits), _split(code, splits), codes):
             features = z.new_ones(len(z), 3 * classes + 1, z.shape[2])
             p, square, log_p, _ = features.split(classes, 1)
             torch.clamp(F.log_softmax(z, 1), min=LEAST_LOG_P, out=log_p)
             torch.exp(log_p, out=p)
             torch.mul(p, p, out=square)
             sums = sums + features @ is_code.mT
-        return sums
+        return sums if splits == 1 else sums.unflatten(0, (-1, splits)).sum(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None]:
         """Map the sums' gradient to the logits'."""
         logits, code = ctx.saved_tensors
-        per_code = grad_sums[:, :-1].contiguous()  # (N, 3 C, codes)
+        splits = _splits(logits)
+        logits, code = _split(logits, splits), _split(code, splits)
+        per_code = grad_sums[:, :-1].repeat_interleave(splits, 0)  # (N, 3 C, codes)
         grads = torch.empty_like(logits)
         first = 0
         for z, is_code in _chunks(logits, code, ctx.codes):
@@ -203,7 +214,26 @@ class _CodeSums(torch.autograd.Function):
             pull = grad_p.addcmul_(p, grad_square, value=2).mul_(p).add_(grad_log_p)
             grads[..., first : first + z.shape[2]] = pull.addcmul_(p, pull.sum(1, keepdim=True), value=-1)
             first += z.shape[2]
-        return grads, None, None
+        return _join(grads, splits), None, None
+
+
+def _splits(logits: Tensor) -> int:
+    """Return into how many pieces of equal length the voxels (N, C, V) of a sample are cut.
+
+    A product of 3 C + 1 rows and a few columns over a million voxels is work for a few of a GPU's multiprocessors; of
+    hundreds of pieces, summed afterwards, for all of them. A CPU's cores have their chunks.
+    """
+    return 1 if logits.device.type == "cpu" else math.gcd(logits.shape[2], DEVICE_SPLITS)
+
+
+def _split(x: Tensor, splits: int) -> Tensor:
+    """Make pieces of samples: (N, ..., V) to (N * splits, ..., V / splits)."""
+    return x if splits == 1 else x.unflatten(-1, (splits, -1)).movedim(-2, 1).flatten(0, 1)
+
+
+def _join(x: Tensor, splits: int) -> Tensor:
+    """Undo _split()."""
+    return x if splits == 1 else x.unflatten(0, (-1, splits)).movedim(1, -2).flatten(-2)
 
 
 def _chunks(logits: Tensor, code: Tensor, codes: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -212,7 +242,7 @@ def _chunks(logits: Tensor, code: Tensor, codes: int) -> Iterator[tuple[Tensor, 
     The rows are overwritten by the next ones.
     """
     voxels = CORE_CHUNK * torch.get_num_threads() if logits.device.type == "cpu" else DEVICE_CHUNK
-    length = min(max(1, voxels // len(logits)), logits.shape[2])
+    length = min(max(1, voxels // (len(logits) * ranks.count())), logits.shape[2])
     dtype = torch.promote_types(logits.dtype, torch.float32)
     numbers = torch.arange(codes, dtype=dtype, device=code.device)[:, None]
     rows = numbers.new_empty(len(logits), codes, length)

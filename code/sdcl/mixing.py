@@ -19,16 +19,22 @@ def box_size(shape: Sequence[int], fraction: float) -> tuple[int, ...]:
     return box
 
 
-def copy_paste_mask(shape: Sequence[int], box: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+def copy_paste_mask(
+    shape: Sequence[int],
+    box: Sequence[int],
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Draw the mask M: True outside a random box, False inside it.
 
     Args:
         shape: spatial shape S of the inputs, in voxels.
         box: the box's sides, each in [1, side).
         generator: source of randomness, on the CPU; torch's global one if None.
+        device: where to; the draws are the same everywhere, and nothing of full size is copied.
 
     Returns:
-        Bool tensor (*S) on the CPU. The box's corner is uniform over [0, side - box) on each axis.
+        Bool tensor (*S) on the device. The box's corner is uniform over [0, side - box) on each axis.
 
     Raises:
         ValueError: the box has another dimension than the shape or does not leave room on an axis.
@@ -37,9 +43,9 @@ def copy_paste_mask(shape: Sequence[int], box: Sequence[int], generator: torch.G
     """
     if len(shape) != len(box) or not all(0 < b < side for b, side in zip(box, shape, strict=False)):
         raise ValueError(f"the box {tuple(box)} must be smaller than the shape {tuple(shape)} on every axis")
-    mask = torch.ones(tuple(shape), dtype=torch.bool)
+    mask = torch.ones(tuple(shape), dtype=torch.bool, device=device)
     corner = [int(torch.randint(side - b, (), generator=generator)) for side, b in zip(shape, box, strict=True)]
-    mask[tuple(slice(c, c + b) for c, b in zip(corner, box, strict=True))] = False
+    mask[tuple(slice(c, c + b) for c, b in zip(corner, box, strict=True))].fill_(False)
     return mask
 
 

@@ -86,18 +86,20 @@ class PendingLabels:
         decision = decide(torch.softmax(logits.detach().float(), dim=1), rule)
         self._device, self._copied = decision.device, None
         if decision.is_cuda:
-            self._labels = torch.empty(decision.shape, dtype=decision.dtype, pin_memory=True)
-            self._labels.copy_(decision, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            with torch.cuda.device(self._device):  # the event is of this GPU's stream, whichever is the current one
+                self._labels = torch.empty(decision.shape, dtype=decision.dtype, pin_memory=True)
+                self._labels.copy_(decision, non_blocking=True)
+                self._copied = torch.cuda.Event()
+                self._copied.record()
         else:
-            self._labels = decision
+            self._labels = decision.cpu()
         samples = [] if connectivity is None else self._labels
         self._work = [_cleaners(os.getpid()).submit(self._clean, sample, connectivity) for sample in samples]
 
     def _clean(self, sample: Tensor, connectivity: int) -> None:
         if self._copied is not None:
-            self._copied.synchronize()  # this thread waits for the teacher, the caller does not
+            with torch.cuda.device(self._device):  # a new thread's current GPU is the first one
+                self._copied.synchronize()  # this thread waits for the teacher, the caller does not
         labels = sample.numpy()
         labels[...] = largest_components(labels, connectivity)
 

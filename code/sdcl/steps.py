@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from sdcl import checkpoints
+from sdcl import checkpoints, ranks
 from sdcl.losses import DiceOver, mixed_losses
 from sdcl.mixing import mix
 from sdcl.pseudo_labels import PendingLabels, Rule
@@ -121,7 +121,8 @@ class Learners:
 def make_learners(student_a: nn.Module, student_b: nn.Module, base_lr: float) -> Learners:
     """Give each student its own Adam (docs/method.md, "Stage 1"), fused, since that one can be halted on the device."""
     networks = dict(zip(STUDENTS, (student_a, student_b), strict=True))
-    for parameter in (p for network in networks.values() for p in network.parameters() if p.requires_grad):
+    parameters = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
+    for parameter in (p for p in parameters if p.device.type == "cpu"):
         # Kept and zeroed, not made anew among a step's activations, where they would cut a CPU's memory into pieces.
         parameter.grad = torch.zeros_like(parameter)
     optimisers = {r: torch.optim.Adam(n.parameters(), lr=base_lr, fused=True) for r, n in networks.items()}
@@ -139,9 +140,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def clear_gradients(learners: Learners) -> None:
-    """Zero the students' gradients in place, before a step."""
-    for optimiser in learners.optimisers.values():
-        optimiser.zero_grad(set_to_none=False)
+    """Clear the students' gradients before a step: on a CPU in place, elsewhere so that nothing is added to zeros."""
+    for role, optimiser in learners.optimisers.items():
+        device = next(learners.networks[role].parameters()).device
+        optimiser.zero_grad(set_to_none=device.type != "cpu")
     for parameter in (p for student in learners.students for p in student.parameters() if not p.requires_grad):
         parameter.grad = None  # Adam leaves it alone; with a gradient of 0 its moments would still move it
 
@@ -157,6 +159,7 @@ def descend(learners: Learners, named: Losses) -> Losses:
         "<student>/grad_norm", the gradients' L2 norms.
     """
     norms: Losses = {}
+    ranks.add_gradients(p for student in learners.students for p in student.parameters())
     for role in learners.optimisers:
         gradients = [p.grad for p in learners.networks[role].parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -263,7 +266,7 @@ def _learn(
         settings: see mixed_step().
     """
     acting, image_label, patch_label = targets
-    named: Losses = {} if acting is None else {"discrepancy": acting.sum()}
+    named: Losses = {} if acting is None else {"discrepancy": ranks.total(acting.sum())}
     for role in list(logits):
         losses = mixed_losses(
             logits.pop(role), image_label, patch_label, mask,

@@ -30,5 +30,6 @@ def update_teacher(
         ours += [buffer for buffer, _ in pairs if buffer.is_floating_point()]
         theirs += [source for _, source in pairs if source.is_floating_point()]
     if halted is not None:
-        theirs = [torch.where(halted > 0, mine, its) for mine, its in zip(ours, theirs, strict=True)]
+        is_halted = halted > 0
+        theirs = [torch.where(is_halted, mine, its) for mine, its in zip(ours, theirs, strict=True)]
     average(ours, theirs, None)

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdcl import checkpoints
+from sdcl import checkpoints, ranks
 from sdcl.methods import get
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.runs.data import Stage
 from sdcl.runs.devices import compile_networks
+from sdcl.runs.distribution import agree, first, is_first, wait
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, StopRequest
-from sdcl.runs.records import StageRecord
+from sdcl.runs.records import NoRecord, StageRecord
 from sdcl.runs.resume import resume
 from sdcl.scoring.evaluation import PREDICTORS, Predictors, Validation
 from sdcl.steps import TEACHER, Batch, Learners, Losses, Settings, add_teacher, make_learners, pretrain_step
@@ -104,13 +105,14 @@ def self_train(
         UserError: stage 1 left no checkpoint, or as in pretrain().
     """
     method, stage = get(settings.method), folder / "self_train"
-    if not (stage / checkpoints.LAST).exists() and not (stage / checkpoints.PREVIOUS).exists():
+    saves = [stage / name for name in (checkpoints.LAST, checkpoints.PREVIOUS)]
+    if not first(lambda: any(path.exists() for path in saves)):
         begin = (pretrained or folder) / "pre_train"
         if start_from == "best":
-            checkpoints.check_best(begin, method.students)
+            first(lambda: checkpoints.check_best(begin, method.students))
         names = {"best": [f"best_{role}.pth" for role in method.students], "last": [checkpoints.LAST]}[start_from]
-        for name in names:
-            learners.load(checkpoints.load(begin / name), begin / name)
+        for path in (begin / name for name in names):
+            learners.load(first(lambda path=path: checkpoints.load(path)), path)
     learners.best, learners.iteration = {}, 0
     learners.keep(method.students)
     if method.has_teacher:
@@ -124,9 +126,16 @@ def validation_iterations(first: int, every: int, last: int) -> range:
     return range(first or every, last + 1, every) if every else range(0)
 
 
-def iteration_seed(seed: int, stage: Stage, iteration: int) -> int:
-    """Derive one iteration's seed, so that its randomness depends on nothing that came before it."""
-    entropy = [seed, ("pre_train", "self_train").index(stage), iteration]
+def iteration_seed(seed: int, stage: Stage, iteration: int, rank: int = 0) -> int:
+    """Derive one iteration's seed, so that its randomness depends on nothing that came before it.
+
+    Args:
+        seed: the run's.
+        stage: which.
+        iteration: from 1.
+        rank: of a process; each draws its own dropout and noise.
+    """
+    entropy = [seed, ("pre_train", "self_train").index(stage), iteration, *([rank] if rank else [])]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -189,40 +198,49 @@ class _Loop:
             LOGGER.info("%s: all %d iterations are done already", self.stage, start)
             self._warn_of_lost_best()
             return
-        checkpoints.check_best(self.folder, self.learners.best)
-        record = StageRecord(self.folder, self._columns(), start + 1)
+        first(lambda: checkpoints.check_best(self.folder, self.learners.best))
+        record = StageRecord(self.folder, self._columns(), start + 1) if is_first() else NoRecord()
         if note:
             LOGGER.warning("%s: %s", self.stage, note)
         LOGGER.info("%s: iterations %d to %d in %s", self.stage, start + 1, iterations, self.folder)
         # Where nobody watches a bar, a line at each reading of the losses tells as much.
-        bar = tqdm(total=iterations, initial=start, desc=self.stage, unit="it", dynamic_ncols=True, disable=None)
+        hidden = None if is_first() else True
+        bar = tqdm(total=iterations, initial=start, desc=self.stage, unit="it", dynamic_ncols=True, disable=hidden)
         try:
             with StopRequest() as stop:
                 self.clock = self.saved_at = time.perf_counter()
                 for batch in self.streams.batches(start, iterations):
-                    if self._iterate(batch, iterations, record, bar, stop):
+                    if code := self._iterate(batch, iterations, record, bar, stop):
                         break
-                if stop.code:
+                else:
+                    (code,) = agree(stop.code)
+                if code:
                     LOGGER.info("%s: stopped and saved after iteration %d", self.stage, self.learners.iteration)
-                    sys.exit(stop.code)
+                    wait()  # a process that ends has torchrun end the others
+                    sys.exit(code)
         finally:
             bar.close()
             record.close()
 
-    def _iterate(self, batch: Batch, iterations: int, record: StageRecord, bar: tqdm, stop: StopRequest) -> bool:
-        """Do one iteration and tell whether it was saved because somebody asked to stop."""
+    def _iterate(
+        self, batch: Batch, iterations: int, record: StageRecord | NoRecord, bar: tqdm, stop: StopRequest
+    ) -> int:
+        """Do one iteration; return the status to end with where it was saved because somebody asked to stop, else 0."""
         number = self.learners.iteration + 1
         torch.manual_seed(iteration_seed(self.settings.seed, self.stage, number))
         self._set_modes()
-        mask = self._mask(batch["x_a"].shape[2:]).to(self.device, non_blocking=True)
+        mask = self._mask(batch["x_a"].shape[2:])
+        if ranks.rank():  # the mask is everybody's
+            torch.manual_seed(iteration_seed(self.settings.seed, self.stage, number, ranks.rank()))
         losses = self.step(self.learners, to_device(batch, self.device), mask, self.settings)
         self._check_names(losses)
         self.unread.append((number, losses))
         self.learners.iteration = number
-        is_stop = bool(stop.code)  # looked at once: what comes later is for the next iteration
+        # Looked at once, and by all processes together: what comes later is for the next iteration.
+        code, is_due = agree(stop.code, int(self._is_due()))
         is_last = number == iterations
         is_validated = self.validations.score is not None and (is_last or number in self.validations.at)
-        is_saved = is_last or is_validated or is_stop or number % self.settings.save_every == 0 or self._is_due()
+        is_saved = is_last or is_validated or code or number % self.settings.save_every == 0 or is_due
         if is_saved or number % self.settings.log_every == 0:
             rows = self._read_losses()
             if is_saved:
@@ -239,7 +257,7 @@ class _Loop:
         if is_last:
             self._log_cost()
         bar.update()
-        return is_stop
+        return code
 
     def _set_modes(self) -> None:
         for role, network in self.learners.networks.items():
@@ -252,12 +270,14 @@ class _Loop:
     def _mask(self, shape: Sequence[int]) -> Tensor:
         """Draw an iteration's mask (*S); without pasting it keeps every voxel."""
         fraction = self.settings.mask_fraction
-        return copy_paste_mask(shape, box_size(shape, fraction)) if fraction else torch.ones(*shape, dtype=torch.bool)
+        if fraction:
+            return copy_paste_mask(shape, box_size(shape, fraction), device=self.device)
+        return torch.ones(*shape, dtype=torch.bool, device=self.device)
 
     def _warn_of_lost_best(self) -> None:
         """Say that a finished stage has lost a best checkpoint, which what comes after it may well do without."""
         try:
-            checkpoints.check_best(self.folder, self.learners.best)
+            first(lambda: checkpoints.check_best(self.folder, self.learners.best))
         except UserError as error:
             LOGGER.warning("WARNING: %s", error)
 
@@ -300,7 +320,9 @@ class _Loop:
         """Save the state for inspection and return what to tell of an iteration with values that are not finite."""
         cases = self.streams.names(number - 1)
         path = self.folder / f"nonfinite_{number}.pth"
-        checkpoints.save(self._payload() | {"iteration": number, "wrong": wrong, "cases": cases}, path)
+        if is_first():
+            checkpoints.save(self._payload() | {"iteration": number, "wrong": wrong, "cases": cases}, path)
+        wait()
         batch = "; ".join(f"{stream}: {', '.join(names)}" for stream, names in cases.items())
         return UserError(
             f"{', '.join(wrong)} became nan or infinite at iteration {number} of {self.stage}, on the cases {batch}: "
@@ -315,6 +337,9 @@ class _Loop:
 
     def _save(self) -> None:
         """Save everything with state; once, say what that costs."""
+        if not is_first():
+            self.saved_at = time.perf_counter()
+            return
         begin, path = time.perf_counter(), self.folder / checkpoints.LAST
         checkpoints.save(self._payload(), path, previous=self.folder / checkpoints.PREVIOUS)
         self.saved_at = time.perf_counter()
@@ -334,7 +359,8 @@ class _Loop:
         for name, dice in validation.dice.items():
             if dice > self.learners.best.get(name, {"dice": -1.0})["dice"]:
                 self.learners.best[name] = {"dice": dice, "iteration": number}
-                checkpoints.save(self._payload(self.predictors[name]), self.folder / f"best_{name}.pth")
+                if is_first():
+                    checkpoints.save(self._payload(self.predictors[name]), self.folder / f"best_{name}.pth")
         if validation.panel is not None:
             record.add_image(f"{self.validations.on} cases", validation.panel, number)
         best = self.learners.best

@@ -34,6 +34,8 @@ class Method:
             they are changed.
         passes: of networks over one batch in an iteration, the teacher's in brackets.
         needs_unlabelled: it cannot do without unlabelled cases.
+        spans_ranks: several processes can share a batch: all that its losses say of it goes through mixed_losses() or
+            sdcl.ranks (docs/scaling.md).
         pretrain_step: stage 1's step.
     """
 
@@ -47,6 +49,7 @@ class Method:
     reads: tuple[str, ...] = ()
     passes: str = ""
     needs_unlabelled: bool = True
+    spans_ranks: bool = False
     pretrain_step: Step = pretrain_step
 
     @property

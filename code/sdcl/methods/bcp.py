@@ -19,5 +19,6 @@ METHOD = Method(
     self_train_step=self_train_step,
     reads=("mask_fraction", "u_weight", "pseudo_label_rule", "connectivity", "largest_component", "teacher_dropout",
            "ema_decay", "ema_buffers"),
+    spans_ranks=True,
     passes="2 (2)",
 )  # fmt: skip

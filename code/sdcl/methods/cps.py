@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdcl import ranks
 from sdcl.consistency import exact, risen
 from sdcl.losses import class_map
 from sdcl.methods import Method
@@ -33,6 +34,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
         decisions = {role: class_map(z).long() for role, z in logits.items()}
         for role, other in (("student_a", "student_b"), ("student_b", "student_a")):
             consistency = F.cross_entropy(exact(logits[role]), decisions[other]) / 2  # half of both batches' mean
+            consistency = ranks.mean(consistency)
             loss = weight * consistency
             loss.backward()
             add_up(named, {f"{role}/consistency": consistency.detach(), f"{role}/loss": loss.detach()})
@@ -47,5 +49,6 @@ METHOD = Method(
     self_train_step=self_train_step,
     parts=("dice", "ce", "consistency"),
     reads=("consistency_weight", "rampup"),
+    spans_ranks=True,
     passes="8",
 )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sdcl import ranks
 from sdcl.consistency import exact, move_teacher, noisy, risen
 from sdcl.methods import Method
 from sdcl.steps import (
@@ -43,7 +44,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
             with torch.no_grad():
                 target = teacher(noisy(images, settings.noise))
         difference = torch.softmax(exact(logits), 1) - torch.softmax(exact(target), 1)
-        consistency = difference.square().mean() / 2  # half of the mean over both batches
+        consistency = ranks.mean(difference.square().mean() / 2)  # half of the mean over both batches
         loss = weight * consistency
         loss.backward()
         add_up(named, {"student_a/consistency": consistency.detach(), "student_a/loss": loss.detach()})
@@ -60,5 +61,6 @@ METHOD = Method(
     self_train_step=self_train_step,
     parts=("dice", "ce", "consistency"),
     reads=("consistency_weight", "rampup", "noise", "teacher_dropout", "ema_decay", "ema_buffers"),
+    spans_ranks=True,
     passes="4 (2)",
 )

@@ -32,5 +32,6 @@ METHOD = Method(
     totals=("discrepancy",),
     reads=("correct", "mse_weight", "kl_weight", "mask_fraction", "u_weight", "pseudo_label_rule", "connectivity",
            "largest_component", "teacher_dropout", "ema_decay", "ema_buffers"),
+    spans_ranks=True,
     passes="4 (2)",
 )  # fmt: skip

@@ -22,6 +22,7 @@ METHOD = Method(
     predictors={"student_a": ("student_a",)},
     self_train_step=self_train_step,
     reads=("paste", "mask_fraction"),
+    spans_ranks=True,
     passes="1, without pasting 2",
     needs_unlabelled=False,
 )

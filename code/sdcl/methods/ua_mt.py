@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from sdcl import ranks
 from sdcl.consistency import exact, move_teacher, noisy, risen
 from sdcl.methods import Method
 from sdcl.steps import (
@@ -64,12 +65,12 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
             targets[name] = torch.softmax(exact(teacher(noisy(batch[name], settings.noise))), 1)
         entropy = entropy_of(teacher, batch[name], settings)
         sure[name] = entropy < (0.75 + 0.25 * rise) * math.log(targets[name].shape[1])
-    count = sum(sure[name].sum() for name in names)
+    count = ranks.total(sum(sure[name].sum() for name in names))
     for name in names:
         with autocast(mask.device, settings.precision):
             logits = student(noisy(batch[name], settings.noise))
         difference = torch.softmax(exact(logits), 1) - targets[name]
-        consistency = (difference.square().sum(1) * sure[name]).sum() / (2 * count + 1e-16)
+        consistency = ranks.total((difference.square().sum(1) * sure[name]).sum()) / (2 * count + 1e-16)
         loss = settings.consistency_weight * rise * consistency
         loss.backward()
         add_up(named, {"student_a/consistency": consistency.detach(), "student_a/loss": loss.detach()})
@@ -87,5 +88,6 @@ METHOD = Method(
     parts=("dice", "ce", "consistency"),
     totals=("sure",),
     reads=("consistency_weight", "rampup", "noise", "passes", "teacher_dropout", "ema_decay", "ema_buffers"),
+    spans_ranks=True,
     passes="4 (2 + 16)",
 )

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sdcl import ranks
+
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a number to the integers of that width
 BITS = 15  # that decide on an element
 SHORTEST_BF16 = 2  # up to this first spatial side 3D convolutions compute in float32 on a CPU
@@ -43,8 +45,12 @@ class InstanceNorm(nn.InstanceNorm3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, *S) to the same shape."""
-        # A group norm of single channels is the same, and PyTorch's is four times as fast on a CPU.
-        return F.group_norm(x, x.shape[1], eps=self.eps) if x.device.type == "cpu" else super().forward(x)
+        # A group norm of single channels is the same and PyTorch's is four times as fast on a CPU. On a GPU what
+        # instance_norm returns is a view, so that what changes it in place is copied in the backward pass; and autocast
+        # turns group_norm, but not native_group_norm, into float32.
+        n, channels = x.shape[:2]
+        size = x.numel() // (n * channels)
+        return torch.native_group_norm(x.contiguous(), None, None, n, channels, size, channels, self.eps)[0]
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -52,8 +58,8 @@ class BatchNorm(nn.BatchNorm2d):
 
     In channels last on a CPU PyTorch adds up a channel's pixels one after the other in float32: of 786,432 of them the
     standard deviation comes 1e-4 off. Here several pixels' channels are looked at side by side, as if each were a
-    channel of its own, and their statistics put together: to 1e-6, and faster where channels are few. It has
-    first derivatives only.
+    channel of its own, and their statistics put together: to 1e-6, and faster where channels are few. Where several
+    processes share a batch, the statistics are those of all of it. It has first derivatives only.
 
     Args:
         width: number of channels C.
@@ -65,6 +71,8 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
         is_ours = x.device.type == "cpu" and self.training and not torch.compiler.is_compiling()
+        if is_ours and ranks.count() > 1:
+            x = x.contiguous(memory_format=torch.channels_last)
         if not is_ours or not x.is_contiguous(memory_format=torch.channels_last) or x.numel() <= x.shape[1]:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
@@ -78,12 +86,12 @@ class _Normalise(torch.autograd.Function):
         eps: float,
     ) -> Tensor:  # fmt: skip
         """Normalise x (N, C, H, W) and move the running statistics."""
-        count, (n, channels, height, width) = x.numel() // x.shape[1], x.shape
+        count, (n, channels, height, width) = ranks.count() * x.numel() // x.shape[1], x.shape
         beside = math.gcd(height * width, max(1, ROW // channels))
         rows = x.permute(0, 2, 3, 1).reshape(n, -1, 1, beside * channels).permute(0, 3, 1, 2)  # a view
         unmoved = running_mean.new_zeros(rows.shape[1])  # by momentum 0; it says in which type the statistics come
         means, variances = torch.batch_norm_update_stats(rows, unmoved, unmoved, 0.0)
-        means, variances = means.view(beside, channels), variances.view(beside, channels)
+        means, variances = (ranks.gather(m.view(beside, channels)) for m in (means, variances))
         mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
         running_mean.lerp_(mean, momentum)
         running_var.lerp_(var * (count / (count - 1)), momentum)
@@ -96,10 +104,30 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Map the output's gradient (N, C, H, W) to those of x, weight and bias."""
         x, weight, mean, inverse = ctx.saved_tensors
+        if ranks.count() > 1:
+            return *_shared_backward(grad, x, weight, mean, inverse), None, None, None, None
         grads = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, inverse, True, ctx.eps, [True] * 3
         )
         return *grads, None, None, None, None
+
+
+def _shared_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and bias where the mean and 1 / deviation (C) are of all ranks' samples."""
+
+    def wide(values: Tensor) -> Tensor:
+        return values[None, :, None, None]
+
+    exact = torch.promote_types(x.dtype, weight.dtype)
+    normal, pull = (x.to(exact) - wide(mean)) * wide(inverse), grad.to(exact)
+    # Of the own samples: add_gradients() adds the others'.
+    to_bias, to_weight = pull.sum((0, 2, 3)), (pull * normal).sum((0, 2, 3))
+    count = ranks.count() * x.numel() // x.shape[1]
+    shared = ranks.total(torch.stack([to_bias, to_weight])) / count
+    to_x = (pull - wide(shared[0]) - normal * wide(shared[1])) * wide(weight * inverse)
+    return to_x.to(x.dtype), to_weight, to_bias
 
 
 class Dropout(nn.Dropout):

@@ -7,6 +7,7 @@ import difflib
 import inspect
 import io
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from sdcl.runs.errors import UserError
 Config = TypeVar("Config")
 POSITIVE_FIELDS = (
     "labelnum", "batch_size", "window_batch", "base_lr", "log_every", "save_every", "labelled_repeat",
-    "unlabelled_repeat", "late_val_every", "passes",
+    "unlabelled_repeat", "late_val_every", "passes", "workers",
 )  # fmt: skip
 NON_NEGATIVE_FIELDS = (
     "pre_iterations", "self_iterations", "u_weight", "mse_weight", "kl_weight", "seed", "gpu", "cache_gb", "val_cases",
@@ -35,6 +36,34 @@ COMMENT = re.compile(r"  # (?P<text>.*)$")
 PLAIN = {"±": "+-", "×": "x", "…": "...", "°": " deg", "µ": "u"}  # what a terminal without UTF-8 shows instead
 
 
+# What a device or another process says, and what to tell of it; of PyTorch's errors, which is not imported here.
+TOLD = (
+    (
+        ("deterministic", "use_deterministic_algorithms"),
+        "--deterministic: {first}: run without it, or on --device cpu.",
+    ),
+    (
+        ("device-side assert",),
+        "a check on the GPU failed, most often of a label outside the classes: run on --device cpu, which says where.",
+    ),
+    (
+        ("CUDA", "driver"),
+        "PyTorch cannot use the GPU's driver ({first}): update the driver, install the PyTorch that fits it "
+        "(docs/installing.md), or give --device cpu.",
+    ),
+    (
+        ("gloo",),
+        "another process of this run ended or is out of reach; what it said stands above or in its own log. "
+        "The same command goes on from the last save.",
+    ),
+    (
+        ("NCCL",),
+        "another process of this run ended or is out of reach ({first}); what it said stands above or in its own log. "
+        "The same command goes on from the last save.",
+    ),
+)
+
+
 def run_script(main: Callable[[Any], None], config_class: type) -> None:
     """Parse the command line into the header's dataclass and call main; a UserError ends in one sentence.
 
@@ -43,18 +72,21 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         config_class: the header; its docstring describes the script on the command line's help page.
     """
     make_output_safe()
+    rank = os.environ.get("RANK", "0")
+    who = "error" if rank == "0" else f"error in process {rank}"
     try:
         main(parse(config_class, sys.argv[1:]))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"{who}: {error}")
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which may not be imported here
-            sys.exit("error: the GPU's memory is full: lower --batch_size, --patch_size or, in 3D, --window_batch.")
-        if "deterministic" not in str(error) or "use_deterministic_algorithms" not in str(error):
+            sys.exit(f"{who}: the GPU's memory is full: lower --batch_size, --patch_size or, in 3D, --window_batch.")
+        told = next((text for words, text in TOLD if all(word in str(error) for word in words)), None)
+        if told is None:
             raise
-        sys.exit(f"error: --deterministic: {str(error).split(', but')[0].strip()}: run without it, or on --device cpu.")
+        sys.exit(f"{who}: {told.format(first=str(error).strip().splitlines()[0].split(', but')[0].strip(' .'))}")
     except OSError as error:
-        sys.exit(f"error: {error}: check that path, its permissions and the space on its disk.")
+        sys.exit(f"{who}: {error}: check that path, its permissions and the space on its disk.")
     except KeyboardInterrupt:
         sys.exit(130)
 

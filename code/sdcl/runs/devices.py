@@ -3,11 +3,14 @@
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from sdcl import ranks
+from sdcl.runs.distribution import places
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
@@ -15,19 +18,37 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of mallopt's parameters, from mal
 
 
 def select_device(device: str, gpu: int) -> torch.device:
-    """Return the device of `--device auto|cpu|cuda` and `--gpu`.
+    """Return the device of `--device auto|cpu|cuda|mps|xpu` and `--gpu`; of "auto" a CUDA GPU, else the CPU.
+
+    Where several processes share a run, each takes the GPU that comes so many places after --gpu on its machine. On
+    Apple's and Intel's GPUs ("mps", "xpu") nothing has been tried.
 
     Raises:
-        UserError: CUDA was asked for and is not there, or has no such GPU.
+        UserError: the device that was asked for is not there, or has no such GPU.
     """
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if device in ("mps", "xpu"):
+        if not getattr(torch, device).is_available():
+            raise UserError(f"--device {device} was asked for but PyTorch sees none: use --device cpu, or auto.")
+        LOGGER.info("NOTE: --device %s was never tried with this code: compare its first losses to a CPU's.", device)
+        return torch.device(device)
+    if device == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for but PyTorch sees no CUDA GPU: use --device cpu, or auto.")
-    if gpu >= torch.cuda.device_count():
-        raise UserError(f"--gpu is {gpu} but there are only {torch.cuda.device_count()} GPUs: count from 0.")
-    torch.cuda.set_device(gpu)
-    return torch.device("cuda", gpu)
+    with warnings.catch_warnings(record=True) as said:  # a driver that is missing or too old is told in a warning
+        warnings.simplefilter("always")
+        is_there = torch.cuda.is_available()
+    reason = f" ({str(said[0].message).split(' (Triggered')[0].splitlines()[0]})" if said else ""
+    if not is_there:
+        if device == "cuda":
+            raise UserError(f"--device cuda was asked for but PyTorch sees no CUDA GPU{reason}: use --device cpu.")
+        if reason:
+            LOGGER.info("NOTE: --device auto finds no GPU that PyTorch can use%s: the CPU computes.", reason)
+        return torch.device("cpu")
+    number = gpu + places()[2]
+    if number >= torch.cuda.device_count():
+        what = f"--gpu is {gpu}" if number == gpu else f"process {number - gpu} of this machine asks for GPU {number}"
+        raise UserError(f"{what} but there are only {torch.cuda.device_count()} GPUs: count from 0.")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def set_arithmetic(deterministic: bool, precision: str = "fp32") -> None:
@@ -47,8 +68,10 @@ def set_arithmetic(deterministic: bool, precision: str = "fp32") -> None:
 
 def computes_bf16(device: torch.device) -> bool:
     """Tell whether a device has arithmetic for bfloat16; a CPU without it is some hundred times slower in it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+    if device.type == "cuda":  # is_bf16_supported() is true of GPUs that emulate it too
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return True
     is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every version of PyTorch
     return is_supported is None or bool(is_supported())
 
@@ -58,6 +81,8 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
     is_2d = any(isinstance(module, nn.Conv2d) for module in network.modules())
     # Convolutions want channels last: without it each one reorders its input. Norms and pooling of 2D networks follow;
     # InstanceNorm would copy to channels first, so 3D networks are left alone.
+    if is_2d and device.type == "cuda" and ranks.count() > 1:  # statistics of the whole batch; on a CPU ours know how
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(device, memory_format=torch.channels_last if is_2d else torch.preserve_format)
 
 

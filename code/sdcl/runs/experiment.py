@@ -1,12 +1,15 @@
 """What every data set's scripts do around the loops: prepare, train both stages, test."""
 
+import contextlib
+import logging
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sdcl import ranks
 from sdcl.checkpoints import LAST, PREVIOUS, load_last
 from sdcl.methods import check_settings, get
 from sdcl.networks import build_network
@@ -14,6 +17,7 @@ from sdcl.runs.atomic import claimed
 from sdcl.runs.config import as_dict, check_common, describe
 from sdcl.runs.data import Data, Stage
 from sdcl.runs.devices import computes_bf16, keep_freed_memory, place, select_device, set_arithmetic
+from sdcl.runs.distribution import check_share, first, is_first, join
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import (
     LOGGER,
@@ -45,9 +49,12 @@ def begin(config: Any, check: Callable[[], None] = lambda: None) -> torch.device
         UserError: a setting is impossible; the message names it.
     """
     start_logging()
-    device = select_device(config.device, config.gpu)
     check_common(config)
     check()
+    device = select_device(config.device, config.gpu)
+    join(device.type)
+    if not is_first():  # one of them tells
+        LOGGER.setLevel(logging.ERROR)
     precision = getattr(config, "precision", "fp32")
     set_arithmetic(getattr(config, "deterministic", False), precision)
     if device.type == "cpu":
@@ -76,6 +83,7 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
         check_settings(config, filled)
 
     device = begin(config, check)
+    _check_processes(config)
     LOGGER.info("method: %s", get(config.method).title)
     given = data.training(get(config.method).needs_unlabelled)
     torch.manual_seed(config.seed)
@@ -85,13 +93,13 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     folder = run_folder(config.models_path, given.task.name, config.exp, config.labelnum)
     stages: list[Stage] = ["pre_train"] * (config.pretrained is None) + ["self_train"] * bool(config.self_iterations)
     streams = {stage: given.streams(stage) for stage in stages}  # all before any training, for their refusals
-    pretrained = _check_stages(config, folder, given.facts)
+    pretrained = first(lambda: _check_stages(config, folder, given.facts))
     common = {"settings": config, "validate": validator(given.validation_cases, given.task)}
     common |= {"validated_on": given.validated_on, "config": as_dict(config)}
-    with claimed(folder):
+    with claimed_by_first(folder):
         validation = [case.name for case in given.validation_cases]
-        names = {**given.lists, "validation": validation}
-        open_run(folder, as_dict(config), Reads(names, given.facts, given.trained_on, pretrained), device)
+        reads = Reads({**given.lists, "validation": validation}, given.facts, given.trained_on, pretrained)
+        first(lambda: open_run(folder, as_dict(config), reads, device))
         known = {*given.trained_on, *(pretrained or {}).get("trained_on", ())}
         if seen := [name for name in validation if name in known]:
             LOGGER.warning("NOTE: training reads %d of the cases it is validated on (%s).", len(seen), _few(seen))
@@ -101,6 +109,33 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
             common |= {"start_from": "last" if config.select == "last" else "best", "pretrained": config.pretrained}
             self_train(learners, streams["self_train"], folder, validate_at=validate_at(config, "self_train"), **common)
     _tell_end(config, folder)
+
+
+def _check_processes(config: Any) -> None:
+    """Refuse what several processes cannot train together, and say how many there are.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if ranks.count() == 1:
+        return
+    check_share(config.batch_size)
+    if config.compile:
+        raise UserError("--compile does not know several processes: leave it out, or start without torchrun.")
+    if not get(config.method).spans_ranks:
+        raise UserError(
+            f"--method {config.method} does not say that several processes can share its step: start it without "
+            "torchrun, or see docs/scaling.md for what its METHOD needs."
+        )
+    LOGGER.info("%d processes share each batch of %d", ranks.count(), config.batch_size)
+
+
+@contextlib.contextmanager
+def claimed_by_first(folder: Path) -> Iterator[None]:
+    """Do what claimed() does, in the first process for all of them."""
+    with contextlib.ExitStack() as stack:
+        first(lambda: stack.enter_context(claimed(folder)))
+        yield
 
 
 def _tell_end(config: Any, folder: Path) -> None:
@@ -211,7 +246,7 @@ def test(config: Any, data: Data) -> None:
     said = {"split": scored.split, "selected_on": weights.selected_on, "config": used}
     said |= {"environment": environment(device), "trained_on": seen, "protocol": config.protocol}
     said |= {"method": weights.label}
-    with claimed(results):
+    with claimed_by_first(results):
         test_report(results, predictors, cases, scored.task, said, config.save_nifti)
     if seen:
         LOGGER.warning("NOTE: the run was TRAINED on %d of these cases (%s), which flatters it.", len(seen), _few(seen))

@@ -29,7 +29,7 @@ NETWORKS = ("vnet", "resvnet", "unet", "resunet")  # by their names in config.js
 MACHINE_FIELDS = frozenset(
     {
         "root_path", "models_path", "device", "gpu", "cache_gb", "log_every", "save_every", "save_minutes",
-        "window_batch",
+        "window_batch", "workers",
     }
 )  # fmt: skip
 # Fields that earlier versions lacked, as they computed.
@@ -67,6 +67,8 @@ def environment(device: "torch.device") -> dict[str, Any]:
     """Collect what is needed to run an experiment again: commit, versions, device."""
     import torch  # here alone, so that what needs no network starts at once
 
+    from sdcl import ranks
+
     root = Path(__file__).resolve().parents[3]
     try:
         commit = _git(root, "describe", "--always", "--dirty", "--abbrev=40")
@@ -81,6 +83,7 @@ def environment(device: "torch.device") -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "processes": ranks.count(),
         "command": sys.argv,
         "folder": str(Path.cwd()),
     }

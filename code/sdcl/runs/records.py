@@ -92,6 +92,22 @@ class StageRecord:
             ) from error
 
 
+class NoRecord:
+    """What a process has that is not the first of its run, which alone writes."""
+
+    def add(self, rows: list[dict[str, float]]) -> None:
+        """Do nothing."""
+
+    def add_image(self, name: str, picture: np.ndarray, iteration: int) -> None:
+        """Do nothing."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class _LogFile(logging.FileHandler):
     """log.txt; a line that the disk refuses stays on the terminal alone."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcl import checkpoints
+from sdcl.runs.distribution import first, is_first
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import differing_fields
 from sdcl.steps import Learners
@@ -28,7 +29,7 @@ def resume(learners: Learners, folder: Path, config: dict[str, Any], predictors:
     Raises:
         UserError: no save can be read, or it is of another run; nothing has been changed.
     """
-    last = checkpoints.load_last(folder)
+    last = first(lambda: checkpoints.load_last(folder))
     if last is None:
         return ""
     state, path = last.payload, last.path
@@ -40,7 +41,7 @@ def resume(learners: Learners, folder: Path, config: dict[str, Any], predictors:
     learners.best, learners.iteration = state["best"], state["iteration"]
     if path.name == checkpoints.LAST:
         return ""
-    if last.damaged:  # set aside, so that the next save does not put it in the place of the good one
+    if last.damaged and is_first():  # set aside, so that the next save does not put it in the place of the good one
         os.replace(folder / checkpoints.LAST, folder / DAMAGED)
     lost = f"{last.damaged} It is kept as {DAMAGED}." if last.damaged else f"{checkpoints.LAST} is missing."
     return f"{lost} Going on from {path.name}, saved after iteration {state['iteration']}."

@@ -112,10 +112,10 @@ class CaseRow:
 
 @dataclass(frozen=True)
 class Validation:
-    """One validation: the mean Dice of each predictor, in [0, 1], and a picture (3, H, W) in [0, 1]."""
+    """One validation: the mean Dice of each predictor, in [0, 1], and a picture (3, H, W) in [0, 1], or None."""
 
     dice: dict[str, float]
-    panel: np.ndarray
+    panel: np.ndarray | None
 
 
 @dataclass(frozen=True)

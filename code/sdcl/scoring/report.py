@@ -10,7 +10,10 @@ from typing import Any
 import nibabel
 import numpy as np
 
+from sdcl import ranks
 from sdcl.runs.atomic import replacing, write_text
+from sdcl.runs.distribution import collect, first, is_first, share, wait
+from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, MACHINE_FIELDS, write_csv
 from sdcl.scoring.evaluation import Case, CaseRow, Predictors, Task, Validation, evaluate
 from sdcl.scoring.figures import is_xyz, panel, save_case_figure, save_metrics_figure
@@ -44,9 +47,10 @@ def validator(cases: Sequence[Case], task: Task) -> Callable[[Predictors], Valid
                 maps = {name: label_maps[name] for name in predictors.single}
                 panels.append(panel(case, maps, task.planes[0], is_xyz(task)))
 
-        rows = evaluate(predictors, cases, task, distances=False, on_case=draw_first)
+        drawn = draw_first if is_first() else None
+        rows = _in_order(evaluate(predictors, share(cases), task, distances=False, on_case=drawn), cases)
         dice = {name: 0.0 if math.isnan(value) else value for name, value in mean_dice(rows).items()}
-        return Validation(dice, panels[0])
+        return Validation(dice, panels[0] if panels else None)
 
     return validate
 
@@ -77,13 +81,21 @@ def test_report(
     made_by = {"predictors": predictors.members, "classes": task.class_names, "values": task.label_values}
     made_by |= {key: facts.get("environment", {}).get(key) for key in ("commit", "packages")}
     kept = ScoredCases(folder / "scored", key_of(predictors.networks, settings | made_by))
-    done = {case.name: found for case in cases if (found := kept.load(case)) is not None}
+    rows_of: dict[str, list[CaseRow]] = {}
+    label_maps: dict[str, dict[str, np.ndarray]] = {}
+
+    def read_kept() -> list[str]:
+        for case in cases:
+            if case.name not in rows_of and (found := kept.load(case)) is not None:
+                rows_of[case.name], label_maps[case.name] = found
+        return list(rows_of)
+
+    done = set(first(read_kept))
     if done:
         LOGGER.info("going on with a test that was stopped: %d of %d volumes are scored", len(done), len(cases))
-    (folder / "summary.json").unlink(missing_ok=True)  # of an earlier test, which cases.csv no longer is of
+    if is_first():
+        (folder / "summary.json").unlink(missing_ok=True)  # of an earlier test, which cases.csv no longer is of
     LOGGER.info("scoring %d predictors on %d volumes", len(predictors.members), len(cases) - len(done))
-    label_maps: dict[str, dict[str, np.ndarray]] = {name: maps for name, (_, maps) in done.items()}
-    rows_of: dict[str, list[CaseRow]] = {name: rows for name, (rows, _) in done.items()}
 
     def keep_maps(case: Case, maps: dict[str, np.ndarray], probabilities: dict[str, np.ndarray]) -> None:
         label_maps[case.name] = {name: maps[name] for name in shown}
@@ -93,10 +105,20 @@ def test_report(
     def keep_rows(case: Case, rows: list[CaseRow]) -> None:
         rows_of[case.name] = rows
         kept.save(case, rows, label_maps[case.name])
-        _write_cases(folder, method, [row for case in cases for row in rows_of.get(case.name, ())])
+        if is_first():
+            _write_cases(folder, method, [row for case in cases for row in rows_of.get(case.name, ())])
 
-    waiting = [case for case in cases if case.name not in done]
+    waiting = share([case for case in cases if case.name not in done])
     evaluate(predictors, waiting, task, on_case=keep_maps, on_scored=keep_rows)
+    wait()
+    if not is_first():
+        return
+    read_kept()  # what other processes scored
+    if missing := [case.name for case in cases if case.name not in rows_of]:
+        raise UserError(
+            f"{folder} lacks what other processes scored ({missing[0]}): several machines need a --models_path that "
+            "all of them see."
+        )
     rows = [row for case in cases for row in rows_of[case.name]]
     _write_cases(folder, method, rows)
     protocol: Protocol = facts["protocol"]
@@ -113,6 +135,14 @@ def test_report(
     save_metrics_figure(folder / "metrics.png", rows, shown_metrics(rows))
     kept.remove()
     LOGGER.info("written to %s: cases.csv, summary.json, cases.png, metrics.png", folder)
+
+
+def _in_order(mine: list[CaseRow], cases: Sequence[Case]) -> list[CaseRow]:
+    """Put together the rows that the processes scored, in the order of one process."""
+    if ranks.count() == 1:
+        return mine
+    places = {case.name: i for i, case in enumerate(cases)}
+    return sorted((row for rows in collect(mine) for row in rows), key=lambda row: places[row.case])
 
 
 def _write_cases(folder: Path, method: str, rows: Sequence[CaseRow]) -> None:
