@@ -16,7 +16,7 @@ from sdcl.runs.devices import place
 from sdcl.steps import add_teacher, make_learners, pretrain_step
 
 BATCH, STEPS = 6, 2  # of each stage
-SHAPES = {2: (32, 48), 3: (16, 16, 32)}
+SHAPES = {2: (32, 48), 3: (32, 16, 32)}
 NETWORKS = {2: ("unet", "resunet"), 3: ("vnet", "resvnet")}
 
 
