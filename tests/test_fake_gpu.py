@@ -1,0 +1,92 @@
+"""The real code on tensors of a GPU that is not there: what waits for the host, mixes devices or copies is seen.
+
+PyTorch's fake tensors have shapes, strides, types and a device, and no numbers. Networks, steps, losses, the EMA,
+halting, prediction and validation run on them as on `cuda:0`, in a process of its own whose PyTorch takes a stub
+(fake_gpu/device.cpp) for a GPU's driver. What this cannot see: numbers, races between streams, whether a kernel exists,
+time, memory, the threads that clean pseudo-labels, and pinned memory. tests/test_cuda.py asks a real GPU.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+FOLDER = ROOT / "tests" / "fake_gpu"
+LAUNCHES = {  # at most so many kernels and so many whole copies of tensors a pass or step; a few more than counted
+    "vnet fp32 train forward": (102, 0), "vnet fp32 train backward": (100, 0), "vnet bf16 train forward": (164, 0),
+    "resvnet fp32 train forward": (180, 4), "resvnet fp32 train backward": (188, 0),
+    "unet fp32 train forward": (98, 0), "unet fp32 train backward": (82, 0), "unet bf16 train forward": (154, 0),
+    "resunet fp32 train forward": (215, 0), "resunet fp32 train backward": (172, 0),
+    "sdcl 3D fp32 pre_train": (985, 22), "sdcl 3D fp32 self_train": (2680, 44), "sdcl 3D bf16 self_train": (3360, 44),
+    "sdcl 2D fp32 pre_train": (860, 6), "sdcl 2D fp32 self_train": (2680, 30), "sdcl 2D bf16 self_train": (3320, 30),
+    "bcp 3D fp32 self_train": (1160, 18), "cps 3D fp32 self_train": (3510, 52), "ua_mt 3D fp32 self_train": (3430, 18),
+    "mean_teacher 3D fp32 self_train": (1690, 18), "supervised 3D fp32 self_train": (410, 9),
+}  # fmt: skip
+
+
+def run(*arguments):
+    path = os.pathsep.join([str(ROOT / "code"), str(ROOT), str(ROOT / "tests")])
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, errors="replace", timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def device(scratch):
+    """The stub, built."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None or shutil.which("ninja") is None:
+        pytest.skip("no C++ compiler, or no ninja")
+    build = (
+        "from torch.utils import cpp_extension; cpp_extension.load('fake_device', "
+        f"[{str(FOLDER / 'device.cpp')!r}], build_directory={str(scratch)!r}, is_python_module=False)"
+    )
+    done = run("-c", build)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(scratch.glob("fake_device*.so"))
+
+
+@pytest.fixture(scope="module")
+def counted(device):
+    done = run(FOLDER / "checks.py", device)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("what", LAUNCHES)
+def test_launches_and_copies_are_bounded(what, counted):
+    kernels = counted[what]
+    copies = kernels.get("copy_", 0) + kernels.get("clone", 0)
+    launches, most_copies = LAUNCHES[what]
+    assert sum(kernels.values()) <= launches and copies <= most_copies, kernels
+
+
+def test_predictions_are_copied_in_blocks(counted):
+    """9 slices, 4 at a time, of two networks; a volume of one block, and its windows' weights."""
+    assert counted["slice_wise"] == {"uploads": 3, "downloads": 6}
+    assert counted["sliding_window"] == {"uploads": 2, "downloads": 2}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("item", "DataDependentOutputException: aten._local_scalar_dense"),  # a value that the host reads
+        ("cpu", "aten._to_copy.default: cuda:0 to cpu"),
+        ("mixed", "at least two devices, cuda:0 and cpu"),
+        ("strides", "convolution of (2, 16, 112, 112, 80) with strides"),  # a memory format that is changed back
+    ],
+)
+def test_a_planted_fault_is_seen(fault, message, device):
+    done = run(FOLDER / "checks.py", device, fault)
+    assert done.returncode == 1 and message in done.stderr
+
+
+def test_a_view_that_is_changed_in_place_is_seen(device):
+    """Its backward pass copies: far more than the bound."""
+    done = run(FOLDER / "checks.py", device, "view")
+    kernels = json.loads(done.stdout.splitlines()[-1])["sdcl 3D fp32 pre_train"]
+    assert kernels["copy_"] + kernels["clone"] > 5 * LAUNCHES["sdcl 3D fp32 pre_train"][1]
