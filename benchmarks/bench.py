@@ -21,6 +21,7 @@ from cases import ACDC, CASES, LA, Work
 from start import start_line, start_rows
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from workers import worker_line, worker_rows
 
 from sdcl.networks import build_network
 from sdcl.runs.config import run_script
@@ -45,7 +46,9 @@ class Config:
     """
 
     quick: bool = False  # smaller networks' inputs, for a look in under 3 minutes
-    only: tuple[Literal["losses", "labels", "step", "streams", "evaluation", "metrics", "start"], ...] = ()  # all
+    only: tuple[
+        Literal["losses", "labels", "step", "streams", "evaluation", "metrics", "start", "workers"], ...
+    ] = ()  # all
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute
     repeats: int = 3  # that are timed, after one that is not
     output: Path = Path(__file__).parent / "results.json"  # the figures, as JSON
@@ -72,10 +75,10 @@ def main(config: Config) -> None:
             rows.append(compare(case, work, config, peaks[work.precision]))
         print(line(rows[-1]), flush=True)
         write_text(config.output, json.dumps({"machine": facts, "cases": rows}, indent=1))
-    if not config.only or "start" in config.only:
-        for row in start_rows(config.repeats):
+    for name, make, line_of in (("start", start_rows, start_line), ("workers", worker_rows, worker_line)):
+        for row in make(config.repeats) if not config.only or name in config.only else ():
             rows.append(row)
-            print(start_line(row), flush=True)
+            print(line_of(row), flush=True)
         write_text(config.output, json.dumps({"machine": facts, "cases": rows}, indent=1))
     print(f"written to {config.output}")
 

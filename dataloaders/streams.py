@@ -1,5 +1,6 @@
 """The four streams of the published order: two readers of each list, one forwards and one backwards."""
 
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +9,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from dataloaders.files import sample_rng
 from sdcl import ranks
 from sdcl.runs.errors import UserError
+from sdcl.runs.folder import STOP_SIGNALS
+
+PREFETCHED = 2  # batches prepared ahead, of each process that prepares
 
 
 class TrainingSet(Protocol):
@@ -40,7 +45,7 @@ class Order:
         unlabelled_repeat: the same for the unlabelled list.
         seed: of the crops and augmentations, and of the order with shuffle.
         shuffle: read each list in a random order, new in each epoch, instead of the published one.
-        workers: threads that prepare batches ahead; the batches are the same, whatever their number.
+        workers: what prepares batches ahead: 1: a thread; more: so many processes. The batches are the same.
         device: where the run computes; batches for a GPU wait in memory that it copies from by itself.
     """
 
@@ -51,6 +56,26 @@ class Order:
     shuffle: bool = False
     workers: int = 1
     device: str = "auto"
+
+
+class _Prepared(Dataset):
+    """Batches by iteration, for other processes; a UserError comes as its text, which no traceback is put around."""
+
+    def __init__(self, streams: "Streams"):
+        self._streams = streams
+
+    def __getitem__(self, iteration: int) -> dict[str, torch.Tensor] | str:
+        try:
+            return self._streams.batch(iteration)
+        except UserError as error:
+            return str(error)
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """Let a process that prepares batches go on when somebody asks to stop; it ends with the run."""
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class Streams:
@@ -94,11 +119,14 @@ class Streams:
         Yields:
             "x_a", "x_b" (and "u_a", "u_b") float32 (N, 1, *S); "y_a", "y_b" uint8 (N, *S).
         """
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="streams") as pool:
+        if self._workers > 1:
+            yield from self._from_processes(start, stop)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="streams") as pool:
             ahead: deque = deque()
             for iteration in range(start, stop):
                 ahead.append(pool.submit(self._pinned, iteration))
-                if len(ahead) > self._workers + 1:
+                if len(ahead) > PREFETCHED:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
@@ -106,6 +134,19 @@ class Streams:
     def _pinned(self, iteration: int) -> dict[str, torch.Tensor]:
         batch = self.batch(iteration)
         return {name: t.pin_memory() for name, t in batch.items()} if self._is_pinned else batch
+
+    def _from_processes(self, start: int, stop: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield what batches() yields, from processes: several threads would wait for each other's interpreter."""
+        has_fork = "fork" in torch.multiprocessing.get_all_start_methods()  # what is decoded is then shared, not copied
+        loader = DataLoader(
+            _Prepared(self), batch_size=None, sampler=range(start, stop), num_workers=self._workers,
+            prefetch_factor=PREFETCHED, pin_memory=self._is_pinned, worker_init_fn=_leave_signals_to_the_run,
+            multiprocessing_context="fork" if has_fork else None,
+        )  # fmt: skip
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch
 
     def batch(self, iteration: int) -> dict[str, torch.Tensor]:
         """Prepare one iteration's batch, of several processes this one's samples of it; see batches()."""

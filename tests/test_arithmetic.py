@@ -5,6 +5,7 @@ import locale
 import logging
 import shutil
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from sdcl.runs import devices, experiment
+from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
 CPU = torch.device("cpu")
@@ -83,3 +85,43 @@ def test_a_compiled_network_keeps_its_names_and_its_output(told, users_locale):
         pytest.skip(told.text.strip())
     assert list(network.state_dict()) == names
     torch.testing.assert_close(network(x), expected)
+
+
+def test_a_gpu_that_cannot_be_used_is_told_of(monkeypatch, told):
+    def too_old():
+        warnings.warn("The NVIDIA driver on your system is too old (9). (Triggered internally at x)", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", too_old)
+    assert devices.select_device("auto", 0) == torch.device("cpu")
+    assert "--device auto finds no GPU that PyTorch can use (The NVIDIA driver on your system is too old" in told.text
+    with pytest.raises(UserError, match="--device cuda was asked for but .* is too old"):
+        devices.select_device("cuda", 0)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_other_devices_are_untried_and_say_so(device, monkeypatch, told):
+    monkeypatch.setattr(getattr(torch, device), "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"--device {device} was asked for but PyTorch sees none"):
+        devices.select_device(device, 0)
+    monkeypatch.setattr(getattr(torch, device), "is_available", lambda: True)
+    assert devices.select_device(device, 0).type == device
+    assert f"--device {device} was never tried" in told.text
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert devices.select_device("auto", 1) == torch.device("cuda", 2) and taken == [2]
+    with pytest.raises(UserError, match="process 1 of this machine asks for GPU 3 but there are only 3"):
+        devices.select_device("cuda", 2)
+
+
+@pytest.mark.parametrize(("capability", "has_bf16"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_gpu_that_emulates_bfloat16_does_not_have_it(capability, has_bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.computes_bf16(torch.device("cuda")) == has_bf16

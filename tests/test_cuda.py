@@ -8,6 +8,7 @@ from helpers import method
 from sdcl.inference import slice_wise, sliding_window
 from sdcl.losses import discrepancy, mixed_losses
 from sdcl.methods.sdcl import self_train_step
+from sdcl.mixing import copy_paste_mask
 from sdcl.networks import build_network
 from sdcl.runs.devices import set_arithmetic
 from sdcl.steps import add_teacher, make_learners, pretrain_step
@@ -78,10 +79,11 @@ def test_no_step_waits_for_the_device():
     add_teacher(learners)
     batch = {key: torch.randn(2, 1, 32, 48).to("cuda") for key in ("x_a", "x_b", "u_a", "u_b")}
     batch |= {key: torch.randint(2, (2, 32, 48), dtype=torch.uint8).to("cuda") for key in ("y_a", "y_b")}
-    mask = torch.ones(32, 48).bool().to("cuda")
+    mask = copy_paste_mask((32, 48), (20, 30), device="cuda")
     self_train_step(learners, batch, mask, method())  # the first one makes Adam's state
     torch.cuda.set_sync_debug_mode("error")
     try:
+        mask = copy_paste_mask((32, 48), (20, 30), device="cuda")
         pretrain_step(learners, batch, mask, method())
         self_train_step(learners, batch, mask, method())
     finally:

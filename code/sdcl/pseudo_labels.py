@@ -92,7 +92,7 @@ class PendingLabels:
                 self._copied = torch.cuda.Event()
                 self._copied.record()
         else:
-            self._labels = decision.cpu()
+            self._labels = decision if decision.device.type == "cpu" else decision.cpu()
         samples = [] if connectivity is None else self._labels
         self._work = [_cleaners(os.getpid()).submit(self._clean, sample, connectivity) for sample in samples]
 
