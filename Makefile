@@ -12,16 +12,17 @@ SSE41 := ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default
 demo: .venv/.installed
 	$(RUN) code/demo.py
 
+# In two processes, of one thread each; what depends on the kernels once more, in one of all threads.
 test: .venv/.installed
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 	$(AVX2) $(RUN) -m pytest $(ARITHMETIC)
 
-# The whole suite with the kernels of lesser processors, and with one thread.
+# The whole suite with the kernels of lesser processors, and with all threads.
 kernels: .venv/.installed
-	$(AVX2) $(RUN) -m pytest
-	$(SSE41) $(RUN) -m pytest
-	OMP_NUM_THREADS=1 $(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(AVX2) $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(SSE41) $(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest
 
 # Both commands of README.md in a clean clone, for each promised Python that is there.
 pythons:
