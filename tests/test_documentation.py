@@ -119,7 +119,7 @@ def is_run(line):
 
 
 def run_page(page, checkout):
-    """Run a page's commands one after the other in the copy, with one iteration a stage and a small ROI, and return what they print."""
+    """Run a page's commands in order in the copy, an iteration a stage and a small ROI; return what they print."""
     outputs = {}
     for line in commands(page):
         if not is_run(line):
