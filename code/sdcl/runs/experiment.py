@@ -28,6 +28,7 @@ from sdcl.runs.folder import (
     known_runs,
     open_run,
     read_config,
+    results_name,
     run_folder,
     start_logging,
     trained_among,
@@ -240,7 +241,7 @@ def test(config: Any, data: Data) -> None:
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     cases = scored.read_cases()
-    results = weights.folder / "test" / "_".join([weights.name, scored.split, *_options(config)])
+    results = weights.folder / "test" / results_name(weights.name, scored.split, config)
     names = [case.name for case in cases]
     seen = list(dict.fromkeys(one for run in weights.runs for one in trained_among(run, names)))
     said = {"split": scored.split, "selected_on": weights.selected_on, "config": used}
@@ -256,10 +257,3 @@ def test(config: Any, data: Data) -> None:
         LOGGER.info(
             "NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", scored.split
         )
-
-
-def _options(config: Any) -> list[str]:
-    """Name the options that make a test differ from the published one, so that each has a folder of its own."""
-    chosen = ["paper"] if config.protocol == "paper" else []
-    chosen += ["gaussian"] if getattr(config, "window_weighting", "") == "gaussian" else []
-    return chosen + [name for name in ("tta", "largest_component") if getattr(config, name, False)]

@@ -94,6 +94,20 @@ def run_folder(models_path: Path, data_set: str, exp: str, labelnum: int) -> Pat
     return models_path / f"{data_set}_{exp}_{labelnum}_labeled"
 
 
+def results_name(weights: str, split: str, config: Any) -> str:
+    """Name the folder of a test's results, so that each way to test has one of its own.
+
+    Args:
+        weights: what is scored: a stage, or given files.
+        split: the volumes' name.
+        config: the test's header; what differs from the published way is named.
+    """
+    chosen = ["paper"] if config.protocol == "paper" else []
+    chosen += ["gaussian"] if getattr(config, "window_weighting", "") == "gaussian" else []
+    chosen += [name for name in ("tta", "largest_component") if getattr(config, name, False)]
+    return "_".join([weights, split, *chosen])
+
+
 def find_run(config: Any, data_set: str) -> tuple[Path, dict[str, Any]]:
     """Return the run's folder that a test's header names, and the settings that it was trained with.
 

@@ -111,9 +111,9 @@ def format_cases(rows: Sequence[CaseRow]) -> str:
     metrics = shown_metrics(rows)
     lines = [["case", "predictor", *(f"{METRICS[m]} {names}" for m in metrics)]]
     for (case, predictor), members in groups.items():
-        cells = [" ".join(f"{getattr(row, m):.{_digits(m)}f}" for row in members) for m in metrics]
+        cells = [" ".join(f"{getattr(row, m):.{digits_of(m)}f}" for row in members) for m in metrics]
         lines.append([case, predictor, *cells])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def shown_metrics(rows: Sequence[CaseRow]) -> list[str]:
@@ -122,11 +122,12 @@ def shown_metrics(rows: Sequence[CaseRow]) -> list[str]:
     return [metric for metric in METRICS if in_mm or not metric.endswith("_mm")]
 
 
-def _digits(metric: str) -> int:
+def digits_of(metric: str) -> int:
+    """Return how many decimals a metric is shown with."""
     return 4 if metric in ("dice", "jaccard") else 2
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Align cells in columns, with a rule under the first line."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -143,7 +144,7 @@ def format_table(summary: Sequence[SummaryRow], protocol: Protocol = "default") 
     for row in summary:
         cells = []
         for metric in metrics:
-            digits = _digits(metric)
+            digits = digits_of(metric)
             left_out = f" (n={row.counts[metric]})" if row.counts[metric] < n else ""
             cells.append(f"{row.means[metric]:.{digits}f} ± {row.deviations[metric]:.{digits}f}{left_out}")
         lines.append([row.predictor, row.structure, *cells, str(row.empty)])
@@ -151,4 +152,4 @@ def format_table(summary: Sequence[SummaryRow], protocol: Protocol = "default") 
         "default": "an empty mask scores Dice 0 and its distances are left out",
         "paper": "the paper's protocol: an empty mask scores 0 in all four, which flatters the distances",
     }[protocol]
-    return f"{_aligned(lines)}\nmean ± standard deviation over {n} cases; {rule}."
+    return f"{aligned(lines)}\nmean ± standard deviation over {n} cases; {rule}."

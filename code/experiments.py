@@ -1,0 +1,163 @@
+"""Train and test a matrix of methods, labelled counts and seeds: `python code/experiments.py run`; see its header."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
+
+from tyro.conf import Positional
+
+from dataloaders.roots import check_root
+from sdcl.runs.config import parse, run_script
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER, results_name, start_logging
+from sdcl.runs.matrix import CODE, SCRIPTS, Run, is_finished, load_script, plan, seconds_left, state_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Config:
+    """Train what is missing of a matrix, say how far it is, and print its table with intervals and tests.
+
+    list: each run's state and the time it still needs. run: what is missing and nothing else; given again it goes on,
+    and several of them at once share the work. table: docs/statistics.md says what its columns are.
+    """
+
+    action: Positional[Literal["list", "run", "table"]]  # what to do
+
+    # --- the matrix ---
+    name: str = "matrix"  # of the experiment: begins each run's --exp
+    data_set: Literal["acdc", "la", "pancreas", "own"] = "acdc"  # whose scripts
+    root_path: Path | None = None  # the data set's folder; None: Datasets/<data_set>
+    models_path: Path = ROOT / "models"  # where the runs are, and the tables, in <name>/
+    methods: tuple[str, ...] = ("supervised", "bcp", "sdcl")  # with changes: sdcl:kl_weight=0,mse_weight=0
+    labelnums: tuple[int, ...] = (7,)  # labelled cases or patients
+    seeds: tuple[int, ...] = (1337, 1, 2)  # those of one seed and labelled count share one stage 1
+    flags: str = "--select last"  # further flags of every training: --flags="--patch_size 64 64"
+    test_flags: str = ""  # further flags of every test: --test_flags="--split val"
+
+    # --- the table ---
+    checkpoint: Literal["last", "best"] = "last"  # best: the one selected; on what, the table says
+    predictors: Literal["answer", "all"] = "answer"  # answer: each method's own, such as the mean of both students
+    reference: str = "sdcl"  # the row that the others are compared with: a method, or method/predictor
+
+    # --- machine ---
+    slots: int = 0  # runs at a time; 0: one a GPU, or one where there is none
+
+
+def main(config: Config) -> None:
+    """List, run or compare."""
+    start_logging()
+    config.root_path = config.root_path or ROOT / "Datasets" / config.data_set
+    check_root(config.data_set, config.root_path)
+    runs = plan(config, data_set_name(config))
+    if config.action == "list":
+        show(config, runs)
+    elif config.action == "run":
+        run(config, runs)
+    else:
+        compare(config, runs)
+
+
+def data_set_name(config: Config) -> str:
+    """Return the data set's name as run folders carry it."""
+    if config.data_set != "own":
+        return config.data_set
+    return str(json.loads((config.root_path / "dataset.json").read_text(encoding="utf-8"))["name"])
+
+
+def test_flags(config: Config, run: Run) -> list[str]:
+    """Return a run's test's flags."""
+    where = ["--root_path", config.root_path, "--models_path", config.models_path, "--exp", run.exp]
+    return [*map(str, where), "--labelnum", str(run.labelnum), *shlex.split(config.test_flags)]
+
+
+def results_of(config: Config, runs: list[Run]) -> tuple[str, str]:
+    """Return the name of the tests' folders and the volumes' name, by the test script's header."""
+    header = load_script(CODE / SCRIPTS[config.data_set][1]).Config
+    given = parse(header, test_flags(config, runs[0]))
+    if given.stage != "self_train":
+        raise UserError("--test_flags must not choose another --stage: the table is of self-training.")
+    split = getattr(given, "split", "test")
+    return results_name("self_train", split, given), split
+
+
+def show(config: Config, runs: list[Run]) -> None:
+    """Print each run's state and what is left."""
+    results, _ = results_of(config, runs)
+    total, is_known = 0.0, True
+    for run in runs:
+        state = state_of(run, config.data_set, results)
+        left = seconds_left(run, state, runs)
+        total, is_known = total + (left or 0.0), is_known and left is not None
+        time = "" if is_finished(run, state) else ", time unknown" if left is None else f", {duration(left)} left"
+        LOGGER.info("%-60s %s%s", run.title, state.text, time)
+    LOGGER.info("left: %s%s of training", "" if is_known else "at least ", duration(total))
+
+
+def duration(seconds: float) -> str:
+    """Return a time as hours and minutes."""
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
+def run(config: Config, runs: list[Run]) -> None:
+    """Do what is missing."""
+    import torch  # takes a second, which a wrong flag need not wait for
+
+    from sdcl.runs.launch import Launcher
+
+    if config.slots < 0:
+        raise UserError(f"--slots is {config.slots}: it must not be negative.")
+    results, _ = results_of(config, runs)
+    gpus = torch.cuda.device_count()
+    launcher = Launcher(
+        runs, lambda run: state_of(run, config.data_set, results), config.data_set,
+        lambda run: test_flags(config, run), config.slots or max(gpus, 1), config.models_path / config.name / "logs",
+    )  # fmt: skip
+    launcher.gpus = gpus if "CUDA_VISIBLE_DEVICES" not in os.environ else 0
+    if failed := launcher.run():
+        raise UserError(
+            f"{failed} of {len(runs)} runs failed, see above: mend the cause and give the same command again."
+        )
+    LOGGER.info("nothing is missing: python code/experiments.py table, with the same flags, shows it")
+
+
+def patient_of(data_set: str) -> Callable[[str], str]:
+    """Return what maps a volume's name to its patient's: of ACDC two volumes are one patient's."""
+    if data_set != "acdc":
+        return lambda name: name
+    from dataloaders.acdc import DATA_SET
+
+    return DATA_SET.patient_of
+
+
+def compare(config: Config, runs: list[Run]) -> None:
+    """Print the table and write it."""
+    from sdcl.runs.costs import costs_of, said_of  # these take seconds, which a wrong flag need not wait for
+    from sdcl.scoring.comparison import entries_of, make_rows, write_table
+
+    results, split = results_of(config, runs)
+    tested = [r for r in runs if r.spec and state_of(r, config.data_set, results).kind == "tested"]
+    if not tested:
+        raise UserError(
+            f"no run of {config.name} is tested: python code/experiments.py run, with the same flags, first."
+        )
+    entries = entries_of(tested, results, config)
+    known = list(dict.fromkeys(name for e in entries for name in (e.method, f"{e.method}/{e.predictor}")))
+    if config.reference not in known:
+        raise UserError(f"--reference {config.reference} is no row of this table: choose of {', '.join(known)}.")
+    rows = make_rows(entries, patient_of(config.data_set), config.reference)
+    folder = config.models_path / config.name
+    print(write_table(folder, rows, said_of(config, tested, results, split), costs_of(runs)))
+    LOGGER.info("written to %s: table.csv, table.json, table.md, table.tex", folder)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,91 @@
+"""What the runs of an experiment cost, and what its table must say of them."""
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sdcl.methods import get
+from sdcl.networks import build_network
+from sdcl.runs.folder import known_task
+from sdcl.runs.matrix import Run, pace
+
+PEAK = re.compile(r"peak memory (?P<gib>[\d.]+) GiB")
+
+
+def costs_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return a row for each method and labelled count: parameters, passes, time and memory, as far as runs tell."""
+    rows = []
+    for spec, labelnum in dict.fromkeys((run.spec, run.labelnum) for run in runs if run.spec is not None):
+        mine = [run for run in runs if (run.spec, run.labelnum) == (spec, labelnum) and _is_read(run)]
+        paces = [found for run in mine if (found := pace(run.folder, "self_train")) is not None]
+        if not paces:
+            continue
+        method, config = get(spec.method), _content(mine[0].folder)["config"]
+        first = [found for run in mine if (found := pace(run.needs.folder, "pre_train")) is not None]
+        hours = statistics.median(paces) * config["self_iterations"] / 3600
+        hours += statistics.median(first) * config["pre_iterations"] / 3600 if first else 0
+        parameters = _parameters(mine[0].folder, config, method.students)
+        rows.append({
+            "method": spec.text, "labelnum": labelnum, "parameters": parameters,
+            "passes": method.passes, "seconds_an_iteration": round(statistics.median(paces), 3),
+            "hours_with_stage_1": round(hours, 3), "peak_GiB": max(map(_peak, mine)),
+        })  # fmt: skip
+    return rows
+
+
+def said_of(config: Any, tested: Sequence[Run], results: str, split: str) -> list[str]:
+    """Return the sentences above a table: volumes, selection, commits.
+
+    Args:
+        config: experiments.py's header.
+        tested: the runs that the table is of.
+        results: the name of their tests' folders.
+        split: the volumes' name.
+    """
+    summaries = [json.loads((r.folder / "test" / results / "summary.json").read_text("utf-8")) for r in tested]
+    selected = sorted({str(one["selected_on"]) for one in summaries})
+    lines = [f"{config.name}: {config.data_set}, the volumes of {split}, flags {config.flags or 'none'}."]
+    if config.checkpoint == "last":
+        lines.append("Last checkpoints: nothing was selected on these volumes.")
+    elif split in selected:
+        lines.append(f"Checkpoints SELECTED ON THESE VERY VOLUMES ({split}), which flatters all rows.")
+    else:
+        lines.append(f"Checkpoints selected on {' and '.join(selected)}.")
+    trained_on = sorted({name for one in summaries for name in one["trained_on"]})
+    if trained_on:
+        lines.append(f"WARNING: {len(trained_on)} of these volumes were TRAINED ON ({trained_on[0]} ...).")
+    commits = sorted({commit for run in tested for commit in _commits(run.folder)})
+    if len(commits) == 1 and not commits[0].endswith("-dirty"):
+        lines.append(f"Trained with commit {commits[0]}.")
+    else:
+        lines.append(f"WARNING: trained with code that no one commit holds: {', '.join(commits)}.")
+    return lines
+
+
+def _is_read(run: Run) -> bool:
+    return (run.folder / "config.json").is_file()
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _commits(folder: Path) -> list[str]:
+    """Return the commits that a run was begun and gone on with."""
+    content = _content(folder)
+    return [str(one.get("commit")) for one in (content["environment"], *content.get("resumed", ()))]
+
+
+def _parameters(folder: Path, config: dict[str, Any], students: Sequence[str]) -> int:
+    classes = len((known_task(folder) or {}).get("class_names", ("foreground",))) + 1
+    networks = [build_network(config[role], classes) for role in students]
+    return sum(p.numel() for network in networks for p in network.parameters())
+
+
+def _peak(run: Run) -> float:
+    """Return the largest peak memory that self-training's log tells of, in GiB; 0 without one."""
+    text = (run.folder / "self_train" / "log.txt").read_text(encoding="utf-8", errors="replace")
+    return max((float(match["gib"]) for match in PEAK.finditer(text)), default=0.0)

@@ -1,0 +1,169 @@
+"""Does what is missing of an experiment's runs: so many processes at a time, each a script of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from sdcl.runs.folder import LOGGER
+from sdcl.runs.matrix import CODE, SCRIPTS, Run, State, is_claimed, is_finished
+
+POLL_SECONDS = 0.2
+ELSEWHERE_SECONDS = 10.0  # between looks at a run that another process has
+TOLD_LINES = 6  # of a run that failed
+CLAIMED = "another process writes into"  # what a script says that came second
+
+
+@dataclass
+class Job:
+    """A run's script that is running."""
+
+    run: Run
+    is_test: bool
+    process: subprocess.Popen
+    slot: int
+    log: IO[str]
+    begin: float
+
+
+class Launcher:
+    """Runs what is missing.
+
+    Args:
+        runs: of the matrix, a stage 1 before what starts from it.
+        state: derives a run's state.
+        data_set: whose scripts they are of.
+        test_flags: of the test script, for a run.
+        slots: processes at a time.
+        gpus: how many there are; each slot has one, in turns.
+        logs: folder of what the scripts print.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        state: Callable[[Run], State],
+        data_set: str,
+        test_flags: Callable[[Run], list[str]],
+        slots: int,
+        logs: Path,
+    ):
+        self.runs, self.state, self.test_flags = list(runs), state, test_flags
+        self.scripts = [str(CODE / name) for name in SCRIPTS[data_set]]
+        self.slots, self.logs = slots, logs
+        self.gpus = 0
+        self.jobs: list[Job] = []
+        self.failed: dict[str, str] = {}
+        self.looked: dict[str, float] = {}  # when a run that is another process's was looked at
+        self.waiting = [run for run in self.runs if not is_finished(run, state(run))]
+
+    def run(self) -> int:
+        """Run until nothing is missing that can be had; return the number of runs that failed."""
+        LOGGER.info("%d of %d runs are to be done, %d at a time", len(self.waiting), len(self.runs), self.slots)
+        earlier = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while self.waiting or self.jobs:
+                self._start()
+                self._collect()
+                time.sleep(POLL_SECONDS)
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+            self._end()
+        for title, lines in self.failed.items():
+            LOGGER.warning("FAILED: %s\n%s", title, lines)
+        return len(self.failed)
+
+    def _start(self) -> None:
+        """Start what is ready, as far as there are slots."""
+        busy = {str(job.run.folder) for job in self.jobs}
+        for run in list(self.waiting):
+            free = sorted(set(range(self.slots)) - {job.slot for job in self.jobs})
+            if not free:
+                return
+            key = str(run.folder)
+            if key in busy or time.monotonic() < self.looked.get(key, 0.0):
+                continue
+            if run.needs is not None and not self._is_ready(run):
+                continue
+            state = self.state(run)
+            if is_finished(run, state):  # by another process meanwhile
+                self.waiting.remove(run)
+            elif state.kind == "broken":
+                self._fail(run, state.text)
+            elif state.kind == "running" or is_claimed(run.folder):
+                self.looked[key] = time.monotonic() + ELSEWHERE_SECONDS
+            else:
+                self._launch(run, is_test=state.kind == "trained", slot=free[0])
+                busy.add(key)
+
+    def _is_ready(self, run: Run) -> bool:
+        """Tell whether the stage 1 of a run is there; where it failed, the run has failed too."""
+        if run.needs.title in self.failed:
+            self._fail(run, f"its {run.needs.title} failed")
+            return False
+        waits = any(one.folder == run.needs.folder for one in self.waiting)
+        return not waits and not any(job.run.folder == run.needs.folder for job in self.jobs)
+
+    def _fail(self, run: Run, why: str) -> None:
+        self.failed[run.title] = why
+        if run in self.waiting:
+            self.waiting.remove(run)
+
+    def _launch(self, run: Run, is_test: bool, slot: int) -> None:
+        flags = self.test_flags(run) if is_test else list(run.flags)
+        command = [sys.executable, self.scripts[is_test], *flags]
+        threads = max(1, (os.cpu_count() or 1) // self.slots)
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.gpus)
+        self.logs.mkdir(parents=True, exist_ok=True)
+        path = self.logs / f"{run.folder.name}.log"
+        log = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in _collect()
+        log.write(f"$ {' '.join(command)}\n")
+        log.flush()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        self.jobs.append(Job(run, is_test, process, slot, log, time.monotonic()))
+        LOGGER.info("%s: %s, in %s", run.title, "testing" if is_test else "training", path)
+
+    def _collect(self) -> None:
+        """Look after the scripts that have ended."""
+        for job in [job for job in self.jobs if job.process.poll() is not None]:
+            self.jobs.remove(job)
+            job.log.close()
+            run, status = job.run, job.process.returncode
+            told = _last_lines(Path(job.log.name))
+            what = "testing" if job.is_test else "training"
+            if status == 0:
+                LOGGER.info("%s: %s done in %.0f s", run.title, what, time.monotonic() - job.begin)
+                if is_finished(run, self.state(run)):
+                    self.waiting.remove(run)
+                elif job.is_test:
+                    self._fail(run, f"its test ended without results\n{told}")
+            elif CLAIMED in told:
+                self.looked[str(run.folder)] = time.monotonic() + ELSEWHERE_SECONDS
+            else:
+                LOGGER.warning("%s: %s ended with status %d", run.title, what, status)
+                self._fail(run, f"{what} ended with status {status}:\n{told}")
+
+    def _end(self) -> None:
+        """Ask what still runs to save and stop, and wait for it."""
+        for job in self.jobs:
+            job.process.terminate()
+        for job in self.jobs:
+            job.process.wait()
+            job.log.close()
+
+
+def _stop(number: int, _: object) -> None:
+    sys.exit(128 + number)
+
+
+def _last_lines(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+    return "\n".join(f"    {line}" for line in lines[-TOLD_LINES:])

@@ -1,0 +1,278 @@
+"""The runs of an experiment and what their folders say of them: methods, labelled counts and seeds, each a training."""
+
+import csv
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from sdcl.runs.atomic import LOCK
+from sdcl.runs.config import as_dict, method_names, parse
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import differing_fields, read_config, run_folder
+
+CODE = Path(__file__).resolve().parents[2]
+SCRIPTS = {  # a data set to its scripts, below code/
+    "acdc": ("ACDC_train.py", "test_ACDC.py"),
+    "la": ("LA_train.py", "test_LA.py"),
+    "pancreas": ("pancreas/Pancreas_train.py", "pancreas/test_Pancreas.py"),
+    "own": ("own_train.py", "test_own.py"),
+}
+OF_STAGE_ONE = ("student_a", "student_b")  # what changes stage 1 must agree in to be shared
+OWN = ("method", "exp", "labelnum", "seed", "root_path", "models_path", "pretrained")  # fields that the matrix gives
+PACE = re.compile(r" (?P<stage>pre_train|self_train)(?: \d+)?: .*?(?P<seconds>[\d.]+) s an iteration")
+Kind = Literal["absent", "running", "begun", "broken", "trained", "tested"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A row of the matrix: a method, with changes to its settings.
+
+    Attributes:
+        text: as in the header, such as "sdcl:kl_weight=0".
+        method: its method.
+        changes: further flags, by field.
+    """
+
+    text: str
+    method: str
+    changes: tuple[tuple[str, str], ...]
+
+    @property
+    def slug(self) -> str:
+        """Its text as a folder's name has it."""
+        return re.sub(r"[^\w.]+", "-", self.text)
+
+    @property
+    def flags(self) -> list[str]:
+        """Its flags for a training script."""
+        changes = [word for name, value in self.changes for word in (f"--{name}", *value.split())]
+        return ["--method", self.method, *changes]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the matrix; without a spec a stage 1 that several share.
+
+    Attributes:
+        spec: what it trains; None: stage 1 alone.
+        labelnum: labelled cases.
+        seed: its seed.
+        exp: its --exp.
+        folder: its folder.
+        flags: of the training script.
+        needs: the stage 1 that it starts from.
+    """
+
+    spec: Spec | None
+    labelnum: int
+    seed: int
+    exp: str
+    folder: Path
+    flags: tuple[str, ...]
+    needs: "Run | None" = None
+
+    @property
+    def title(self) -> str:
+        """What lists call it."""
+        return f"{self.spec.text if self.spec else 'stage 1'}, {self.labelnum} labelled, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run's files say.
+
+    Attributes:
+        kind: "absent"; "running": another process holds it; "begun"; "broken"; "trained"; "tested".
+        text: the same for a list.
+        left: iterations that are left, by stage.
+    """
+
+    kind: Kind
+    text: str
+    left: dict[str, int]
+
+
+def read_spec(text: str) -> Spec:
+    """Read "method" or "method:field=value,field=value".
+
+    Raises:
+        UserError: says how to write it.
+    """
+    method, _, rest = text.partition(":")
+    if method not in method_names():
+        raise UserError(f"--methods {text}: {method or 'nothing'} is no method: choose of {', '.join(method_names())}.")
+    changes = {}
+    for part in filter(None, rest.split(",")):
+        name, is_there, value = part.partition("=")
+        if not is_there or not value or name in OWN:
+            raise UserError(f"--methods {text}: write {method}:field=value, of another field than {', '.join(OWN)}.")
+        changes[name.strip()] = value.strip()
+    return Spec(text, method, tuple(changes.items()))
+
+
+def plan(config: Any, data_set: str) -> list[Run]:
+    """List the runs of a header's matrix, each stage 1 before those that start from it.
+
+    Args:
+        config: experiments.py's header.
+        data_set: the data set's name, as run folders carry it.
+
+    Raises:
+        UserError: a method or flag that the training script does not know, or one row twice.
+    """
+    specs = [read_spec(text) for text in config.methods]
+    for name, values in (
+        ("methods", [s.slug for s in specs]),
+        ("labelnums", config.labelnums),
+        ("seeds", config.seeds),
+    ):
+        if len(set(values)) < len(values) or not values:
+            raise UserError(f"--{name} names {'one thing twice' if values else 'nothing'}: give each once.")
+    runs: dict[str, Run] = {}
+
+    def add(spec: Spec | None, labelnum: int, seed: int, exp: str, more: Sequence[str], needs: Run | None) -> Run:
+        where = ["--root_path", str(config.root_path), "--models_path", str(config.models_path)]
+        flags = [
+            *where,
+            "--exp",
+            exp,
+            "--labelnum",
+            str(labelnum),
+            "--seed",
+            str(seed),
+            *shlex.split(config.flags),
+            *more,
+        ]
+        if needs is not None:
+            flags += ["--pretrained", str(needs.folder)]
+        folder = run_folder(config.models_path, data_set, exp, labelnum)
+        return runs.setdefault(str(folder), Run(spec, labelnum, seed, exp, folder, tuple(flags), needs))
+
+    for labelnum in config.labelnums:
+        for seed in config.seeds:
+            for spec in specs:
+                shared = {name: value for name, value in spec.changes if name in OF_STAGE_ONE}
+                of_its_own = "".join(f"-{name}-{value}" for name, value in shared.items())
+                more = [word for name, value in shared.items() for word in (f"--{name}", value)]
+                begin = f"{config.name}_stage1{of_its_own}_s{seed}"
+                first = add(None, labelnum, seed, begin, [*more, "--self_iterations", "0"], None)
+                add(spec, labelnum, seed, f"{config.name}_{spec.slug}_s{seed}", spec.flags, first)
+    for run in runs.values():
+        expected(run, config.data_set)
+    return list(runs.values())
+
+
+def load_script(path: Path) -> ModuleType:
+    """Import a script for its header."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def expected(run: Run, data_set: str) -> dict[str, Any]:
+    """Return the configuration that a run's flags ask for.
+
+    Raises:
+        UserError: the training script refuses them.
+    """
+    path = CODE / SCRIPTS[data_set][0]
+    return as_dict(parse(load_script(path).Config, list(run.flags)))
+
+
+def state_of(run: Run, data_set: str, results: str) -> State:
+    """Derive a run's state from its files.
+
+    Args:
+        run: which.
+        data_set: whose scripts it is of.
+        results: the name of its test's folder; not asked of a stage 1.
+    """
+    config = expected(run, data_set)
+    stages = {"pre_train": config["pre_iterations"]} if run.spec is None else {"self_train": config["self_iterations"]}
+    if not (run.folder / "config.json").exists():
+        return State("absent", "absent", stages)
+    try:
+        kept = read_config(run.folder)
+    except UserError as error:
+        return State("broken", f"broken: {error}", stages)
+    # Own data fill in what is None; the folder of stage 1 may have moved together with the run.
+    wanted = {name: value for name, value in config.items() if value is not None or kept.get(name) is None}
+    wanted.pop("pretrained", None)
+    if differing := differing_fields({k: v for k, v in kept.items() if k in wanted}, wanted):
+        return State("broken", f"broken: another configuration ({differing})", stages)
+    (stage, planned), folder = next(iter(stages.items())), run.folder / next(iter(stages))
+    done = iterations(folder)
+    left = {stage: max(planned - done, 0)}
+    if is_claimed(run.folder):
+        return State("running", f"running: {stage} at {done} of {planned}", left)
+    if wrong := sorted(folder.glob("nonfinite_*.pth")):
+        return State("broken", f"broken: {wrong[0].name} in {stage}", left)
+    last = folder / "last.pth"
+    # Rows come to the disk before the checkpoint: where this is the older one, a kill came between.
+    is_saved = last.exists() and last.stat().st_mtime_ns >= (folder / "metrics.csv").stat().st_mtime_ns
+    if done < planned or not is_saved:
+        return State("begun", f"{stage} at {done} of {planned}", left)
+    summary = run.folder / "test" / results / "summary.json"
+    if run.spec is not None and summary.exists() and summary.stat().st_mtime_ns >= last.stat().st_mtime_ns:
+        return State("tested", "tested", {})
+    return State("trained", "trained", {})
+
+
+def is_finished(run: Run, state: State) -> bool:
+    """Tell whether nothing of a run is missing."""
+    return state.kind == ("trained" if run.spec is None else "tested")
+
+
+def is_claimed(folder: Path) -> bool:
+    """Tell whether another process trains in a run's folder."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+def iterations(folder: Path) -> int:
+    """Return the last iteration that a stage's metrics.csv tells of; 0 without one."""
+    try:
+        with open(folder / "metrics.csv", encoding="utf-8", errors="replace", newline="") as file:
+            numbers = [row.get("iteration") or "" for row in csv.DictReader(file)]
+    except OSError:
+        return 0
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
+def pace(folder: Path, stage: str) -> float | None:
+    """Return the seconds an iteration that a stage's log.txt tells last; None without one."""
+    try:
+        text = (folder / stage / "log.txt").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = [match["seconds"] for match in PACE.finditer(text) if match["stage"] == stage]
+    return float(found[-1]) if found else None
+
+
+def seconds_left(run: Run, state: State, runs: Sequence[Run]) -> float | None:
+    """Return the time that a run still needs: its pace, or that of its row's others, times what is left."""
+    total = 0.0
+    for stage, left in state.left.items():
+        alike = [one for one in runs if (one.spec and one.spec.text) == (run.spec and run.spec.text)]
+        paces = [found for one in [run, *alike] if (found := pace(one.folder, stage)) is not None]
+        if left and not paces:
+            return None
+        total += left * paces[0] if left else 0.0
+    return total

@@ -1,0 +1,262 @@
+"""The matrix of an experiment: its runs, their states by their files, doing what is missing, its table by hand."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+from scipy import stats
+
+from sdcl import checkpoints
+from sdcl.runs import matrix
+from sdcl.runs.atomic import claimed
+from sdcl.runs.errors import UserError
+from sdcl.scoring.comparison import Entry, make_rows, read_cases, write_table
+
+TINY = (
+    "--select last --patch_size 32 32 --batch_size 2 --pre_iterations 2 --self_iterations 3 --device cpu "
+    "--pre_val_every 0 --self_val_every 0 --log_every 1 --save_every 1"
+)
+METHODS = ("supervised", "sdcl", "sdcl:kl_weight=0,mse_weight=0.1")
+ON_CPU = "--device cpu --split val"
+
+
+def header(models, root, **changes):
+    given = {
+        "name": "m", "data_set": "acdc", "root_path": root, "models_path": models, "methods": METHODS,
+        "labelnums": (2,), "seeds": (1, 2), "flags": TINY, "test_flags": ON_CPU, "checkpoint": "last",
+        "predictors": "answer", "reference": "sdcl", "slots": 0,
+    }  # fmt: skip
+    return SimpleNamespace(**(given | changes))
+
+
+def start(action, models, root, *more):
+    command = [sys.executable, str(ROOT / "code" / "experiments.py"), action, "--name", "m", "--root_path", str(root)]
+    command += ["--models_path", str(models), "--methods", *METHODS, "--labelnums", "2", "--seeds", "1", "2"]
+    command += [f"--flags={TINY}", f"--test_flags={ON_CPU}", *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def call(*arguments, status=0):
+    process = start(*arguments)
+    said, _ = process.communicate(timeout=500)
+    assert process.returncode == status, said
+    return said
+
+
+def test_one_stage_1_serves_all_methods_of_a_seed(acdc_phantom, tmp_path):
+    runs = matrix.plan(header(tmp_path, acdc_phantom), "acdc")
+    assert [run.title for run in runs[:4]] == [
+        "stage 1, 2 labelled, seed 1", "supervised, 2 labelled, seed 1", "sdcl, 2 labelled, seed 1",
+        "sdcl:kl_weight=0,mse_weight=0.1, 2 labelled, seed 1",
+    ]  # fmt: skip
+    assert len(runs) == 8 and {run.needs for run in runs[1:4]} == {runs[0]}
+    assert runs[3].folder == tmp_path / "acdc_m_sdcl-kl_weight-0-mse_weight-0.1_s1_2_labeled"
+    alike = matrix.plan(header(tmp_path, acdc_phantom, methods=("sdcl", "sdcl:student_b=unet")), "acdc")
+    assert len({run.needs.folder for run in alike if run.needs}) == 4  # another architecture has a stage 1 of its own
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("sdlc",)}, "--methods sdlc: sdlc is no method: choose of bcp, cps"),
+        ({"methods": ("sdcl:kl_weight",)}, "--methods sdcl:kl_weight: write sdcl:field=value"),
+        ({"methods": ("sdcl:seed=3",)}, "--methods sdcl:seed=3: write sdcl:field=value, of another field than method"),
+        ({"methods": ("sdcl:kl_wait=1",)}, "unknown argument --kl_wait: did you mean --kl_weight"),
+        ({"methods": ("bcp", "bcp")}, "--methods names one thing twice"),
+        ({"seeds": ()}, "--seeds names nothing"),
+        ({"flags": "--patch_size 30 30"}, "--patch_size is 30 30: every side must be a multiple of 16"),
+    ],
+)
+def test_what_no_matrix_can_be_made_of_is_refused(changes, message, acdc_phantom, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        matrix.plan(header(tmp_path, acdc_phantom, **changes), "acdc")
+
+
+@pytest.fixture(scope="module")
+def whole(acdc_phantom, scratch):
+    """A matrix that nothing interrupts."""
+    assert "stage 1, 2 labelled, seed 2                                  absent, time unknown" in call(
+        "list", scratch, acdc_phantom
+    )
+    said = call("run", scratch, acdc_phantom, "--slots", "2")
+    assert "8 of 8 runs are to be done, 2 at a time" in said and "nothing is missing" in said
+    return scratch
+
+
+def test_given_again_nothing_is_done(whole, acdc_phantom):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert "0 of 8 runs are to be done" in call("run", whole, acdc_phantom)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    listed = call("list", whole, acdc_phantom)
+    assert listed.count(" tested") == 6 and listed.count(" trained") == 2 and "left: 0 h 00 min of training" in listed
+
+
+def weights_of(folder):
+    networks = checkpoints.load(folder / "self_train" / "last.pth")["networks"]
+    return {f"{role} {name}": value for role, state in networks.items() for name, value in state.items()}
+
+
+def test_a_matrix_that_is_killed_ends_the_same(whole, acdc_phantom, tmp_path):
+    """Its scripts go on for a while without it: their locks keep them and the next launcher's apart."""
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = start("run", tmp_path, acdc_phantom)
+        time.sleep(9)
+        (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+        process.communicate(timeout=100)
+        assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGTERM)
+    assert "nothing is missing" in call("run", tmp_path, acdc_phantom, "--slots", "2")
+    for run in whole.glob("acdc_m_s*_labeled"):
+        if "stage1" not in run.name:
+            ours, theirs = weights_of(tmp_path / run.name), weights_of(run)
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), run.name
+            cases = [
+                (folder / run.name / "test" / "self_train_val" / "cases.csv").read_bytes()
+                for folder in (tmp_path, whole)
+            ]
+            assert cases[0] == cases[1]
+
+
+def test_a_run_that_fails_holds_back_no_other(whole, acdc_phantom, tmp_path):
+    """One run's folder is spoilt, another is claimed by a process that lives on."""
+    models = tmp_path / "models"
+    shutil.copytree(whole, models)
+    (models / "acdc_m_sdcl_s1_2_labeled" / "config.json").write_text("{")
+    shutil.rmtree(models / "acdc_m_supervised_s2_2_labeled")
+    said = call("run", models, acdc_phantom, status=1)
+    assert "FAILED: sdcl, 2 labelled, seed 1" in said and "cannot be read: restore it from a copy" in said
+    assert "error: 1 of 8 runs failed" in said
+    listed = call("list", models, acdc_phantom)
+    assert (
+        listed.count(" tested") == 5 and "sdcl, 2 labelled, seed 1                                     broken" in listed
+    )
+    runs = {run.title: run for run in matrix.plan(header(models, acdc_phantom), "acdc")}
+    run = runs["supervised, 2 labelled, seed 1"]
+    with claimed(run.folder):
+        assert matrix.state_of(run, "acdc", "self_train_val").kind == "running"
+    (run.folder / "self_train" / "nonfinite_2.pth").touch()
+    assert matrix.state_of(run, "acdc", "self_train_val").kind == "broken"
+    other = header(models, acdc_phantom, flags=TINY.replace("--self_iterations 3", "--self_iterations 4"))
+    changed = {run.title: run for run in matrix.plan(other, "acdc")}["supervised, 2 labelled, seed 2"]
+    assert (
+        "another configuration (self_iterations 3 there, 4 now)"
+        in matrix.state_of(changed, "acdc", "self_train_val").text
+    )
+
+
+def test_the_table_says_what_the_cases_say(whole, acdc_phantom):
+    """Recomputed by hand from cases.csv: patients' means over volumes and seeds, intervals, differences."""
+    said = call("table", whole, acdc_phantom)
+    rows = json.loads((whole / "m" / "table.json").read_text())
+    (row,) = [r for r in rows if (r["method"], r["structure"], r["metric"]) == (METHODS[2], "mean", "dice")]
+    (base,) = [r for r in rows if (r["method"], r["structure"], r["metric"]) == ("sdcl", "mean", "dice")]
+
+    def by_hand(slug):
+        values = {}
+        for seed in (1, 2):
+            path = whole / f"acdc_m_{slug}_s{seed}_2_labeled" / "test" / "self_train_val" / "cases.csv"
+            cases = {}
+            with open(path, newline="") as file:
+                for line in csv.DictReader(file):
+                    if line["predictor"].startswith("mean, ") and "last" in line["predictor"]:
+                        cases.setdefault(line["case"], []).append(float(line["dice"]))
+            for case, dice in cases.items():
+                values.setdefault(case.split("_")[0], []).append(np.mean(dice))
+        return np.array([np.mean(each) for each in values.values()])
+
+    ours, theirs = by_hand("sdcl-kl_weight-0-mse_weight-0.1"), by_hand("sdcl")
+    assert row["mean"] == pytest.approx(ours.mean(), abs=1e-6) and base["mean"] == pytest.approx(
+        theirs.mean(), abs=1e-6
+    )
+    assert row["patients"] == len(ours) == 1 and row["low"] is None  # one validation patient: no interval
+    assert row["difference"] == pytest.approx((ours - theirs).mean(), abs=1e-6)
+    assert (row["seeds_done"], row["seeds_planned"], row["reference"], base["reference"]) == (2, 2, "sdcl", "")
+    assert "Last checkpoints: nothing was selected on these volumes." in said and "What a run costs" in said
+    for name in ("table.csv", "table.md", "table.tex"):
+        assert (whole / "m" / name).read_text(encoding="utf-8")
+    with pytest.raises(AssertionError, match="--reference cps is no row of this table: choose of supervised"):
+        call("table", whole, acdc_phantom, "--reference", "cps")
+
+
+# --- tables by hand ---
+
+
+def entry(method, values, planned=(1, 2), empty=0):
+    """values: seed to case to Dice of one structure."""
+    scores = {seed: {("dice", "x"): cases} for seed, cases in values.items()}
+    return Entry(method, 7, "mean", scores, {seed: {"x": empty} for seed in values}, planned)
+
+
+def patient(case):
+    return case.split("_")[0]
+
+
+def test_the_unit_is_the_patient():
+    """Two volumes of p1 and one of p2, two seeds: p1 0.25, p2 0.75; the seeds' means 0.4 and 0.6."""
+    row = make_rows(
+        [entry("a", {1: {"p1_a": 0.1, "p1_b": 0.3, "p2_a": 0.6}, 2: {"p1_a": 0.2, "p1_b": 0.4, "p2_a": 0.9}})],
+        patient,
+        "b",
+    )[0]
+    assert row.patients == 2 and row.mean == pytest.approx(0.5)
+    half = stats.t.ppf(0.975, 1) * 0.25
+    assert (row.low, row.high) == pytest.approx((0.5 - half, 0.5 + half))
+    assert row.seed_sd == pytest.approx(np.std([0.4, 0.6], ddof=1)) and (row.seed_low, row.seed_high) == pytest.approx(
+        (0.4, 0.6)
+    )
+    assert math.isnan(row.difference)
+
+
+def test_a_row_with_missing_seeds_is_no_number(tmp_path):
+    cases = {f"p{k}": 0.5 + 0.01 * k for k in range(6)}
+    better = {name: value + 0.1 + 0.001 * i for i, (name, value) in enumerate(cases.items())}
+    whole = entry("best", {1: better, 2: better}, empty=1)
+    rows = make_rows([entry("base", {1: cases, 2: cases}), entry("half", {1: better}), whole], patient, "base")
+    half, best = rows[1:]
+    assert math.isnan(half.mean) and half.missing == "2" and half.seeds_done == 1 and math.isnan(half.p_holm)
+    assert best.p_permutation == best.p_wilcoxon == best.p_holm == 2 / 2**6 and best.empty == 2
+    text = write_table(tmp_path, rows, ["head"], [])
+    assert "1 of 2 (missing: 2)" in text
+    marked = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| half | mean | 1 of 2 (missing: 2) | – |" in marked
+    assert re.search(r"\| best \| mean \| 2 of 2 \| \*\*0\.62", marked)  # bold: Holm's p below 0.05, nothing missing
+    assert r"\textbf{0.62" in (tmp_path / "table.tex").read_text(encoding="utf-8")
+
+
+def test_best_and_last_are_found_where_one_row_says_both(tmp_path):
+    lines = ["method,predictor,case,structure,dice,jaccard,hd95,asd,hd95_mm,asd_mm,empty"]
+    for predictor, dice in (
+        ("mean, best on val (5)", 0.7),
+        ("mean, last (9)", 0.6),
+        ("student_a, best on val and last (9)", 0.5),
+    ):
+        lines += [f'sdcl,"{predictor}",c1,{s},{dice + more},0,1,1,,,{s == "y"}' for s, more in (("x", 0.1), ("y", 0.0))]
+    path = Path(tmp_path, "cases.csv")
+    path.write_text("\n".join(lines) + "\n")
+    for name, kind, dice in (
+        ("mean", "best", 0.7),
+        ("mean", "last", 0.6),
+        ("student_a", "best", 0.5),
+        ("student_a", "last", 0.5),
+    ):
+        scores, empty = read_cases(path, name, kind)
+        assert scores["dice", "x"]["c1"] == pytest.approx(dice + 0.1) and scores["dice", "mean"]["c1"] == pytest.approx(
+            dice + 0.05
+        )
+        assert math.isnan(scores["hd95_mm", "mean"]["c1"]) and empty == {"x": 0, "y": 1, "mean": 1}
+    assert read_cases(path, "teacher", "last") is None
