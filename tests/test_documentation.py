@@ -58,9 +58,8 @@ def test_commands_name_scripts_and_flags_that_are_there(page, line):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    given = [word for flag in flags for word in flag.split("=", 1)]
-    given = ["sdcl" if word == "entropy" and page == "methods.md" else word for word in given]  # which that page writes
-    needed = needed_flags(module.Config, given)
+    given = ["sdcl" if word == "entropy" and page == "methods.md" else word for word in flags]  # which that page writes
+    needed = needed_flags(module.Config, [word.split("=")[0] for word in given])
     parse(module.Config, [*given, *needed])
 
 
@@ -71,14 +70,14 @@ def needed_flags(header, given):
     return [
         word
         for field in fields(header)
-        if field.default is MISSING and f"--{field.name}" not in given
+        if field.default is MISSING and f"--{field.name}" not in given and field.name != "action"
         for word in (f"--{field.name}", {"normalise": "zscore", "dataset": "la"}.get(field.name, "placeholder"))
     ]
 
 
 # --- every command runs ---
 
-PAGES_RUN = ("own_data", "training", "testing", "predicting", "methods", "data")
+PAGES_RUN = ("experiments", "own_data", "training", "testing", "predicting", "methods", "data")
 NOT_TO_COPY = shutil.ignore_patterns("data", "__pycache__", "*.egg-info")
 SMALL = {  # in the scripts' headers, edited as a user would
     r"(pre|self)_iterations: int = [\d_]+": r"\1_iterations: int = 1",
