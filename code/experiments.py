@@ -27,10 +27,11 @@ class Config:
     """Train what is missing of a matrix, say how far it is, and print its table with intervals and tests.
 
     list: each run's state and the time it still needs. run: what is missing and nothing else; given again it goes on,
-    and several of them at once share the work. table: docs/statistics.md says what its columns are.
+    and several of them at once share the work. slurm: submits an array of jobs that do so. table: its columns are
+    explained in docs/statistics.md.
     """
 
-    action: Positional[Literal["list", "run", "table"]]  # what to do
+    action: Positional[Literal["list", "run", "slurm", "table"]]  # what to do
 
     # --- the matrix ---
     name: str = "matrix"  # of the experiment: begins each run's --exp
@@ -50,11 +51,22 @@ class Config:
 
     # --- machine ---
     slots: int = 0  # runs at a time; 0: one a GPU, or one where there is none
+    wait: bool = True  # for runs that another process has; --no-wait leaves them to it
+
+    # --- SLURM ---
+    jobs: int = 4  # of the array, which share the work
+    sbatch: str = "--time=24:00:00"  # further flags of sbatch: --sbatch="--time=24:00:00 --gpus=1"
+    repeats: int = 3  # arrays that follow, each when the one before has ended, however it ended
+    signal_minutes: int = 5  # before a job's time is up its runs are asked to save and stop
+    dry_run: bool = False  # print the batch script, submit nothing
 
 
 def main(config: Config) -> None:
     """List, run or compare."""
     start_logging()
+    for name, least in (("slots", 0), ("jobs", 1), ("repeats", 0), ("signal_minutes", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name} is {getattr(config, name)}: it must be at least {least}.")
     config.root_path = config.root_path or ROOT / "Datasets" / config.data_set
     check_root(config.data_set, config.root_path)
     runs = plan(config, data_set_name(config))
@@ -62,6 +74,11 @@ def main(config: Config) -> None:
         show(config, runs)
     elif config.action == "run":
         run(config, runs)
+    elif config.action == "slurm":
+        from sdcl.runs.slurm import submit
+
+        results_of(config, runs)  # for its refusals
+        submit(config, Path(__file__).resolve(), config.dry_run)
     else:
         compare(config, runs)
 
@@ -113,19 +130,21 @@ def run(config: Config, runs: list[Run]) -> None:
 
     from sdcl.runs.launch import Launcher
 
-    if config.slots < 0:
-        raise UserError(f"--slots is {config.slots}: it must not be negative.")
     results, _ = results_of(config, runs)
     gpus = torch.cuda.device_count()
     launcher = Launcher(
         runs, lambda run: state_of(run, config.data_set, results), config.data_set,
         lambda run: test_flags(config, run), config.slots or max(gpus, 1), config.models_path / config.name / "logs",
     )  # fmt: skip
+    launcher.waits = config.wait
     launcher.gpus = gpus if "CUDA_VISIBLE_DEVICES" not in os.environ else 0
     if failed := launcher.run():
         raise UserError(
             f"{failed} of {len(runs)} runs failed, see above: mend the cause and give the same command again."
         )
+    if launcher.waiting:
+        LOGGER.info("%d runs are left to other processes", len(launcher.waiting))
+        return
     LOGGER.info("nothing is missing: python code/experiments.py table, with the same flags, shows it")
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
 
-from sdcl.runs.config import run_script
+from sdcl.runs.config import processes, run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import known_runs, read_config
 
@@ -60,6 +60,8 @@ def main(config: Config) -> None:
             f"--run {config.run} is no run's folder, its config.json does not exist ({known_runs(config.run.parent)}): "
             "give one of these."
         )
+    if processes() > 1:
+        raise UserError("predict.py runs in one process: start it without torchrun or further tasks of srun.")
     read_config(config.run)
     if not config.input.exists():
         raise UserError(f"--input {config.input} does not exist: check the path.")

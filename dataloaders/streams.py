@@ -1,6 +1,7 @@
 """The four streams of the published order: two readers of each list, one forwards and one backwards."""
 
 import signal
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,9 @@ class Streams:
         if unlabelled is not None:
             self._sets["u"] = (unlabelled, order.unlabelled_repeat)
         self._batch_size, self._shuffle, self._workers = order.batch_size, order.shuffle, order.workers
+        # Of processes that share the batch this one's places; asked here, since those that prepare know of no ranks.
+        share = order.batch_size // ranks.count()
+        self._mine = slice(ranks.rank() * share, (ranks.rank() + 1) * share)
         self._is_pinned = order.device not in ("cpu", "mps", "xpu") and torch.cuda.is_available()
         self._seed = (order.seed, stage or ("pre_train" if unlabelled is None else "self_train"))
         lengths = [len(cases) * repeat // order.batch_size for cases, repeat in self._sets.values()]
@@ -137,7 +141,7 @@ class Streams:
 
     def _from_processes(self, start: int, stop: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield what batches() yields, from processes: several threads would wait for each other's interpreter."""
-        has_fork = "fork" in torch.multiprocessing.get_all_start_methods()  # what is decoded is then shared, not copied
+        has_fork = sys.platform.startswith("linux")  # what is decoded is then shared, not copied
         loader = DataLoader(
             _Prepared(self), batch_size=None, sampler=range(start, stop), num_workers=self._workers,
             prefetch_factor=PREFETCHED, pin_memory=self._is_pinned, worker_init_fn=_leave_signals_to_the_run,
@@ -151,11 +155,9 @@ class Streams:
     def batch(self, iteration: int) -> dict[str, torch.Tensor]:
         """Prepare one iteration's batch, of several processes this one's samples of it; see batches()."""
         batch = {}
-        share = self._batch_size // ranks.count()
-        mine = slice(ranks.rank() * share, (ranks.rank() + 1) * share)
         for kind, (cases, _) in self._sets.items():
             for direction in "ab":
-                chosen = list(enumerate(self._chosen(iteration, kind, direction)))[mine]
+                chosen = list(enumerate(self._chosen(iteration, kind, direction)))[self._mine]
                 samples = [
                     cases.sample(int(index), sample_rng(*self._seed, kind + direction, iteration, place))
                     for place, index in chosen

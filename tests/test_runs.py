@@ -228,22 +228,26 @@ def test_an_operation_without_a_deterministic_kernel_is_named(monkeypatch):
     [
         ("CUDA error: device-side assert triggered\nCUDA kernel errors might be", "a check on the GPU failed, most of"),
         ("The NVIDIA driver on your system is too old (found version 1). Please, CUDA", "cannot use the GPU's driver"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error.", "a process that prepares batches ended"),
         ("[pair.cc:537] gloo Read error: Connection reset by peer.", "another process of this run ended or is out of"),
         ("NCCL error in: x.cpp:1, unhandled system error", "another process of this run ended or is out of re"),
     ],
 )
-def test_what_devices_and_other_processes_say_ends_in_a_sentence(said, told, monkeypatch):
+def test_what_devices_and_other_processes_say_ends_in_a_sentence(said, told, monkeypatch, capsys):
+    ended = []
+
     def main(config):
         raise RuntimeError(said)
 
     monkeypatch.setattr("sdcl.runs.config.parse", lambda *_: None)
-    for rank, begin in ((None, "error: "), ("2", "error in process 2: ")):
-        monkeypatch.delenv("RANK", raising=False)
-        if rank:
-            monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as error:
-            run_script(main, object)
-        assert str(error.value).startswith(begin) and told in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(SystemExit) as error:
+        run_script(main, object)
+    assert str(error.value).startswith("error: ") and told in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("os._exit", ended.append)  # at once, since the others are not waited for
+    run_script(main, object)
+    assert ended == [1] and capsys.readouterr().err == str(error.value).replace("error", "error in process 2", 1) + "\n"
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

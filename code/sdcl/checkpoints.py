@@ -77,6 +77,10 @@ def save(payload: dict[str, Any], path: Path, previous: Path | None = None) -> N
                 flush_file(temporary)
                 os.replace(path, previous)
     except (OSError, RuntimeError, DamagedError) as error:
+        if isinstance(error.__context__, SystemExit):
+            raise error.__context__ from None  # a second signal: stop at once
+        if "DataLoader worker" in f"{error} {error.__context__}":
+            raise  # of a process that prepares batches, not of the disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # PyTorch hides the disk's own
         free_mib = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
         raise UserError(

@@ -18,7 +18,7 @@ from sdcl.methods import get
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.runs.data import Stage
 from sdcl.runs.devices import compile_networks
-from sdcl.runs.distribution import agree, first, is_first, wait
+from sdcl.runs.distribution import agree, check_weights, first, is_first, part, wait
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, StopRequest
 from sdcl.runs.records import NoRecord, StageRecord
@@ -217,6 +217,7 @@ class _Loop:
                 if code:
                     LOGGER.info("%s: stopped and saved after iteration %d", self.stage, self.learners.iteration)
                     wait()  # a process that ends has torchrun end the others
+                    part()
                     sys.exit(code)
         finally:
             bar.close()
@@ -315,6 +316,7 @@ class _Loop:
         for role, network in self.learners.networks.items():
             if not all(bool(torch.isfinite(value).all()) for value in network.state_dict().values()):
                 raise self._broken(self.learners.iteration, [f"weights of {role}"])
+        check_weights(self.learners.networks.values())
 
     def _broken(self, number: int, wrong: list[str]) -> UserError:
         """Save the state for inspection and return what to tell of an iteration with values that are not finite."""

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -52,6 +53,10 @@ TOLD = (
         "(docs/installing.md), or give --device cpu.",
     ),
     (
+        ("DataLoader worker",),
+        "a process that prepares batches ended ({first}): give --workers 1, or more room in /dev/shm.",
+    ),
+    (
         ("gloo",),
         "another process of this run ended or is out of reach; what it said stands above or in its own log. "
         "The same command goes on from the last save.",
@@ -64,6 +69,11 @@ TOLD = (
 )
 
 
+def processes() -> int:
+    """Return how many processes torchrun or srun has started, by the environment."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
 def run_script(main: Callable[[Any], None], config_class: type) -> None:
     """Parse the command line into the header's dataclass and call main; a UserError ends in one sentence.
 
@@ -72,23 +82,37 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         config_class: the header; its docstring describes the script on the command line's help page.
     """
     make_output_safe()
-    rank = os.environ.get("RANK", "0")
-    who = "error" if rank == "0" else f"error in process {rank}"
     try:
         main(parse(config_class, sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"{who}: {error}")
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which may not be imported here
-            sys.exit(f"{who}: the GPU's memory is full: lower --batch_size, --patch_size or, in 3D, --window_batch.")
-        told = next((text for words, text in TOLD if all(word in str(error) for word in words)), None)
-        if told is None:
-            raise
-        sys.exit(f"{who}: {told.format(first=str(error).strip().splitlines()[0].split(', but')[0].strip(' .'))}")
-    except OSError as error:
-        sys.exit(f"{who}: {error}: check that path, its permissions and the space on its disk.")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        told = _told(error)
+        if processes() == 1:
+            if told is None:
+                raise
+            sys.exit(f"error: {told}")
+        if told is None:
+            traceback.print_exc()
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        who = "error" if rank == "0" else f"error in process {rank}"
+        print(f"{who}: {told or error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # at once: what ends a process in order would wait for the others
+
+
+def _told(error: Exception) -> str | None:
+    """Return what a user is told of an error; None of one that is no user's."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error}: check that path, its permissions and the space on its disk."
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which may not be imported here
+        return "the GPU's memory is full: lower --batch_size, --patch_size or, in 3D, --window_batch."
+    text = next((text for words, text in TOLD if all(word in str(error) for word in words)), None)
+    if text is None or not isinstance(error, RuntimeError):
+        return None
+    return text.format(first=str(error).strip().splitlines()[0].split(", but")[0].strip(" ."))
 
 
 def make_output_safe() -> None:

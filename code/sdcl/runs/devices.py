@@ -17,6 +17,15 @@ from sdcl.runs.folder import LOGGER
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of mallopt's parameters, from malloc.h
 
 
+def likely_device_type(device: str) -> str:
+    """Return the type of device that `--device` means here, before it is looked at; refuses nothing."""
+    if device not in ("auto", "cuda"):
+        return device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # select_device() tells of them
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def select_device(device: str, gpu: int) -> torch.device:
     """Return the device of `--device auto|cpu|cuda|mps|xpu` and `--gpu`; of "auto" a CUDA GPU, else the CPU.
 
@@ -44,6 +53,8 @@ def select_device(device: str, gpu: int) -> torch.device:
             LOGGER.info("NOTE: --device auto finds no GPU that PyTorch can use%s: the CPU computes.", reason)
         return torch.device("cpu")
     number = gpu + places()[2]
+    if "RANK" not in os.environ and torch.cuda.device_count() == 1:
+        number = gpu  # srun has given each task a GPU of its own
     if number >= torch.cuda.device_count():
         what = f"--gpu is {gpu}" if number == gpu else f"process {number - gpu} of this machine asks for GPU {number}"
         raise UserError(f"{what} but there are only {torch.cuda.device_count()} GPUs: count from 0.")

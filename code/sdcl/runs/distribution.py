@@ -1,19 +1,22 @@
 """One run in several processes, as torchrun starts them: who this one is, and what they decide together."""
 
-import atexit
 import os
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 from sdcl import ranks
 from sdcl.runs.errors import UserError
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)  # for the others, before a process gives up
+MEETING = timedelta(minutes=5)  # for all processes to come
+# For the others, before a process gives up: over gloo a dead one is seen at once, and a test may have one long case.
+PATIENCE = {"cpu": timedelta(days=1), "cuda": timedelta(hours=2)}
 
 
 def places() -> tuple[int, int, int]:
@@ -33,20 +36,20 @@ def places() -> tuple[int, int, int]:
         return 0, 1, 0
     if not {"MASTER_ADDR", "MASTER_PORT"} <= set(given):
         raise UserError(
-            f"srun starts {tasks} tasks, each of which would train this whole run: start torchrun once on each node "
-            "(docs/scaling.md), or set MASTER_ADDR and MASTER_PORT."
+            f"srun starts {tasks} tasks, each of which would train this whole run: set MASTER_ADDR and MASTER_PORT "
+            "(docs/scaling.md), or for runs that are not one RANK=0 and WORLD_SIZE=1."
         )
     return int(given["SLURM_PROCID"]), tasks, int(given["SLURM_LOCALID"])
 
 
 def join(device_type: str) -> None:
-    """Meet the run's other processes, if there are any; they part when the process ends.
+    """Meet the run's other processes, if there are any.
 
     Args:
         device_type: where the run computes: "cuda" exchanges over NCCL, all else over gloo.
 
     Raises:
-        UserError: they do not meet, or such a device cannot be shared by several processes.
+        UserError: they do not all come, or such a device cannot be shared by several processes.
     """
     rank, count, _ = places()
     if count == 1 or dist.is_initialized():
@@ -55,16 +58,70 @@ def join(device_type: str) -> None:
         raise UserError(f"--device {device_type} knows one process alone: start the script without torchrun.")
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, rank=rank, world_size=count, timeout=PATIENCE)
+        store, rank, count = next(iter(dist.rendezvous("env://", rank, count, timeout=MEETING)))
+        store.set(f"here {rank}", "")
+        store.wait([f"here {k}" for k in range(count)], MEETING)
+        patience = PATIENCE[device_type]
+        store.set_timeout(patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the {count} processes do not meet ({reason}): check MASTER_ADDR and MASTER_PORT.") from error
-    atexit.register(_part)
+        raise UserError(
+            f"the {count} processes do not meet ({reason}): see what the others say, and check MASTER_ADDR and "
+            "MASTER_PORT."
+        ) from error
 
 
-def _part() -> None:
-    if dist.is_initialized():
+def part() -> None:
+    """Leave the group when all of them are done; after an error nobody waits for the others."""
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_same(what: dict[str, Any]) -> None:
+    """Refuse a run whose processes were not given the same.
+
+    Args:
+        what: by name, what must be the same in all of them.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    given = collect({name: repr(value) for name, value in what.items()})
+    for name in what:
+        values = [each.get(name) for each in given]
+        if len(set(values)) > 1:
+            shown = " and ".join(sorted({str(value)[:100] for value in values}))
+            raise UserError(f"the processes of this run differ in {name} ({shown}): give all of them the same.")
+
+
+@torch.no_grad()
+def share_weights(networks: Iterable[nn.Module]) -> None:
+    """Give all processes the first one's parameters and buffers: other processors may have drawn other ones."""
+    if ranks.count() == 1:
+        return
+    for tensor in (t for network in networks for t in (*network.parameters(), *network.buffers())):
+        copy = tensor.detach().contiguous()
+        dist.broadcast(copy, src=0)
+        tensor.copy_(copy)
+
+
+def check_weights(networks: Iterable[nn.Module]) -> None:
+    """Refuse to go on where the processes' weights have come apart.
+
+    Raises:
+        UserError: they have.
+    """
+    if ranks.count() == 1:
+        return
+    total = sum(float(p.detach().double().sum()) for network in networks for p in network.parameters())
+    mine = int.from_bytes(struct.pack(">d", total), "big") >> 2  # of all bits but two, to compare as whole numbers
+    largest, smallest = agree(mine, -mine)
+    if largest != -smallest:
+        raise UserError(
+            "the weights of the run's processes have come apart, which is a fault of a machine or of this code: start "
+            "it again from its last save, with fewer machines."
+        )
 
 
 def is_first() -> bool:

@@ -15,9 +15,9 @@ from sdcl.methods import check_settings, get
 from sdcl.networks import build_network
 from sdcl.runs.atomic import claimed
 from sdcl.runs.config import as_dict, check_common, describe
-from sdcl.runs.data import Data, Stage
-from sdcl.runs.devices import computes_bf16, keep_freed_memory, place, select_device, set_arithmetic
-from sdcl.runs.distribution import check_share, first, is_first, join
+from sdcl.runs.data import Data, Stage, Training
+from sdcl.runs.devices import computes_bf16, keep_freed_memory, likely_device_type, place, select_device, set_arithmetic
+from sdcl.runs.distribution import check_same, check_share, first, is_first, join, part, share_weights
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import (
     LOGGER,
@@ -38,6 +38,8 @@ from sdcl.scoring.evaluation import STUDENTS
 from sdcl.scoring.report import test_report, validator
 from sdcl.training import make_learners, pretrain, self_train, validation_iterations
 
+OF_A_MACHINE = ("root_path", "models_path", "device", "gpu", "workers", "cache_gb", "pretrained")  # may differ in each
+
 
 def begin(config: Any, check: Callable[[], None] = lambda: None) -> torch.device:
     """Start logging, check the header, print it, and choose the device.
@@ -51,11 +53,11 @@ def begin(config: Any, check: Callable[[], None] = lambda: None) -> torch.device
     """
     start_logging()
     check_common(config)
-    check()
-    device = select_device(config.device, config.gpu)
-    join(device.type)
+    join(likely_device_type(config.device))  # first: what one of them refuses then ends all
     if not is_first():  # one of them tells
         LOGGER.setLevel(logging.ERROR)
+    check()
+    device = select_device(config.device, config.gpu)
     precision = getattr(config, "precision", "fp32")
     set_arithmetic(getattr(config, "deterministic", False), precision)
     if device.type == "cpu":
@@ -94,6 +96,8 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     folder = run_folder(config.models_path, given.task.name, config.exp, config.labelnum)
     stages: list[Stage] = ["pre_train"] * (config.pretrained is None) + ["self_train"] * bool(config.self_iterations)
     streams = {stage: given.streams(stage) for stage in stages}  # all before any training, for their refusals
+    _check_same(config, given)
+    share_weights(learners.networks.values())
     pretrained = first(lambda: _check_stages(config, folder, given.facts))
     common = {"settings": config, "validate": validator(given.validation_cases, given.task)}
     common |= {"validated_on": given.validated_on, "config": as_dict(config)}
@@ -110,6 +114,14 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
             common |= {"start_from": "last" if config.select == "last" else "best", "pretrained": config.pretrained}
             self_train(learners, streams["self_train"], folder, validate_at=validate_at(config, "self_train"), **common)
     _tell_end(config, folder)
+    part()
+
+
+def _check_same(config: Any, given: Training) -> None:
+    """Refuse processes of one run with other settings or other data than the first one's."""
+    settings = {f"--{name}": v for name, v in as_dict(config).items() if name not in OF_A_MACHINE}
+    cases = {f"{name} cases": list(names) for name, names in given.lists.items()}
+    check_same(settings | cases | {"validation cases": [c.name for c in given.validation_cases], "data": given.facts})
 
 
 def _check_processes(config: Any) -> None:
@@ -245,7 +257,7 @@ def test(config: Any, data: Data) -> None:
     names = [case.name for case in cases]
     seen = list(dict.fromkeys(one for run in weights.runs for one in trained_among(run, names)))
     said = {"split": scored.split, "selected_on": weights.selected_on, "config": used}
-    said |= {"environment": environment(device), "trained_on": seen, "protocol": config.protocol}
+    said |= {"environment": first(lambda: environment(device)), "trained_on": seen, "protocol": config.protocol}
     said |= {"method": weights.label}
     with claimed_by_first(results):
         test_report(results, predictors, cases, scored.task, said, config.save_nifti)
@@ -257,3 +269,4 @@ def test(config: Any, data: Data) -> None:
         LOGGER.info(
             "NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", scored.split
         )
+    part()

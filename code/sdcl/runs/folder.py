@@ -4,11 +4,13 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import platform
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -42,6 +44,7 @@ PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
 MAX_CONFIG_BYTES = 2**24  # of config.json, which grows by half a kilobyte at each resume
 MAX_SIDE = 2**14  # of a patch in a config.json, in pixels
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+ECHO_SECONDS = 60.0  # so long torchrun's own signal counts as the echo of one that came before
 LOGGER = logging.getLogger("sdcl")
 
 
@@ -331,6 +334,8 @@ def start_logging() -> None:
 class StopRequest:
     """Turns a signal to end into a wish to stop after this iteration; a second one stops at once.
 
+    Under torchrun a second one within a minute is taken for torchrun's echo of the first and changes nothing.
+
     SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal was closed; not under nohup, which has it ignored), and SIGUSR1 and
     SIGUSR2, which clusters send before a job's time is up.
 
@@ -339,7 +344,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.code = 0
+        self.code, self._asked_at = 0, 0.0
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -358,6 +363,8 @@ class StopRequest:
 
     def _ask(self, number: int, _: object) -> None:
         if self.code:
+            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._asked_at < ECHO_SECONDS:
+                return
             sys.exit(self.code)
-        self.code = 128 + number
+        self.code, self._asked_at = 128 + number, time.monotonic()
         LOGGER.info("asked to stop: finishing this iteration and saving (again: stop at once)")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from sdcl.runs.folder import LOGGER
+from sdcl.runs.folder import LOGGER, STOP_SIGNALS
 from sdcl.runs.matrix import CODE, SCRIPTS, Run, State, is_claimed, is_finished
 
 POLL_SECONDS = 0.2
@@ -40,7 +40,6 @@ class Launcher:
         data_set: whose scripts they are of.
         test_flags: of the test script, for a run.
         slots: processes at a time.
-        gpus: how many there are; each slot has one, in turns.
         logs: folder of what the scripts print.
     """
 
@@ -56,7 +55,8 @@ class Launcher:
         self.runs, self.state, self.test_flags = list(runs), state, test_flags
         self.scripts = [str(CODE / name) for name in SCRIPTS[data_set]]
         self.slots, self.logs = slots, logs
-        self.gpus = 0
+        self.gpus = 0  # that the slots take in turns
+        self.waits = True  # for runs that another process has
         self.jobs: list[Job] = []
         self.failed: dict[str, str] = {}
         self.looked: dict[str, float] = {}  # when a run that is another process's was looked at
@@ -65,10 +65,13 @@ class Launcher:
     def run(self) -> int:
         """Run until nothing is missing that can be had; return the number of runs that failed."""
         LOGGER.info("%d of %d runs are to be done, %d at a time", len(self.waiting), len(self.runs), self.slots)
-        earlier = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        known = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+        earlier = {number: signal.signal(number, _stop) for number in known}
         try:
             while self.waiting or self.jobs:
                 self._start()
+                if not self.waits and all(str(run.folder) in self.looked for run in self.waiting) and not self.jobs:
+                    break  # all that is left is other processes'
                 self._collect()
                 time.sleep(POLL_SECONDS)
         finally:
@@ -91,6 +94,7 @@ class Launcher:
                 continue
             if run.needs is not None and not self._is_ready(run):
                 continue
+            self.looked.pop(key, None)
             state = self.state(run)
             if is_finished(run, state):  # by another process meanwhile
                 self.waiting.remove(run)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,8 @@ from sdcl.scoring.tables import (
     shown_metrics,
     summarise,
 )
+
+LOOKS = 30  # for what other processes have scored, a second apart
 
 
 def validator(cases: Sequence[Case], task: Task) -> Callable[[Predictors], Validation] | None:
@@ -113,7 +116,11 @@ def test_report(
     wait()
     if not is_first():
         return
-    read_kept()  # what other processes scored
+    for _ in range(1 if ranks.count() == 1 else LOOKS):  # a network's disk may show them late
+        read_kept()  # what other processes scored
+        if len(rows_of) == len({case.name for case in cases}):
+            break
+        time.sleep(1)
     if missing := [case.name for case in cases if case.name not in rows_of]:
         raise UserError(
             f"{folder} lacks what other processes scored ({missing[0]}): several machines need a --models_path that "
