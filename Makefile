@@ -8,7 +8,7 @@ ARITHMETIC := $(addprefix tests/test_,networks.py losses.py steps.py arithmetic.
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 SSE41 := ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default
 
-.PHONY: demo test kernels pythons mutants faults bench lint clean
+.PHONY: demo test kernels pythons mutants slurm faults bench lint clean
 demo: .venv/.installed
 	$(RUN) code/demo.py
 
@@ -32,6 +32,10 @@ pythons:
 mutants: .venv/.installed
 	$(if $(MODULES),,$(RUN) tests/details.py)
 	OMP_NUM_THREADS=1 $(RUN) tests/mutants.py $(MODULES)
+
+# An experiment on a real SLURM that the test starts (slurmctld, slurmd, slurm-client, munge; root).
+slurm: .venv/.installed
+	$(RUN) -m pytest tests/slurm
 
 faults: .venv/.installed
 	$(RUN) tests/faults/faults.py

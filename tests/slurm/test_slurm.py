@@ -1,6 +1,7 @@
 """An experiment on a real SLURM of one node and of two: jobs requeued and killed, the table of an undisturbed run."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,9 +78,40 @@ def test_jobs_that_are_requeued_and_killed_end_in_the_same_table(nodes, undistur
     experiments(dict(os.environ), "table", models, acdc_phantom)
 
 
+def test_one_run_of_two_tasks_saves_on_slurms_signal_and_queues_itself_again(acdc_phantom, tmp_path):
+    """The script of docs/scaling.md, on two nodes without GPUs."""
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (text,) = [block for block in re.findall(r"^```\n(.*?)^```", page, re.M | re.S) if "srun python" in block]
+    flags = (
+        f"--root_path {acdc_phantom} --models_path {tmp_path / 'models'} --labelnum 2 --device cpu --save_every 1000"
+    )
+    flags += " --patch_size 32 32 --batch_size 2 --pre_iterations 60 --self_iterations 2 --log_every 1 --select last"
+    flags += " --pre_val_every 0 --self_val_every 0"
+    text = text.replace(" --gpus-per-task=1 --cpus-per-task=8", "").replace(
+        "--ntasks-per-node=2", "--ntasks-per-node=1"
+    )
+    text = text.replace("srun python code/ACDC_train.py", f"srun {sys.executable} {ROOT}/code/ACDC_train.py {flags}")
+    text = re.sub(r"MASTER_ADDR=\$\(.*\) ", "MASTER_ADDR=127.0.0.1 ", text)  # these nodes' names are no hosts'
+    script = tmp_path / "job.sh"
+    script.write_text(text.replace("OMP_NUM_THREADS=8", "OMP_NUM_THREADS=1"))
+    losses = tmp_path / "models" / "acdc_SDCL_2_labeled" / "pre_train" / "metrics.csv"
+    with cluster(tmp_path / "slurm", 2) as environment:
+        job = ask(environment, "sbatch", "--parsable", f"--output={tmp_path}/job.log", str(script)).strip()
+        wait_for(lambda: losses.exists() and len(losses.read_text().splitlines()) > 5, 120, environment)
+        ask(environment, "scancel", "--signal=USR1", job)
+        wait_for(lambda: ask(environment, "squeue", "-h", "-t", "PD", "-j", job), 120, environment)
+        time.sleep(5)  # started within the second it would be of the job before, and refused
+        ask(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")  # it waits two minutes else
+        log = tmp_path / "job.log"
+        wait_for(lambda: "done: " in log.read_text(), 300, environment)
+    said = log.read_text()
+    assert "2 processes share each batch of 2" in said and "pre_train: stopped and saved after iteration" in said
+    assert said.count("done: ") == 1 and said.count("pre_train: iterations ") == 2
+
+
 def test_what_sbatch_refuses_is_told(acdc_phantom, tmp_path):
     with (
         cluster(tmp_path / "slurm", 1) as environment,
-        pytest.raises(AssertionError, match="sbatch: .*nowhere.*: mend --sbatch"),
+        pytest.raises(AssertionError, match="error: sbatch: invalid partition specified: nowhere; .*: mend --sbatch"),
     ):
         experiments(environment, "slurm", tmp_path / "models", acdc_phantom, "--sbatch=--partition=nowhere")

@@ -89,6 +89,7 @@ def _call(*command: str) -> str:
     except FileNotFoundError:
         raise UserError(f"there is no {command[0]} here: run this on a cluster's login node, or use run.") from None
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).rstrip(".")
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        said = "; ".join(line.removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in lines).rstrip(".")
         raise UserError(f"{command[0]}: {said}: mend --sbatch, or ask your cluster's administrators.")
     return done.stdout.strip()
