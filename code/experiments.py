@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from dataloaders.roots import check_root
 from sdcl.runs.config import parse, run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, results_name, start_logging
-from sdcl.runs.matrix import CODE, SCRIPTS, Run, is_finished, load_script, plan, seconds_left, state_of
+from sdcl.runs.matrix import CODE, SCRIPTS, Run, is_finished, load_script, plan, seconds_left, state_of, words_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 class Config:
     """Train what is missing of a matrix, say how far it is, and print its table with intervals and tests.
 
-    list: each run's state and the time it still needs. run: what is missing and nothing else; given again it goes on,
-    and several of them at once share the work. slurm: submits an array of jobs that do so. table: its columns are
-    explained in docs/statistics.md.
+    What to do is one of four words. "list" shows each run's state and the time it still needs. "run" does what is missing
+    and nothing else; given again it goes on, and several of them at once share the work. "slurm" submits an array of jobs
+    that do so. "table" compares what is tested; docs/statistics.md explains its columns.
     """
 
     action: Positional[Literal["list", "run", "slurm", "table"]]  # what to do
@@ -93,7 +92,7 @@ def data_set_name(config: Config) -> str:
 def test_flags(config: Config, run: Run) -> list[str]:
     """Return a run's test's flags."""
     where = ["--root_path", config.root_path, "--models_path", config.models_path, "--exp", run.exp]
-    return [*map(str, where), "--labelnum", str(run.labelnum), *shlex.split(config.test_flags)]
+    return [*map(str, where), "--labelnum", str(run.labelnum), *words_of("test_flags", config.test_flags)]
 
 
 def results_of(config: Config, runs: list[Run]) -> tuple[str, str]:
@@ -116,11 +115,14 @@ def show(config: Config, runs: list[Run]) -> None:
         total, is_known = total + (left or 0.0), is_known and left is not None
         time = "" if is_finished(run, state) else ", time unknown" if left is None else f", {duration(left)} left"
         LOGGER.info("%-60s %s%s", run.title, state.text, time)
-    LOGGER.info("left: %s%s of training", "" if is_known else "at least ", duration(total))
+    at_least = "" if is_known else "at least " if total else "unknown, at least "
+    LOGGER.info("left: %s%s of training", at_least, duration(total))
 
 
 def duration(seconds: float) -> str:
-    """Return a time as hours and minutes."""
+    """Return a time as hours and minutes, a short one in seconds."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
@@ -160,7 +162,7 @@ def patient_of(data_set: str) -> Callable[[str], str]:
 def compare(config: Config, runs: list[Run]) -> None:
     """Print the table and write it."""
     from sdcl.runs.costs import costs_of, said_of  # these take seconds, which a wrong flag need not wait for
-    from sdcl.scoring.comparison import entries_of, make_rows, write_table
+    from sdcl.scoring.comparison import entries_of, make_rows, reference_of, write_table
 
     results, split = results_of(config, runs)
     tested = [r for r in runs if r.spec and state_of(r, config.data_set, results).kind == "tested"]
@@ -169,12 +171,11 @@ def compare(config: Config, runs: list[Run]) -> None:
             f"no run of {config.name} is tested: python code/experiments.py run, with the same flags, first."
         )
     entries = entries_of(tested, results, config)
-    known = list(dict.fromkeys(name for e in entries for name in (e.method, f"{e.method}/{e.predictor}")))
-    if config.reference not in known:
-        raise UserError(f"--reference {config.reference} is no row of this table: choose of {', '.join(known)}.")
-    rows = make_rows(entries, patient_of(config.data_set), config.reference)
+    reference = reference_of(entries, config.reference)
+    rows = make_rows(entries, patient_of(config.data_set), reference)
     folder = config.models_path / config.name
-    print(write_table(folder, rows, said_of(config, tested, results, split), costs_of(runs)))
+    head = [*said_of(config, tested, results, split), f"Differences are to {reference}."]
+    print(write_table(folder, rows, head, costs_of(runs)))
     LOGGER.info("written to %s: table.csv, table.json, table.md, table.tex", folder)
 
 

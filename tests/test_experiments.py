@@ -47,7 +47,7 @@ def start(action, models, root, *more):
     command += ["--models_path", str(models), "--methods", *METHODS, "--labelnums", "2", "--seeds", "1", "2"]
     command += [f"--flags={TINY}", f"--test_flags={ON_CPU}", *more]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -79,7 +79,12 @@ def test_one_stage_1_serves_all_methods_of_a_seed(acdc_phantom, tmp_path):
         ({"methods": ("sdcl:seed=3",)}, "--methods sdcl:seed=3: write sdcl:field=value, of another field than method"),
         ({"methods": ("sdcl:kl_wait=1",)}, "unknown argument --kl_wait: did you mean --kl_weight"),
         ({"methods": ("bcp", "bcp")}, "--methods names one thing twice"),
-        ({"seeds": ()}, "--seeds names nothing"),
+        ({"seeds": ()}, "--seeds names nothing: give at least one"),
+        ({"methods": ("sdcl:",)}, "--methods sdcl:: leave the colon out"),
+        ({"name": "a/b c"}, "--name a/b c is no folder's name"),
+        ({"flags": "--seed 3"}, "--flags must not give --seed, which the matrix gives"),
+        ({"flags": "--labelnum=3"}, "--flags must not give --labelnum=3"),
+        ({"flags": "--select 'last"}, "--flags --select 'last: no closing quotation: close it"),
         ({"flags": "--patch_size 30 30"}, "--patch_size is 30 30: every side must be a multiple of 16"),
     ],
 )
@@ -104,7 +109,7 @@ def test_given_again_nothing_is_done(whole, acdc_phantom):
     assert "0 of 8 runs are to be done" in call("run", whole, acdc_phantom)
     assert before == {path: path.stat().st_mtime_ns for path in before}
     listed = call("list", whole, acdc_phantom)
-    assert listed.count(" tested") == 6 and listed.count(" trained") == 2 and "left: 0 h 00 min of training" in listed
+    assert listed.count(" tested") == 6 and listed.count(" trained") == 2 and "left: 0 s of training" in listed
 
 
 def weights_of(folder):
@@ -185,11 +190,14 @@ def test_the_table_says_what_the_cases_say(whole, acdc_phantom):
     )
     assert row["patients"] == len(ours) == 1 and row["low"] is None  # one validation patient: no interval
     assert row["difference"] == pytest.approx((ours - theirs).mean(), abs=1e-6)
-    assert (row["seeds_done"], row["seeds_planned"], row["reference"], base["reference"]) == (2, 2, "sdcl", "")
+    assert (row["seeds_done"], row["seeds_planned"], row["reference"], base["reference"]) == (2, 2, "sdcl/mean", "")
+    assert "Differences are to sdcl/mean." in said
     assert "Last checkpoints: nothing was selected on these volumes." in said and "What a run costs" in said
     for name in ("table.csv", "table.md", "table.tex"):
         assert (whole / "m" / name).read_text(encoding="utf-8")
-    with pytest.raises(AssertionError, match="--reference cps is no row of this table: choose of supervised"):
+    with pytest.raises(
+        AssertionError, match="--reference cps .* is no row of this table: choose of supervised/student_a"
+    ):
         call("table", whole, acdc_phantom, "--reference", "cps")
 
 
@@ -211,7 +219,7 @@ def test_the_unit_is_the_patient():
     row = make_rows(
         [entry("a", {1: {"p1_a": 0.1, "p1_b": 0.3, "p2_a": 0.6}, 2: {"p1_a": 0.2, "p1_b": 0.4, "p2_a": 0.9}})],
         patient,
-        "b",
+        "b/mean",
     )[0]
     assert row.patients == 2 and row.mean == pytest.approx(0.5)
     half = stats.t.ppf(0.975, 1) * 0.25
@@ -226,7 +234,7 @@ def test_a_row_with_missing_seeds_is_no_number(tmp_path):
     cases = {f"p{k}": 0.5 + 0.01 * k for k in range(6)}
     better = {name: value + 0.1 + 0.001 * i for i, (name, value) in enumerate(cases.items())}
     whole = entry("best", {1: better, 2: better}, empty=1)
-    rows = make_rows([entry("base", {1: cases, 2: cases}), entry("half", {1: better}), whole], patient, "base")
+    rows = make_rows([entry("base", {1: cases, 2: cases}), entry("half", {1: better}), whole], patient, "base/mean")
     half, best = rows[1:]
     assert math.isnan(half.mean) and half.missing == "2" and half.seeds_done == 1 and math.isnan(half.p_holm)
     assert best.p_permutation == best.p_wilcoxon == best.p_holm == 2 / 2**6 and best.empty == 2

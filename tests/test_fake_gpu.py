@@ -32,7 +32,7 @@ def run(*arguments):
     path = os.pathsep.join([str(ROOT / "code"), str(ROOT), str(ROOT / "tests")])
     return subprocess.run(
         [sys.executable, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, errors="replace", timeout=300,
+        capture_output=True, encoding="utf-8", errors="replace", timeout=300,
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def trained(scratch):
         processes = [
             subprocess.Popen(
                 [sys.executable, WORKER, str(rank), str(count), scratch / f"meeting{count}", output, cases],
-                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
             )
             for rank, output in enumerate(outputs)
         ]  # fmt: skip
@@ -95,7 +95,7 @@ def torchrun(count, script, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     command += [str(ROOT / "code" / f"{script}.py"), *arguments]
     return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
         start_new_session=True,
     )  # fmt: skip
 
@@ -112,7 +112,9 @@ def finish(process, timeout=300):
 
 def children(process):
     """The processes that torchrun started, in the order of their ranks."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, encoding="utf-8", errors="replace"
+    )
     return sorted(map(int, listed.stdout.split()))
 
 
@@ -170,7 +172,9 @@ def test_a_run_goes_on_with_another_number_of_processes_and_is_tested_by_any(who
     """Stage 1 in two processes, stage 2 in one; a test in two of them writes what one writes, to the bit."""
     stage1 = ["--exp", "second", "--pretrained", str(whole), "--pre_iterations", "6", "--self_iterations", "2"]
     command = [sys.executable, str(ROOT / "code" / "ACDC_train.py"), *flags(acdc_phantom, whole.parent, *stage1)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, encoding="utf-8", errors="replace", timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     where = ["--root_path", str(acdc_phantom), "--models_path", str(whole.parent), "--labelnum", "2", "--device", "cpu"]
     results, written = whole / "test" / "self_train_test", {}
@@ -202,7 +206,7 @@ def test_processes_that_were_given_other_settings_are_refused(acdc_phantom, tmp_
         command = [sys.executable, str(ROOT / "code" / "ACDC_train.py")]
         command += flags(acdc_phantom, tmp_path, "--pre_iterations", "2", "--self_iterations", "0", "--base_lr", lr)
         given = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
         started.append(subprocess.Popen(command, env=environment(**given), **pipes))
     for process in started:
         said, status = finish(process)
@@ -222,7 +226,9 @@ def test_a_prediction_is_one_processs(tmp_path):
         "--output",
         "y",
     ]
-    done = subprocess.run(command, env=environment(WORLD_SIZE="2"), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        command, env=environment(WORLD_SIZE="2"), capture_output=True, encoding="utf-8", errors="replace", timeout=100
+    )
     assert done.returncode == 1 and "predict.py runs in one process: start it without torchrun" in done.stderr
 
 

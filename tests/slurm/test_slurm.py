@@ -26,7 +26,12 @@ def experiments(environment, action, models, root, *more):
     command += ["--models_path", str(models), "--methods", "bcp", "sdcl", "--labelnums", "2", "--seeds", "1", "2"]
     command += [f"--flags={TINY}", "--test_flags=--device cpu --split val", *more]
     done = subprocess.run(
-        command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=800
+        command,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -73,7 +78,7 @@ def test_jobs_that_are_requeued_and_killed_end_in_the_same_table(nodes, undistur
         ]
         os.kill(victims[0], signal.SIGKILL)
         wait_for(lambda: not ask(environment, "squeue", "-h"), 600, environment)
-    assert "left: 0 h 00 min" in experiments(dict(os.environ), "list", models, acdc_phantom)
+    assert "left: 0 s of" in experiments(dict(os.environ), "list", models, acdc_phantom)
     assert rows(models) == rows(undisturbed) and len(rows(models)) == 4
     experiments(dict(os.environ), "table", models, acdc_phantom)
 

@@ -131,7 +131,10 @@ class Launcher:
         log = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in _collect()
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C comes to us alone; a script takes a second one for "at once"
+        )  # fmt: skip
         self.jobs.append(Job(run, is_test, process, slot, log, time.monotonic()))
         LOGGER.info("%s: %s, in %s", run.title, "testing" if is_test else "training", path)
 
@@ -147,8 +150,8 @@ class Launcher:
                 LOGGER.info("%s: %s done in %.0f s", run.title, what, time.monotonic() - job.begin)
                 if is_finished(run, self.state(run)):
                     self.waiting.remove(run)
-                elif job.is_test:
-                    self._fail(run, f"its test ended without results\n{told}")
+                elif job.is_test or self.state(run).kind in ("absent", "begun"):
+                    self._fail(run, f"its {what} ended without what it should leave in {run.folder}\n{told}")
             elif CLAIMED in told:
                 self.looked[str(run.folder)] = time.monotonic() + ELSEWHERE_SECONDS
             else:
@@ -157,6 +160,8 @@ class Launcher:
 
     def _end(self) -> None:
         """Ask what still runs to save and stop, and wait for it."""
+        if self.jobs:
+            LOGGER.info("stopping: what runs saves first; the same command goes on")
         for job in self.jobs:
             job.process.terminate()
         for job in self.jobs:

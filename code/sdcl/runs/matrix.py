@@ -106,7 +106,9 @@ def read_spec(text: str) -> Spec:
     Raises:
         UserError: says how to write it.
     """
-    method, _, rest = text.partition(":")
+    method, colon, rest = text.partition(":")
+    if colon and not rest:
+        raise UserError(f"--methods {text}: leave the colon out, or write {method}:field=value.")
     if method not in method_names():
         raise UserError(f"--methods {text}: {method or 'nothing'} is no method: choose of {', '.join(method_names())}.")
     changes = {}
@@ -129,13 +131,20 @@ def plan(config: Any, data_set: str) -> list[Run]:
         UserError: a method or flag that the training script does not know, or one row twice.
     """
     specs = [read_spec(text) for text in config.methods]
+    if not re.fullmatch(r"[\w.-]+", config.name):
+        raise UserError(f"--name {config.name} is no folder's name: use letters, digits, dots and dashes.")
+    further = words_of("flags", config.flags)
+    if given := [word for word in further if word.startswith("--") and word[2:].split("=")[0].replace("-", "_") in OWN]:
+        raise UserError(f"--flags must not give {given[0]}, which the matrix gives: leave it out.")
     for name, values in (
         ("methods", [s.slug for s in specs]),
         ("labelnums", config.labelnums),
         ("seeds", config.seeds),
     ):
         if len(set(values)) < len(values) or not values:
-            raise UserError(f"--{name} names {'one thing twice' if values else 'nothing'}: give each once.")
+            raise UserError(
+                f"--{name} names {'one thing twice: give it once' if values else 'nothing: give at least one'}."
+            )
     runs: dict[str, Run] = {}
 
     def add(spec: Spec | None, labelnum: int, seed: int, exp: str, more: Sequence[str], needs: Run | None) -> Run:
@@ -148,7 +157,7 @@ def plan(config: Any, data_set: str) -> list[Run]:
             str(labelnum),
             "--seed",
             str(seed),
-            *shlex.split(config.flags),
+            *further,
             *more,
         ]
         if needs is not None:
@@ -168,6 +177,18 @@ def plan(config: Any, data_set: str) -> list[Run]:
     for run in runs.values():
         expected(run, config.data_set)
     return list(runs.values())
+
+
+def words_of(name: str, text: str) -> list[str]:
+    """Split a field of flags into words, as a shell does.
+
+    Raises:
+        UserError: a quotation mark is left open.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--{name} {text}: {str(error).lower()}: close it.") from None
 
 
 def load_script(path: Path) -> ModuleType:
@@ -221,7 +242,8 @@ def state_of(run: Run, data_set: str, results: str) -> State:
     # Rows come to the disk before the checkpoint: where this is the older one, a kill came between.
     is_saved = last.exists() and last.stat().st_mtime_ns >= (folder / "metrics.csv").stat().st_mtime_ns
     if done < planned or not is_saved:
-        return State("begun", f"{stage} at {done} of {planned}", left)
+        unsaved = "" if last.exists() else ", nothing of it saved yet"
+        return State("begun", f"{stage} at {done} of {planned}{unsaved}", left if last.exists() else stages)
     summary = run.folder / "test" / results / "summary.json"
     if run.spec is not None and summary.exists() and summary.stat().st_mtime_ns >= last.stat().st_mtime_ns:
         return State("tested", "tested", {})

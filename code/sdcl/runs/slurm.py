@@ -11,6 +11,7 @@ from typing import Any
 from sdcl.runs.atomic import write_text
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
+from sdcl.runs.matrix import words_of
 
 NOT_FOR_JOBS = ("action", "jobs", "sbatch", "repeats", "signal_minutes", "dry_run", "wait")
 
@@ -26,6 +27,11 @@ def submit(config: Any, script: Path, is_dry: bool) -> None:
     Raises:
         UserError: there is no SLURM, or it refuses the job; the message is its own.
     """
+    taken = [
+        w for w in words_of("sbatch", config.sbatch) if w.split("=")[0] in ("--array", "--output", "--signal", "-a")
+    ]
+    if taken:
+        raise UserError(f"--sbatch must not give {taken[0]}, which the jobs need as it is: leave it out.")
     folder = (config.models_path / config.name / "slurm").resolve()
     jobs = config.jobs if is_dry else min(config.jobs, _most_jobs())
     if jobs < config.jobs:
@@ -57,7 +63,7 @@ def batch_script(config: Any, script: Path, folder: Path, jobs: int) -> str:
         jobs: length of the array.
     """
     asked = [f"--job-name={config.name}", f"--array=0-{jobs - 1}", f"--output={folder}/%A_%a.log", "--open-mode=append"]
-    asked += ["--requeue", f"--signal=B:USR1@{60 * config.signal_minutes}", *shlex.split(config.sbatch)]
+    asked += ["--requeue", f"--signal=B:USR1@{60 * config.signal_minutes}", *words_of("sbatch", config.sbatch)]
     command = shlex.join([sys.executable, str(script), "run", "--no-wait", *flags_of(config)])
     return "\n".join(["#!/bin/bash", *(f"#SBATCH {flag}" for flag in asked), f"exec {command}", ""])
 
@@ -91,5 +97,6 @@ def _call(*command: str) -> str:
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         said = "; ".join(line.removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in lines).rstrip(".")
-        raise UserError(f"{command[0]}: {said}: mend --sbatch, or ask your cluster's administrators.")
+        way = "mend --sbatch" if command[0] == "sbatch" else "run this where a cluster answers"
+        raise UserError(f"{command[0]}: {said}: {way}, or ask your cluster's administrators.")
     return done.stdout.strip()

@@ -12,6 +12,7 @@ import numpy as np
 
 from sdcl.methods import get
 from sdcl.runs.atomic import write_text
+from sdcl.runs.errors import UserError
 from sdcl.runs.folder import write_csv
 from sdcl.runs.matrix import Run
 from sdcl.scoring.statistics import compare, holm, interval
@@ -166,18 +167,32 @@ def entries_of(tested: Sequence[Run], results: str, config: Any) -> list[Entry]:
     return entries
 
 
+def reference_of(entries: Sequence[Entry], name: str) -> str:
+    """Return the row that a name means, as "method/predictor"; of a method alone its own answer.
+
+    Raises:
+        UserError: it is none of the table's.
+    """
+    for entry in entries:
+        answer = list(get(entry.method.partition(":")[0]).predictors)[-1]
+        if name == f"{entry.method}/{entry.predictor}" or (name == entry.method and entry.predictor == answer):
+            return f"{entry.method}/{entry.predictor}"
+    known = ", ".join(f"{entry.method}/{entry.predictor}" for entry in entries)
+    raise UserError(f"--reference {name} (the default is sdcl) is no row of this table: choose of {known}.")
+
+
 def make_rows(entries: Sequence[Entry], patient_of: Callable[[str], str], reference: str) -> list[Row]:
     """Compute every cell, compared with the reference's row of the same labelled count.
 
     Args:
         entries: the table's rows, in order.
         patient_of: maps a case to its patient.
-        reference: "method" or "method/predictor" of the row to compare with.
+        reference: "method/predictor" of the row to compare with.
     """
     rows = []
     for labelnum in dict.fromkeys(entry.labelnum for entry in entries):
         group = [entry for entry in entries if entry.labelnum == labelnum]
-        base = next((e for e in group if reference in (e.method, f"{e.method}/{e.predictor}")), None)
+        base = next((e for e in group if reference == f"{e.method}/{e.predictor}"), None)
         cells = dict.fromkeys(key for entry in group for scores in entry.scores.values() for key in scores)
         for metric, structure in cells:
             found = [_cell(entry, metric, structure, patient_of) for entry in group]
@@ -275,7 +290,7 @@ def write_table(folder: Path, rows: Sequence[Row], head: Sequence[str], costs: S
     write_text(folder / "table.json", json.dumps(plain, indent=1, allow_nan=False) + "\n")
     write_csv(folder / "table.csv", plain)
     text, marked, tex = list(head), [f"{line}  " for line in head], [f"% {line}" for line in head]
-    shown = [metric for metric in METRICS if any(r.metric == metric and not math.isnan(r.mean) for r in rows)]
+    shown = [m for m in METRICS if any(r.metric == m and not math.isnan(r.mean) for r in rows)] or ["dice"]
     for labelnum in dict.fromkeys(row.labelnum for row in rows):
         for metric in shown:
             title, lines = f"{METRICS[metric]}, {labelnum} labelled", lines_of(rows, metric, labelnum)
