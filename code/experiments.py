@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 class Config:
     """Train what is missing of a matrix, say how far it is, and print its table with intervals and tests.
 
-    What to do is one of four words. "list" shows each run's state and the time it still needs. "run" does what is missing
-    and nothing else; given again it goes on, and several of them at once share the work. "slurm" submits an array of jobs
-    that do so. "table" compares what is tested; docs/statistics.md explains its columns.
+    What to do is one of four words. "list" shows each run's state and the time it still needs. "run" does what is
+    missing and nothing else; given again it goes on, and several of them at once share the work. "slurm" submits an
+    array of jobs that do so. "table" compares what is tested; docs/statistics.md explains its columns.
     """
 
     action: Positional[Literal["list", "run", "slurm", "table"]]  # what to do

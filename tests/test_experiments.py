@@ -47,8 +47,8 @@ def start(action, models, root, *more):
     command += ["--models_path", str(models), "--methods", *METHODS, "--labelnums", "2", "--seeds", "1", "2"]
     command += [f"--flags={TINY}", f"--test_flags={ON_CPU}", *more]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
