@@ -13,14 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
+from sdcl.runs.matrix import SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_SETS = ("acdc", "la", "pancreas")
-SCRIPTS = {
-    "acdc": ("code/ACDC_train.py", "code/test_ACDC.py"),
-    "la": ("code/LA_train.py", "code/test_LA.py"),
-    "pancreas": ("code/pancreas/Pancreas_train.py", "code/pancreas/test_Pancreas.py"),
-}
 # What a laptop's CPU does in a minute or two each; everything else is the published setting.
 SMALL_3D = ["--patch_size", "32", "32", "32", "--labelled_repeat", "20", "--unlabelled_repeat", "20",
             "--pre_iterations", "70", "--self_iterations", "25", "--select", "last"]  # fmt: skip
@@ -58,7 +54,7 @@ def call(script: str, *arguments: object) -> None:
 def run_one(name: str, config: Config) -> Path:
     """Run one data set's pipeline and return the folder of its test."""
     data, models = config.output / name, config.output / "models"
-    train, test = SCRIPTS[name]
+    train, test = (f"code/{script}" for script in SCRIPTS[name])
     run = models / f"{name}_demo_{LABELNUM[name]}_labeled"
     shutil.rmtree(run, ignore_errors=True)
     call("dataloaders/phantom.py", "--dataset", name, "--root_path", data, "--seed", config.seed)

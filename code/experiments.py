@@ -1,5 +1,6 @@
 """Train and test a matrix of methods, labelled counts and seeds: `python code/experiments.py run`; see its header."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -110,7 +111,7 @@ def show(config: Config, runs: list[Run]) -> None:
     results, _ = results_of(config, runs)
     total, is_known = 0.0, True
     for run in runs:
-        state = state_of(run, config.data_set, results)
+        state = state_of(run, results)
         left = seconds_left(run, state, runs)
         total, is_known = total + (left or 0.0), is_known and left is not None
         time = "" if is_finished(run, state) else ", time unknown" if left is None else f", {duration(left)} left"
@@ -130,16 +131,21 @@ def run(config: Config, runs: list[Run]) -> None:
     """Do what is missing."""
     import torch  # takes a second, which a wrong flag need not wait for
 
-    from sdcl.runs.launch import Launcher
+    from sdcl.methods import check_settings
+    from sdcl.runs.launch import Launcher, Machine
 
     results, _ = results_of(config, runs)
     gpus = torch.cuda.device_count()
+    for one in runs:
+        if one.spec is not None:  # what stage 1 alone reads is told by the runs
+            check_settings(dataclasses.replace(one.header, pretrained=None))
+    asked = "CUDA_VISIBLE_DEVICES" in os.environ  # then it is somebody's choice
+    machine = Machine(config.slots or max(gpus, 1), 0 if asked else gpus, config.wait)
+    scripts = [CODE / script for script in SCRIPTS[config.data_set]]
     launcher = Launcher(
-        runs, lambda run: state_of(run, config.data_set, results), config.data_set,
-        lambda run: test_flags(config, run), config.slots or max(gpus, 1), config.models_path / config.name / "logs",
+        runs, lambda run: state_of(run, results), lambda run: test_flags(config, run), scripts, machine,
+        config.models_path / config.name / "logs",
     )  # fmt: skip
-    launcher.waits = config.wait
-    launcher.gpus = gpus if "CUDA_VISIBLE_DEVICES" not in os.environ else 0
     if failed := launcher.run():
         raise UserError(
             f"{failed} of {len(runs)} runs failed, see above: mend the cause and give the same command again."
@@ -165,7 +171,7 @@ def compare(config: Config, runs: list[Run]) -> None:
     from sdcl.scoring.comparison import entries_of, make_rows, reference_of, write_table
 
     results, split = results_of(config, runs)
-    tested = [r for r in runs if r.spec and state_of(r, config.data_set, results).kind == "tested"]
+    tested = [r for r in runs if r.spec and state_of(r, results).kind == "tested"]
     if not tested:
         raise UserError(
             f"no run of {config.name} is tested: python code/experiments.py run, with the same flags, first."

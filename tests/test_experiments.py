@@ -104,6 +104,14 @@ def whole(acdc_phantom, scratch):
     return scratch
 
 
+def test_settings_that_no_method_reads_are_refused_before_any_run(acdc_phantom, tmp_path):
+    said = call("run", tmp_path, acdc_phantom, "--methods", "bcp:kl_weight=0", status=1)
+    assert (
+        said.endswith("leave it out, or choose one of these.\n") and "--kl_weight is not read by --method bcp" in said
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_given_again_nothing_is_done(whole, acdc_phantom):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != ".lock"}
     assert "0 of 8 runs are to be done" in call("run", whole, acdc_phantom)
@@ -152,16 +160,15 @@ def test_a_run_that_fails_holds_back_no_other(whole, acdc_phantom, tmp_path):
     )
     runs = {run.title: run for run in matrix.plan(header(models, acdc_phantom), "acdc")}
     run = runs["supervised, 2 labelled, seed 1"]
+    os.utime(run.folder / "self_train" / "metrics.csv")  # as in a copy: the checkpoint tells that it is whole
+    assert matrix.state_of(run, "self_train_val").kind == "tested"
     with claimed(run.folder):
-        assert matrix.state_of(run, "acdc", "self_train_val").kind == "running"
+        assert matrix.state_of(run, "self_train_val").kind == "running"
     (run.folder / "self_train" / "nonfinite_2.pth").touch()
-    assert matrix.state_of(run, "acdc", "self_train_val").kind == "broken"
+    assert matrix.state_of(run, "self_train_val").kind == "broken"
     other = header(models, acdc_phantom, flags=TINY.replace("--self_iterations 3", "--self_iterations 4"))
     changed = {run.title: run for run in matrix.plan(other, "acdc")}["supervised, 2 labelled, seed 2"]
-    assert (
-        "another configuration (self_iterations 3 there, 4 now)"
-        in matrix.state_of(changed, "acdc", "self_train_val").text
-    )
+    assert "another configuration (self_iterations 3 there, 4 now)" in matrix.state_of(changed, "self_train_val").text
 
 
 def test_the_table_says_what_the_cases_say(whole, acdc_phantom):

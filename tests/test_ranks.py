@@ -227,7 +227,12 @@ def test_a_prediction_is_one_processs(tmp_path):
         "y",
     ]
     done = subprocess.run(
-        command, env=environment(WORLD_SIZE="2"), capture_output=True, encoding="utf-8", errors="replace", timeout=100
+        command,
+        env=environment(RANK="0", WORLD_SIZE="2"),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=100,
     )
     assert done.returncode == 1 and "predict.py runs in one process: start it without torchrun" in done.stderr
 

@@ -70,8 +70,9 @@ TOLD = (
 
 
 def processes() -> int:
-    """Return how many processes torchrun or srun has started, by the environment."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    """Return how many processes torchrun, or else an srun, has started for this run, by the environment."""
+    given = os.environ
+    return int(given["WORLD_SIZE"] if {"RANK", "WORLD_SIZE"} <= set(given) else given.get("SLURM_STEP_NUM_TASKS", 1))
 
 
 def run_script(main: Callable[[Any], None], config_class: type) -> None:

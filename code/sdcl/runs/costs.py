@@ -9,7 +9,7 @@ from typing import Any
 
 from sdcl.methods import get
 from sdcl.networks import build_network
-from sdcl.runs.folder import known_task
+from sdcl.runs.folder import commits_of, known_task, read_config
 from sdcl.runs.matrix import Run, pace
 
 PEAK = re.compile(r"peak memory (?P<gib>[\d.]+) GiB")
@@ -19,11 +19,15 @@ def costs_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return a row for each method and labelled count: parameters, passes, time and memory, as far as runs tell."""
     rows = []
     for spec, labelnum in dict.fromkeys((run.spec, run.labelnum) for run in runs if run.spec is not None):
-        mine = [run for run in runs if (run.spec, run.labelnum) == (spec, labelnum) and _is_read(run)]
+        mine = [
+            run
+            for run in runs
+            if (run.spec, run.labelnum) == (spec, labelnum) and (run.folder / "config.json").exists()
+        ]
         paces = [found for run in mine if (found := pace(run.folder, "self_train")) is not None]
         if not paces:
             continue
-        method, config = get(spec.method), _content(mine[0].folder)["config"]
+        method, config = get(spec.method), read_config(mine[0].folder)
         first = [found for run in mine if (found := pace(run.needs.folder, "pre_train")) is not None]
         hours = statistics.median(paces) * config["self_iterations"] / 3600
         hours += statistics.median(first) * config["pre_iterations"] / 3600 if first else 0
@@ -57,26 +61,12 @@ def said_of(config: Any, tested: Sequence[Run], results: str, split: str) -> lis
     trained_on = sorted({name for one in summaries for name in one["trained_on"]})
     if trained_on:
         lines.append(f"WARNING: {len(trained_on)} of these volumes were TRAINED ON ({trained_on[0]} ...).")
-    commits = sorted({commit for run in tested for commit in _commits(run.folder)})
+    commits = sorted({commit for run in tested for commit in commits_of(run.folder)})
     if len(commits) == 1 and not commits[0].endswith("-dirty"):
         lines.append(f"Trained with commit {commits[0]}.")
     else:
         lines.append(f"WARNING: trained with code that no one commit holds: {', '.join(commits)}.")
     return lines
-
-
-def _is_read(run: Run) -> bool:
-    return (run.folder / "config.json").is_file()
-
-
-def _content(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def _commits(folder: Path) -> list[str]:
-    """Return the commits that a run was begun and gone on with."""
-    content = _content(folder)
-    return [str(one.get("commit")) for one in (content["environment"], *content.get("resumed", ()))]
 
 
 def _parameters(folder: Path, config: dict[str, Any], students: Sequence[str]) -> int:

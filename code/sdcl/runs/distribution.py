@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torch import nn
 
 from sdcl import ranks
+from sdcl.runs.config import processes
 from sdcl.runs.errors import UserError
 
 T = TypeVar("T")
@@ -28,18 +29,17 @@ def places() -> tuple[int, int, int]:
     Raises:
         UserError: srun started several tasks that do not know of each other.
     """
-    given = os.environ
-    if "RANK" in given and "WORLD_SIZE" in given:
-        return int(given["RANK"]), int(given["WORLD_SIZE"]), int(given.get("LOCAL_RANK", 0))
-    tasks = int(given.get("SLURM_STEP_NUM_TASKS", 1))
-    if tasks == 1:
+    given, count = os.environ, processes()
+    if count == 1:
         return 0, 1, 0
+    if "RANK" in given:
+        return int(given["RANK"]), count, int(given.get("LOCAL_RANK", 0))
     if not {"MASTER_ADDR", "MASTER_PORT"} <= set(given):
         raise UserError(
-            f"srun starts {tasks} tasks, each of which would train this whole run: set MASTER_ADDR and MASTER_PORT "
+            f"srun starts {count} tasks, each of which would train this whole run: set MASTER_ADDR and MASTER_PORT "
             "(docs/scaling.md), or for runs that are not one RANK=0 and WORLD_SIZE=1."
         )
-    return int(given["SLURM_PROCID"]), tasks, int(given["SLURM_LOCALID"])
+    return int(given["SLURM_PROCID"]), count, int(given["SLURM_LOCALID"])
 
 
 def join(device_type: str) -> None:

@@ -259,6 +259,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_content(folder / "config.json")["config"]
 
 
+def commits_of(folder: Path) -> list[str]:
+    """Return the commits that a run was begun and gone on with, as its config.json tells."""
+    content = _read_content(folder / "config.json")
+    times = [content.get("environment"), *content["resumed"]]
+    return [str(one["commit"]) for one in times if isinstance(one, dict) and "commit" in one]
+
+
 def _read_content(path: Path) -> dict[str, Any]:
     """Return what a run's config.json holds, checked, since it may come from anywhere."""
     try:

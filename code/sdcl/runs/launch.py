@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from sdcl.runs.folder import LOGGER, STOP_SIGNALS
-from sdcl.runs.matrix import CODE, SCRIPTS, Run, State, is_claimed, is_finished
+from sdcl.runs.matrix import Run, State, is_claimed, is_finished
 
 POLL_SECONDS = 0.2
 ELSEWHERE_SECONDS = 10.0  # between looks at a run that another process has
@@ -31,15 +31,30 @@ class Job:
     begin: float
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What runs have.
+
+    Attributes:
+        slots: processes at a time; the cores are shared out.
+        gpus: that the slots take in turns.
+        waits: for runs that another process has; else they are left to it.
+    """
+
+    slots: int
+    gpus: int
+    waits: bool
+
+
 class Launcher:
     """Runs what is missing.
 
     Args:
         runs: of the matrix, a stage 1 before what starts from it.
         state: derives a run's state.
-        data_set: whose scripts they are of.
         test_flags: of the test script, for a run.
-        slots: processes at a time.
+        scripts: the training and the test script.
+        machine: what they run on.
         logs: folder of what the scripts print.
     """
 
@@ -47,16 +62,13 @@ class Launcher:
         self,
         runs: Sequence[Run],
         state: Callable[[Run], State],
-        data_set: str,
         test_flags: Callable[[Run], list[str]],
-        slots: int,
+        scripts: Sequence[Path],
+        machine: Machine,
         logs: Path,
     ):
         self.runs, self.state, self.test_flags = list(runs), state, test_flags
-        self.scripts = [str(CODE / name) for name in SCRIPTS[data_set]]
-        self.slots, self.logs = slots, logs
-        self.gpus = 0  # that the slots take in turns
-        self.waits = True  # for runs that another process has
+        self.scripts, self.machine, self.logs = list(scripts), machine, logs
         self.jobs: list[Job] = []
         self.failed: dict[str, str] = {}
         self.looked: dict[str, float] = {}  # when a run that is another process's was looked at
@@ -64,13 +76,17 @@ class Launcher:
 
     def run(self) -> int:
         """Run until nothing is missing that can be had; return the number of runs that failed."""
-        LOGGER.info("%d of %d runs are to be done, %d at a time", len(self.waiting), len(self.runs), self.slots)
+        LOGGER.info("%d of %d runs are to be done, %d at a time", len(self.waiting), len(self.runs), self.machine.slots)
         known = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
         earlier = {number: signal.signal(number, _stop) for number in known}
         try:
             while self.waiting or self.jobs:
                 self._start()
-                if not self.waits and all(str(run.folder) in self.looked for run in self.waiting) and not self.jobs:
+                if (
+                    not self.machine.waits
+                    and all(str(run.folder) in self.looked for run in self.waiting)
+                    and not self.jobs
+                ):
                     break  # all that is left is other processes'
                 self._collect()
                 time.sleep(POLL_SECONDS)
@@ -86,7 +102,7 @@ class Launcher:
         """Start what is ready, as far as there are slots."""
         busy = {str(job.run.folder) for job in self.jobs}
         for run in list(self.waiting):
-            free = sorted(set(range(self.slots)) - {job.slot for job in self.jobs})
+            free = sorted(set(range(self.machine.slots)) - {job.slot for job in self.jobs})
             if not free:
                 return
             key = str(run.folder)
@@ -121,11 +137,11 @@ class Launcher:
 
     def _launch(self, run: Run, is_test: bool, slot: int) -> None:
         flags = self.test_flags(run) if is_test else list(run.flags)
-        command = [sys.executable, self.scripts[is_test], *flags]
-        threads = max(1, (os.cpu_count() or 1) // self.slots)
+        command = [sys.executable, str(self.scripts[is_test]), *flags]
+        threads = max(1, (os.cpu_count() or 1) // self.machine.slots)
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-        if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.gpus)
+        if self.machine.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.machine.gpus)
         self.logs.mkdir(parents=True, exist_ok=True)
         path = self.logs / f"{run.folder.name}.log"
         log = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in _collect()

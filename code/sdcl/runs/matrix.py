@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -28,6 +28,7 @@ SCRIPTS = {  # a data set to its scripts, below code/
 OF_STAGE_ONE = ("student_a", "student_b")  # what changes stage 1 must agree in to be shared
 OWN = ("method", "exp", "labelnum", "seed", "root_path", "models_path", "pretrained")  # fields that the matrix gives
 PACE = re.compile(r" (?P<stage>pre_train|self_train)(?: \d+)?: .*?(?P<seconds>[\d.]+) s an iteration")
+LAST = "last.pth"  # checkpoints.LAST, which would import PyTorch
 Kind = Literal["absent", "running", "begun", "broken", "trained", "tested"]
 
 
@@ -68,6 +69,7 @@ class Run:
         exp: its --exp.
         folder: its folder.
         flags: of the training script.
+        header: what that makes of them.
         needs: the stage 1 that it starts from.
     """
 
@@ -77,6 +79,7 @@ class Run:
     exp: str
     folder: Path
     flags: tuple[str, ...]
+    header: Any = field(compare=False, repr=False)
     needs: "Run | None" = None
 
     @property
@@ -145,25 +148,19 @@ def plan(config: Any, data_set: str) -> list[Run]:
             raise UserError(
                 f"--{name} names {'one thing twice: give it once' if values else 'nothing: give at least one'}."
             )
+    header = load_script(CODE / SCRIPTS[config.data_set][0]).Config
     runs: dict[str, Run] = {}
 
     def add(spec: Spec | None, labelnum: int, seed: int, exp: str, more: Sequence[str], needs: Run | None) -> Run:
         where = ["--root_path", str(config.root_path), "--models_path", str(config.models_path)]
-        flags = [
-            *where,
-            "--exp",
-            exp,
-            "--labelnum",
-            str(labelnum),
-            "--seed",
-            str(seed),
-            *further,
-            *more,
-        ]
+        who = ["--exp", exp, "--labelnum", str(labelnum), "--seed", str(seed)]
+        flags = [*where, *who, *further, *more]
         if needs is not None:
             flags += ["--pretrained", str(needs.folder)]
         folder = run_folder(config.models_path, data_set, exp, labelnum)
-        return runs.setdefault(str(folder), Run(spec, labelnum, seed, exp, folder, tuple(flags), needs))
+        if str(folder) not in runs:
+            runs[str(folder)] = Run(spec, labelnum, seed, exp, folder, tuple(flags), parse(header, flags), needs)
+        return runs[str(folder)]
 
     for labelnum in config.labelnums:
         for seed in config.seeds:
@@ -174,8 +171,6 @@ def plan(config: Any, data_set: str) -> list[Run]:
                 begin = f"{config.name}_stage1{of_its_own}_s{seed}"
                 first = add(None, labelnum, seed, begin, [*more, "--self_iterations", "0"], None)
                 add(spec, labelnum, seed, f"{config.name}_{spec.slug}_s{seed}", spec.flags, first)
-    for run in runs.values():
-        expected(run, config.data_set)
     return list(runs.values())
 
 
@@ -200,25 +195,14 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
-def expected(run: Run, data_set: str) -> dict[str, Any]:
-    """Return the configuration that a run's flags ask for.
-
-    Raises:
-        UserError: the training script refuses them.
-    """
-    path = CODE / SCRIPTS[data_set][0]
-    return as_dict(parse(load_script(path).Config, list(run.flags)))
-
-
-def state_of(run: Run, data_set: str, results: str) -> State:
+def state_of(run: Run, results: str) -> State:
     """Derive a run's state from its files.
 
     Args:
         run: which.
-        data_set: whose scripts it is of.
         results: the name of its test's folder; not asked of a stage 1.
     """
-    config = expected(run, data_set)
+    config = as_dict(run.header)
     stages = {"pre_train": config["pre_iterations"]} if run.spec is None else {"self_train": config["self_iterations"]}
     if not (run.folder / "config.json").exists():
         return State("absent", "absent", stages)
@@ -238,16 +222,30 @@ def state_of(run: Run, data_set: str, results: str) -> State:
         return State("running", f"running: {stage} at {done} of {planned}", left)
     if wrong := sorted(folder.glob("nonfinite_*.pth")):
         return State("broken", f"broken: {wrong[0].name} in {stage}", left)
-    last = folder / "last.pth"
-    # Rows come to the disk before the checkpoint: where this is the older one, a kill came between.
-    is_saved = last.exists() and last.stat().st_mtime_ns >= (folder / "metrics.csv").stat().st_mtime_ns
-    if done < planned or not is_saved:
+    last = folder / LAST
+    if done < planned or not _is_saved(folder, planned):
         unsaved = "" if last.exists() else ", nothing of it saved yet"
         return State("begun", f"{stage} at {done} of {planned}{unsaved}", left if last.exists() else stages)
     summary = run.folder / "test" / results / "summary.json"
     if run.spec is not None and summary.exists() and summary.stat().st_mtime_ns >= last.stat().st_mtime_ns:
         return State("tested", "tested", {})
     return State("trained", "trained", {})
+
+
+def _is_saved(folder: Path, planned: int) -> bool:
+    """Tell whether a stage whose rows are all there has its last checkpoint too."""
+    last = folder / LAST
+    if not last.exists():
+        return False
+    if last.stat().st_mtime_ns >= (folder / "metrics.csv").stat().st_mtime_ns:
+        return True
+    # Rows come to the disk first: a kill came between, or the folder was copied. The checkpoint knows.
+    from sdcl.checkpoints import load  # takes a second, which other states need not wait for
+
+    try:
+        return load(last).get("iteration") == planned
+    except UserError:
+        return False
 
 
 def is_finished(run: Run, state: State) -> bool:

@@ -16,7 +16,7 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import write_csv
 from sdcl.runs.matrix import Run
 from sdcl.scoring.statistics import compare, holm, interval
-from sdcl.scoring.tables import MEAN, METRICS, aligned, digits_of
+from sdcl.scoring.tables import MEAN, METRICS, aligned, digits_of, mean_of
 
 LOWER_IS_BETTER = ("hd95", "asd", "hd95_mm", "asd_mm")
 SIGNIFICANT = 0.05  # of Holm's p; what is bold
@@ -100,7 +100,7 @@ class Entry:
         for by_case in (scores[metric, structure] for scores in self.scores.values()):
             for case, value in by_case.items():
                 values.setdefault(patient_of(case), []).append(value)
-        return {patient: _mean(each) for patient, each in values.items()}
+        return {patient: mean_of(each) for patient, each in values.items()}
 
 
 def read_cases(path: Path, predictor: str, kind: str) -> tuple[Scores, dict[str, int]] | None:
@@ -130,7 +130,7 @@ def read_cases(path: Path, predictor: str, kind: str) -> tuple[Scores, dict[str,
         empty[MEAN] = sum(empty.values())
         for metric in METRICS:
             cases = scores[metric, structures[0]]
-            scores[metric, MEAN] = {case: _mean([scores[metric, s][case] for s in structures]) for case in cases}
+            scores[metric, MEAN] = {case: mean_of([scores[metric, s][case] for s in structures]) for case in cases}
     return scores, empty
 
 
@@ -210,7 +210,7 @@ def _cell(entry: Entry, metric: str, structure: str, patient_of: Callable[[str],
     is_whole = len(entry.scores) == len(entry.planned)
     over = interval(list(entry.patients(metric, structure, patient_of).values()) if is_whole else [])
     alone = [replace(entry, scores={seed: entry.scores[seed]}) for seed in entry.scores]
-    of_seeds = [_mean(list(one.patients(metric, structure, patient_of).values())) for one in alone]
+    of_seeds = [mean_of(list(one.patients(metric, structure, patient_of).values())) for one in alone]
     of_seeds = [value for value in of_seeds if not math.isnan(value)]
     missing = " ".join(str(seed) for seed in entry.planned if seed not in entry.scores)
     return Row(
@@ -232,11 +232,6 @@ def _compared(
         row, reference=reference, difference=change.mean, difference_low=change.low, difference_high=change.high,
         p_permutation=found.p_permutation, p_wilcoxon=found.p_wilcoxon, not_better=found.not_better,
     )  # fmt: skip
-
-
-def _mean(values: Sequence[float]) -> float:
-    finite = [value for value in values if not math.isnan(value)]
-    return float(np.mean(finite)) if finite else math.nan
 
 
 # --- how it looks ---

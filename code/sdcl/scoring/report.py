@@ -20,7 +20,6 @@ from sdcl.scoring.evaluation import Case, CaseRow, Predictors, Task, Validation,
 from sdcl.scoring.figures import is_xyz, panel, save_case_figure, save_metrics_figure
 from sdcl.scoring.scored import ScoredCases, key_of
 from sdcl.scoring.tables import (
-    Protocol,
     case_dice,
     format_cases,
     format_table,
@@ -79,69 +78,106 @@ def test_report(
         facts: what else summary.json says, such as the split; "protocol": see summarise().
         nifti: also write nifti/, of the answer.
     """
-    shown, method = predictors.pictured, facts.get("method", "sdcl")
-    settings = {k: v for k, v in facts.get("config", {}).items() if k not in MACHINE_FIELDS and k != "protocol"}
-    made_by = {"predictors": predictors.members, "classes": task.class_names, "values": task.label_values}
-    made_by |= {key: facts.get("environment", {}).get(key) for key in ("commit", "packages")}
-    kept = ScoredCases(folder / "scored", key_of(predictors.networks, settings | made_by))
-    rows_of: dict[str, list[CaseRow]] = {}
-    label_maps: dict[str, dict[str, np.ndarray]] = {}
-
-    def read_kept() -> list[str]:
-        for case in cases:
-            if case.name not in rows_of and (found := kept.load(case)) is not None:
-                rows_of[case.name], label_maps[case.name] = found
-        return list(rows_of)
-
-    done = set(first(read_kept))
-    if done:
-        LOGGER.info("going on with a test that was stopped: %d of %d volumes are scored", len(done), len(cases))
-    if is_first():
-        (folder / "summary.json").unlink(missing_ok=True)  # of an earlier test, which cases.csv no longer is of
-    LOGGER.info("scoring %d predictors on %d volumes", len(predictors.members), len(cases) - len(done))
-
-    def keep_maps(case: Case, maps: dict[str, np.ndarray], probabilities: dict[str, np.ndarray]) -> None:
-        label_maps[case.name] = {name: maps[name] for name in shown}
-        if nifti:
-            save_nifti(folder / "nifti", case, maps[shown[-1]], probabilities[shown[-1]], task)
-
-    def keep_rows(case: Case, rows: list[CaseRow]) -> None:
-        rows_of[case.name] = rows
-        kept.save(case, rows, label_maps[case.name])
-        if is_first():
-            _write_cases(folder, method, [row for case in cases for row in rows_of.get(case.name, ())])
-
-    waiting = share([case for case in cases if case.name not in done])
-    evaluate(predictors, waiting, task, on_case=keep_maps, on_scored=keep_rows)
+    test = _Test(folder, predictors, cases, task, facts, nifti)
+    test.score()
     wait()
-    if not is_first():
-        return
-    for _ in range(1 if ranks.count() == 1 else LOOKS):  # a network's disk may show them late
-        read_kept()  # what other processes scored
-        if len(rows_of) == len({case.name for case in cases}):
-            break
-        time.sleep(1)
-    if missing := [case.name for case in cases if case.name not in rows_of]:
+    if is_first():
+        test.write()
+
+
+class _Test:
+    """A test's scores and label maps by case, kept one file a case; see test_report()."""
+
+    def __init__(
+        self,
+        folder: Path,
+        predictors: Predictors,
+        cases: Sequence[Case],
+        task: Task,
+        facts: dict[str, Any],
+        nifti: bool,
+    ):
+        self.folder, self.predictors, self.cases, self.task = folder, predictors, cases, task
+        self.facts, self.nifti, self.method = facts, nifti, facts.get("method", "sdcl")
+        settings = {k: v for k, v in facts.get("config", {}).items() if k not in MACHINE_FIELDS and k != "protocol"}
+        made_by = {"predictors": predictors.members, "classes": task.class_names, "values": task.label_values}
+        made_by |= {key: facts.get("environment", {}).get(key) for key in ("commit", "packages")}
+        self.kept = ScoredCases(folder / "scored", key_of(predictors.networks, settings | made_by))
+        self.rows_of: dict[str, list[CaseRow]] = {}
+        self.label_maps: dict[str, dict[str, np.ndarray]] = {}
+
+    def score(self) -> None:
+        """Score this process's share of the cases that are not scored yet."""
+        done = set(first(self._read_kept))
+        if done:
+            LOGGER.info(
+                "going on with a test that was stopped: %d of %d volumes are scored", len(done), len(self.cases)
+            )
+        if is_first():
+            (self.folder / "summary.json").unlink(
+                missing_ok=True
+            )  # of an earlier test, which cases.csv no longer is of
+        number = len(self.predictors.members)
+        LOGGER.info("scoring %d predictors on %d volumes", number, len(self.cases) - len(done))
+        waiting = share([case for case in self.cases if case.name not in done])
+        evaluate(self.predictors, waiting, self.task, on_case=self._keep_maps, on_scored=self._keep_rows)
+
+    def write(self) -> None:
+        """Write the tables and figures of all cases, those that other processes scored too."""
+        self._read_others()
+        shown, protocol = self.predictors.pictured, self.facts["protocol"]
+        rows = self._rows()
+        _write_cases(self.folder, self.method, rows)
+        summary = summarise(rows, protocol)
+        content = self.facts | {"summary": [{"method": self.method} | asdict(row) for row in summary]}
+        text = json.dumps(_without_nan(content), indent=2, allow_nan=False)
+        write_text(self.folder / "summary.json", f"{text}\n")
+        LOGGER.info("method %s\n\n%s\n\n%s", self.method, format_cases(rows), format_table(summary, protocol))
+        dice, by_name = case_dice(rows)[shown[-1]], {case.name: case for case in self.cases}
+        pictures = [
+            (f"{rank}: Dice {dice[name]:.3f}", by_name[name], self.label_maps[name])
+            for rank, name in best_median_worst(rows, shown[-1]).items()
+        ]
+        save_case_figure(self.folder / "cases.png", pictures, self.task, self.predictors)
+        save_metrics_figure(self.folder / "metrics.png", rows, shown_metrics(rows))
+        self.kept.remove()
+        LOGGER.info("written to %s: cases.csv, summary.json, cases.png, metrics.png", self.folder)
+
+    def _read_kept(self) -> list[str]:
+        """Read the cases that are kept, and return the names of those that are there."""
+        for case in self.cases:
+            if case.name not in self.rows_of and (found := self.kept.load(case)) is not None:
+                self.rows_of[case.name], self.label_maps[case.name] = found
+        return list(self.rows_of)
+
+    def _read_others(self) -> None:
+        """Read what other processes have scored."""
+        names = {case.name for case in self.cases}
+        for look in range(LOOKS):  # a network's disk may show them late
+            if not (missing := sorted(names - set(self._read_kept()))):
+                return
+            if look < LOOKS - 1:
+                time.sleep(1)
         raise UserError(
-            f"{folder} lacks what other processes scored ({missing[0]}): several machines need a --models_path that "
-            "all of them see."
+            f"{self.folder} lacks what other processes scored ({missing[0]}): several machines need a --models_path "
+            "that all of them see."
         )
-    rows = [row for case in cases for row in rows_of[case.name]]
-    _write_cases(folder, method, rows)
-    protocol: Protocol = facts["protocol"]
-    summary = summarise(rows, protocol)
-    content = facts | {"summary": [{"method": method} | asdict(row) for row in summary]}
-    write_text(folder / "summary.json", json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
-    LOGGER.info("method %s\n\n%s\n\n%s", method, format_cases(rows), format_table(summary, protocol))
-    dice, by_name = case_dice(rows)[shown[-1]], {case.name: case for case in cases}
-    pictures = [
-        (f"{rank}: Dice {dice[name]:.3f}", by_name[name], label_maps[name])
-        for rank, name in best_median_worst(rows, shown[-1]).items()
-    ]
-    save_case_figure(folder / "cases.png", pictures, task, predictors)
-    save_metrics_figure(folder / "metrics.png", rows, shown_metrics(rows))
-    kept.remove()
-    LOGGER.info("written to %s: cases.csv, summary.json, cases.png, metrics.png", folder)
+
+    def _keep_maps(self, case: Case, maps: dict[str, np.ndarray], probabilities: dict[str, np.ndarray]) -> None:
+        shown = self.predictors.pictured
+        self.label_maps[case.name] = {name: maps[name] for name in shown}
+        if self.nifti:
+            save_nifti(self.folder / "nifti", case, maps[shown[-1]], probabilities[shown[-1]], self.task)
+
+    def _keep_rows(self, case: Case, rows: list[CaseRow]) -> None:
+        self.rows_of[case.name] = rows
+        self.kept.save(case, rows, self.label_maps[case.name])
+        if is_first():
+            _write_cases(self.folder, self.method, self._rows())
+
+    def _rows(self) -> list[CaseRow]:
+        """Return the rows that are there, in the cases' order."""
+        return [row for case in self.cases for row in self.rows_of.get(case.name, ())]
 
 
 def _in_order(mine: list[CaseRow], cases: Sequence[Case]) -> list[CaseRow]:

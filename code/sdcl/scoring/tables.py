@@ -71,16 +71,17 @@ def _summary_row(predictor: str, structure: str, groups: Sequence[Sequence[CaseR
     """Summarise groups of rows: each group is first averaged into one value a metric."""
     means, deviations, counts = {}, {}, {}
     for metric in METRICS:
-        values = [_mean([getattr(row, metric) for row in group]) for group in groups]
+        values = [mean_of([getattr(row, metric) for row in group]) for group in groups]
         finite = [value for value in values if not math.isnan(value)]
-        means[metric] = _mean(values)
+        means[metric] = mean_of(values)
         deviations[metric] = float(np.std(finite)) if finite else math.nan
         counts[metric] = len(finite)
     empty = sum(any(row.empty for row in group) for group in groups)
     return SummaryRow(predictor, structure, means, deviations, counts, empty)
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_of(values: Sequence[float]) -> float:
+    """Return the mean of the values that are not nan; nan for none."""
     finite = [value for value in values if not math.isnan(value)]
     return float(np.mean(finite)) if finite else math.nan
 
@@ -90,7 +91,7 @@ def case_dice(rows: Sequence[CaseRow]) -> dict[str, dict[str, float]]:
     groups: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         groups.setdefault(row.predictor, {}).setdefault(row.case, []).append(row.dice)
-    return {name: {case: _mean(values) for case, values in cases.items()} for name, cases in groups.items()}
+    return {name: {case: mean_of(values) for case, values in cases.items()} for name, cases in groups.items()}
 
 
 def mean_dice(rows: Sequence[CaseRow]) -> dict[str, float]:
@@ -98,7 +99,7 @@ def mean_dice(rows: Sequence[CaseRow]) -> dict[str, float]:
 
     The mean over the cases of case_dice(); nan only if nothing could be scored.
     """
-    return {name: _mean(list(cases.values())) for name, cases in case_dice(rows).items()}
+    return {name: mean_of(list(cases.values())) for name, cases in case_dice(rows).items()}
 
 
 def format_cases(rows: Sequence[CaseRow]) -> str:
