@@ -167,6 +167,27 @@ def test_three_steps_are_the_oracles(name, rampup):
                 torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-7, msg=f"{role} {key}")
 
 
+@pytest.mark.parametrize("name", ["mean_teacher", "ua_mt"])
+@pytest.mark.parametrize("averaged", [True, False])
+def test_noise_leaves_the_statistics_alone_that_evaluation_uses(name, averaged):
+    """Whatever the noise, they are those of the labelled images; a teacher's own move where they are not an average."""
+    ends = []
+    for noise in (0.0, 5.0):
+        learners, settings = learners_of(name), method(method=name, noise=noise, paste="no", ema_buffers=averaged)
+        learners.iteration = 3
+        torch.manual_seed(0)
+        get(name).self_train_step(learners, batch_of((32, 48), seed=0), torch.ones(32, 48).bool(), settings)
+        ends.append({role: dict(network.named_buffers()) for role, network in learners.networks.items()})
+    begin = {role: dict(network.named_buffers()) for role, network in learners_of(name).networks.items()}
+    for key, first in ends[0]["student_a"].items():
+        assert torch.equal(first, ends[1]["student_a"][key]) or key.endswith("num_batches_tracked")
+        assert not torch.equal(first, begin["student_a"][key])  # the labelled ones did move them
+    means = [key for key in ends[0]["teacher"] if key.endswith("running_mean")]
+    assert all(torch.equal(ends[0]["teacher"][key], ends[1]["teacher"][key]) == averaged for key in means)
+    momenta = {layer.momentum for layer in learners.networks["student_a"].modules() if hasattr(layer, "momentum")}
+    assert momenta == {0.1}  # as it was
+
+
 def test_bcp_is_sdcls_student_a_without_corrections():
     """Student b and the corrections are all that differs: with their weights 0 student a goes the same way."""
     shape, mask = (32, 48), torch.ones(32, 48).bool()

@@ -1,9 +1,12 @@
 """What consistency methods share: the ramp, the noise, and sure places."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sdcl.steps import TEACHER, Learners, Settings
 from sdcl.teacher import update_teacher
@@ -50,6 +53,30 @@ def noisy(images: Tensor, deviation: float) -> Tensor:
     """Add to each voxel a draw of N(0, deviation^2), clipped to two deviations, from torch's own generator."""
     noise = torch.randn_like(images).mul_(deviation)
     return images + noise.clamp_(-NOISE_BOUND * deviation, NOISE_BOUND * deviation)
+
+
+@contextlib.contextmanager
+def unnoticed(*networks: nn.Module) -> Iterator[None]:
+    """Leave BatchNorm's running statistics as they are while networks see noise.
+
+    Evaluation uses these statistics, on images without noise: those of noisy ones would spoil it. Within the block a
+    pass still normalises by its own batch.
+    """
+    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, _BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    try:
+        for layer in layers:
+            layer.momentum = 0.0
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def see_noise(learners: Learners, settings: Settings) -> contextlib.AbstractContextManager[None]:
+    """Do what unnoticed() does, for student a, and for a teacher whose statistics are an average of student a's."""
+    teacher = [learners.networks[TEACHER]] if settings.ema_buffers else []
+    return unnoticed(learners.networks["student_a"], *teacher)
 
 
 def growing_decay(iteration: int, decay: float) -> float:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sdcl import ranks
-from sdcl.consistency import exact, move_teacher, noisy, risen
+from sdcl.consistency import exact, move_teacher, noisy, risen, see_noise
 from sdcl.methods import Method
 from sdcl.steps import (
     TEACHER,
@@ -39,7 +39,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
     clear_gradients(learners)
     named = supervised_step(learners, batch, settings)
     for images in (batch["u_a"], batch["u_b"]):
-        with autocast(images.device, settings.precision):
+        with see_noise(learners, settings), autocast(images.device, settings.precision):
             logits = student(noisy(images, settings.noise))
             with torch.no_grad():
                 target = teacher(noisy(images, settings.noise))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdcl import ranks
-from sdcl.consistency import exact, move_teacher, noisy, risen
+from sdcl.consistency import exact, move_teacher, noisy, risen, see_noise
 from sdcl.methods import Method
 from sdcl.steps import (
     TEACHER,
@@ -61,13 +61,15 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
     named = supervised_step(learners, batch, settings)
     names, targets, sure = ("u_a", "u_b"), {}, {}
     for name in names:  # the mask of both batches comes first: its size is the denominator
-        with torch.no_grad(), autocast(mask.device, settings.precision):
-            targets[name] = torch.softmax(exact(teacher(noisy(batch[name], settings.noise))), 1)
-        entropy = entropy_of(teacher, batch[name], settings)
+        with torch.no_grad(), see_noise(learners, settings):
+            with autocast(mask.device, settings.precision):
+                logits = teacher(noisy(batch[name], settings.noise))
+            targets[name] = torch.softmax(exact(logits), 1)
+            entropy = entropy_of(teacher, batch[name], settings)
         sure[name] = entropy < (0.75 + 0.25 * rise) * math.log(targets[name].shape[1])
     count = ranks.total(sum(sure[name].sum() for name in names))
     for name in names:
-        with autocast(mask.device, settings.precision):
+        with see_noise(learners, settings), autocast(mask.device, settings.precision):
             logits = student(noisy(batch[name], settings.noise))
         difference = torch.softmax(exact(logits), 1) - targets[name]
         consistency = ranks.total((difference.square().sum(1) * sure[name]).sum()) / (2 * count + 1e-16)
