@@ -26,12 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 class Config:
     """Train what is missing of a matrix, say how far it is, and print its table with intervals and tests.
 
-    What to do is one of four words. "list" shows each run's state and the time it still needs. "run" does what is
+    What to do is one of five words. "list" shows each run's state and the time it still needs. "run" does what is
     missing and nothing else; given again it goes on, and several of them at once share the work. "slurm" submits an
-    array of jobs that do so. "table" compares what is tested; docs/statistics.md explains its columns.
+    array of jobs that do so. "table" compares what is tested; docs/statistics.md explains its columns. "report" makes a
+    page of it too, with pictures and training curves.
     """
 
-    action: Positional[Literal["list", "run", "slurm", "table"]]  # what to do
+    action: Positional[Literal["list", "run", "slurm", "table", "report"]]  # what to do
 
     # --- the matrix ---
     name: str = "matrix"  # of the experiment: begins each run's --exp
@@ -116,8 +117,8 @@ def show(config: Config, runs: list[Run]) -> None:
         total, is_known = total + (left or 0.0), is_known and left is not None
         time = "" if is_finished(run, state) else ", time unknown" if left is None else f", {duration(left)} left"
         LOGGER.info("%-60s %s%s", run.title, state.text, time)
-    at_least = "" if is_known else "at least " if total else "unknown, at least "
-    LOGGER.info("left: %s%s of training", at_least, duration(total))
+    known = f"{duration(total)} of training" if is_known or total else "an unknown time, since no run has begun"
+    LOGGER.info("left: %s%s", "" if is_known or not total else "at least ", known)
 
 
 def duration(seconds: float) -> str:
@@ -166,9 +167,10 @@ def patient_of(data_set: str) -> Callable[[str], str]:
 
 
 def compare(config: Config, runs: list[Run]) -> None:
-    """Print the table and write it."""
+    """Print the table and write it; with its page, if asked for."""
     from sdcl.runs.costs import costs_of, said_of  # these take seconds, which a wrong flag need not wait for
     from sdcl.scoring.comparison import entries_of, make_rows, reference_of, write_table
+    from sdcl.scoring.matrix_page import Compared, write_all_cases, write_matrix_page
 
     results, split = results_of(config, runs)
     tested = [r for r in runs if r.spec and state_of(r, results).kind == "tested"]
@@ -181,8 +183,13 @@ def compare(config: Config, runs: list[Run]) -> None:
     rows = make_rows(entries, patient_of(config.data_set), reference)
     folder = config.models_path / config.name
     head = [*said_of(config, tested, results, split), f"Differences are to {reference}."]
-    print(write_table(folder, rows, head, costs_of(runs)))
-    LOGGER.info("written to %s: table.csv, table.json, table.md, table.tex", folder)
+    compared = Compared(entries, rows, head, costs_of(runs), reference)
+    print(write_table(folder, rows, head, compared.costs))
+    write_all_cases(folder / "cases.csv", tested, results)
+    names = ["table.csv", "table.json", "table.md", "table.tex", "cases.csv"]
+    if config.action == "report":
+        names += write_matrix_page(folder, config, tested, results, compared)
+    LOGGER.info("written to %s: %s", folder, ", ".join(names))
 
 
 if __name__ == "__main__":

@@ -184,4 +184,7 @@ class SliceData(StudyData):
         def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
             return slice_wise(networks, volume, size, data_set.num_classes, config.batch_size, config.precision)
 
-        return Task(data_set.name, data_set.class_names, infer, label_values=data_set.label_values)
+        return Task(
+            data_set.name, data_set.class_names, infer,
+            label_values=data_set.label_values, patient_of=data_set.patient_of,
+        )  # fmt: skip

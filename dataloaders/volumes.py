@@ -233,4 +233,6 @@ class VolumeData(StudyData):
             return sliding_window(networks, volume, size, stride, classes, batch, config.precision, *how)
 
         decision = Decision(config.decision_rule)
-        return Task(data_set.name, data_set.class_names, infer, decision, PLANES, data_set.label_values)
+        return Task(
+            data_set.name, data_set.class_names, infer, decision, PLANES, data_set.label_values, data_set.patient_of
+        )

@@ -22,6 +22,7 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import (
     LOGGER,
     Reads,
+    commits_of,
     differing_tasks,
     environment,
     inherited,
@@ -258,7 +259,8 @@ def test(config: Any, data: Data) -> None:
     seen = list(dict.fromkeys(one for run in weights.runs for one in trained_among(run, names)))
     said = {"split": scored.split, "selected_on": weights.selected_on, "config": used}
     said |= {"environment": first(lambda: environment(device)), "trained_on": seen, "protocol": config.protocol}
-    said |= {"method": weights.label}
+    said |= {"method": weights.label, "trained_with": trained, "records": weights.records}
+    said |= {"commits": sorted({commit for run in weights.runs for commit in commits_of(run)})}
     with claimed_by_first(results):
         test_report(results, predictors, cases, scored.task, said, config.save_nifti)
     if seen:

@@ -45,6 +45,17 @@ class Weights:
         return sorted(run for run in runs if (run / "config.json").is_file())
 
     @property
+    def records(self) -> dict[str, str]:
+        """The folders of the stages that led to them, of which metrics.csv tells; none of given files."""
+        if self.files:
+            return {}
+        first = self.folder / "pre_train"
+        if not first.exists() and self.settings.get("pretrained"):
+            first = Path(self.settings["pretrained"]) / "pre_train"
+        stages = {"pre_train": first, "self_train": self.folder / "self_train"}
+        return {name: str(folder) for name, folder in stages.items() if (folder / "metrics.csv").exists()}
+
+    @property
     def selected_on(self) -> str | None:
         """What the run's best were selected on, "test" or "val"; None: nothing was."""
         was_selected = not self.files and any((self.folder / self.stage).glob("best_*.pth"))
@@ -86,6 +97,7 @@ class Weights:
             lambda role: make_network(self.settings, role, num_classes, device),
             str(self.selected_on),
             predictors_of(self.folder, self.stage, self.settings),
+            self.settings["select"] == "last",
         )
 
 
@@ -122,7 +134,7 @@ def find_weights(config: Any, data_set: str) -> Weights:
 
 
 def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, device: torch.device) -> list[nn.Module]:
-    """Load a run's networks for prediction: a predictor's best, or its last where nothing was selected.
+    """Load a run's networks for prediction: a predictor's best, or its last where --select was last or nothing was.
 
     Args:
         config: code/predict.py's header: the run, the stage, and the predictor; None: the method's own answer, such as
@@ -143,7 +155,7 @@ def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, devi
         whose = "pre-training" if config.stage == "pre_train" else settings.get("method", "sdcl")
         raise UserError(f"--predictor {predictor} is none of {whose}'s: choose {', '.join(roles_of)}.")
     best = config.run / config.stage / f"best_{predictor}.pth"
-    path = best if best.exists() else config.run / config.stage / LAST
+    path = best if best.exists() and settings["select"] != "last" else config.run / config.stage / LAST
     networks = []
     for role in roles_of[predictor]:
         network = make_network(settings, role, num_classes, device)

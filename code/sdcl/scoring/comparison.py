@@ -19,6 +19,7 @@ from sdcl.scoring.statistics import compare, holm, interval
 from sdcl.scoring.tables import MEAN, METRICS, aligned, digits_of, mean_of
 
 LOWER_IS_BETTER = ("hd95", "asd", "hd95_mm", "asd_mm")
+VOLUMES = ("voxels", "reference_voxels", "ml", "reference_ml")
 SIGNIFICANT = 0.05  # of Holm's p; what is bold
 
 # Of one seed's test: metric, structure to each case's value.
@@ -116,15 +117,23 @@ def read_cases(path: Path, predictor: str, kind: str) -> tuple[Scores, dict[str,
         has no such rows.
     """
     with open(path, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if _is_of(row["predictor"], predictor, kind)]
+        rows = [row for row in csv.DictReader(file) if is_of(row["predictor"], predictor, kind)]
+    numbers = [*METRICS, *VOLUMES]
+    return scores_of(
+        [row | {n: float(row.get(n) or "nan") for n in numbers} | {"empty": row["empty"] == "True"} for row in rows]
+    )
+
+
+def scores_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Scores, dict[str, int]] | None:
+    """Arrange one predictor's rows, as CaseRow has them, by metric and structure; see read_cases()."""
     if not rows:
         return None
     scores: dict[tuple[str, str], dict[str, float]] = {}
     empty: dict[str, int] = {}
     for row in rows:
-        empty[row["structure"]] = empty.get(row["structure"], 0) + (row["empty"] == "True")
-        for metric in METRICS:
-            scores.setdefault((metric, row["structure"]), {})[row["case"]] = float(row[metric] or "nan")
+        empty[row["structure"]] = empty.get(row["structure"], 0) + row["empty"]
+        for metric in (*METRICS, *VOLUMES):
+            scores.setdefault((metric, row["structure"]), {})[row["case"]] = row[metric]
     structures = list(empty)
     if len(structures) > 1:
         empty[MEAN] = sum(empty.values())
@@ -134,7 +143,7 @@ def read_cases(path: Path, predictor: str, kind: str) -> tuple[Scores, dict[str,
     return scores, empty
 
 
-def _is_of(title: str, predictor: str, kind: str) -> bool:
+def is_of(title: str, predictor: str, kind: str) -> bool:
     """Tell whether "mean, best on val and last (250)" is a predictor's checkpoint of a kind."""
     name, _, rest = title.partition(", ")
     return name == predictor and (kind in rest.replace("(", " ").split())
@@ -193,7 +202,9 @@ def make_rows(entries: Sequence[Entry], patient_of: Callable[[str], str], refere
     for labelnum in dict.fromkeys(entry.labelnum for entry in entries):
         group = [entry for entry in entries if entry.labelnum == labelnum]
         base = next((e for e in group if reference == f"{e.method}/{e.predictor}"), None)
-        cells = dict.fromkeys(key for entry in group for scores in entry.scores.values() for key in scores)
+        cells = dict.fromkeys(
+            key for entry in group for scores in entry.scores.values() for key in scores if key[0] in METRICS
+        )
         for metric, structure in cells:
             found = [_cell(entry, metric, structure, patient_of) for entry in group]
             if base is not None and len(base.scores) == len(base.planned):

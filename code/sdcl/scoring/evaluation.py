@@ -74,6 +74,7 @@ class Task:
         decision: how probabilities become a label map.
         planes: axes across which slices are shown, the most familiar one first.
         label_values: the classes 1 to C - 1 in the original label files and in what is written; empty: the same.
+        patient_of: maps a volume's name to its patient's, the unit of intervals and tests.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Task:
     decision: Decision = Decision()
     planes: tuple[int, ...] = (0,)
     label_values: tuple[int, ...] = ()
+    patient_of: Callable[[str], str] = str
 
     def original(self, label_map: np.ndarray) -> np.ndarray:
         """Return a label map (*S) with the original files' values instead of classes: uint8, or uint16 where needed."""
@@ -96,7 +98,10 @@ class Task:
 
 @dataclass(frozen=True)
 class CaseRow:
-    """The metrics of one class of one case under one predictor; distances in voxels, and in mm or nan."""
+    """The metrics of one class of one case under one predictor; distances in voxels, and in mm or nan.
+
+    The volumes of prediction and reference are in voxels, and in ml or nan.
+    """
 
     predictor: str
     case: str
@@ -108,6 +113,10 @@ class CaseRow:
     hd95_mm: float
     asd_mm: float
     empty: bool
+    voxels: int = 0
+    reference_voxels: int = 0
+    ml: float = math.nan
+    reference_ml: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,11 @@ class Predictors:
 
 
 def load_predictors(
-    folder: Path, make_network: Callable[[str], nn.Module], selected_on: str, roles_of: Mapping[str, tuple[str, ...]]
+    folder: Path,
+    make_network: Callable[[str], nn.Module],
+    selected_on: str,
+    roles_of: Mapping[str, tuple[str, ...]],
+    last_first: bool = False,
 ) -> Predictors:
     """Load a stage's best and last predictors; checkpoints of the same weights only once.
 
@@ -162,6 +175,7 @@ def load_predictors(
         make_network: builds the network of a role, such as "student_a", on its device.
         selected_on: what the best was selected on, for its name.
         roles_of: the method's predictors, to the roles whose probabilities are averaged.
+        last_first: the last ones are the run's answer, which pictures and files show, and not the best.
 
     Raises:
         UserError: a checkpoint is missing or does not fit.
@@ -170,8 +184,9 @@ def load_predictors(
     networks: list[nn.Module] = []
     members: dict[str, tuple[int, ...]] = {}
     was_validated = any((folder / f"best_{name}.pth").exists() for name in roles_of)
-    best: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for kind in [f"best on {selected_on}"] * was_validated + ["last"]:
+    first: dict[str, tuple[str, tuple[int, ...]]] = {}
+    kinds = [f"best on {selected_on}"] * was_validated + ["last"]
+    for kind in kinds[::-1] if last_first else kinds:
         for name, roles in roles_of.items():
             path = folder / ("last.pth" if kind == "last" else f"best_{name}.pth")
             chosen = []
@@ -183,10 +198,10 @@ def load_predictors(
                     networks.append(network)
                 chosen.append(known[role, iteration])
             title = f"{name}, {kind} ({iteration})"
-            if kind == "last" and best.get(name, ("", ()))[1] == tuple(chosen):  # one row says both
+            if first.get(name, ("", ()))[1] == tuple(chosen):  # one row says both
                 title = f"{name}, best on {selected_on} and last ({iteration})"
-                members = {title if key == best[name][0] else key: value for key, value in members.items()}
-            best.setdefault(name, (title, tuple(chosen)))
+                members = {title if key == first[name][0] else key: value for key, value in members.items()}
+            first.setdefault(name, (title, tuple(chosen)))
             members[title] = tuple(chosen)
     return Predictors(networks, members, len(roles_of))
 
@@ -260,7 +275,9 @@ def _score(
     voxels = case_metrics(prediction, reference, distances=distances)
     mm = case_metrics(prediction, reference, case.spacing) if case.spacing and distances else None
     hd95_mm, asd_mm = (mm.hd95, mm.asd) if mm else (math.nan, math.nan)
+    volumes = int(np.count_nonzero(prediction)), int(np.count_nonzero(reference))
+    ml = math.prod(case.spacing) / 1000 if case.spacing else math.nan
     return CaseRow(
         predictor, case.name, structure, voxels.dice, voxels.jaccard, voxels.hd95, voxels.asd, hd95_mm, asd_mm,
-        voxels.empty,
+        voxels.empty, *volumes, *(volume * ml for volume in volumes),
     )  # fmt: skip

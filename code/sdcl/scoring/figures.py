@@ -141,7 +141,7 @@ def save_case_figure(
         Line2D([], [], color="lightgrey", linestyle="dashed", label=f"{named} (white)"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def save_label_figure(path: Path, cases: Sequence[Case], class_names: Sequence[str], is_xyz: bool) -> None:
@@ -171,7 +171,7 @@ def save_label_figure(path: Path, cases: Sequence[Case], class_names: Sequence[s
             plot.set_yticks([])
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, class_names, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def save_scan_figure(
@@ -201,7 +201,7 @@ def save_scan_figure(
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, class_names, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(case.name if label.any() else f"{case.name}: nothing found", fontsize=10)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def save_metrics_figure(path: Path, rows: Sequence[CaseRow], metrics: Sequence[str]) -> None:
@@ -224,10 +224,11 @@ def save_metrics_figure(path: Path, rows: Sequence[CaseRow], metrics: Sequence[s
         plot.grid(axis="y", alpha=0.3)
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, structures, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def _save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all; texts are no formulas."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # two $ in a case's name are no formula
     with replacing(path) as temporary:

@@ -27,6 +27,7 @@ from sdcl.scoring.tables import (
     shown_metrics,
     summarise,
 )
+from sdcl.scoring.viewer import Shown
 
 LOOKS = 30  # for what other processes have scored, a second apart
 
@@ -65,7 +66,7 @@ def test_report(
     facts: dict[str, Any],
     nifti: bool = False,
 ) -> None:
-    """Score predictors; write cases.csv, summary.json, cases.png and metrics.png; print the tables.
+    """Score predictors; write tables, figures and the page; print the tables.
 
     Each case is kept as soon as it is scored, so that a test that was stopped goes on; cases.csv holds those that are
     done, and summary.json comes when all are.
@@ -140,8 +141,25 @@ class _Test:
         ]
         save_case_figure(self.folder / "cases.png", pictures, self.task, self.predictors)
         save_metrics_figure(self.folder / "metrics.png", rows, shown_metrics(rows))
+        names = ["cases.csv", "summary.json", "cases.png", "metrics.png", *self._write_page(rows, content)]
         self.kept.remove()
-        LOGGER.info("written to %s: cases.csv, summary.json, cases.png, metrics.png", self.folder)
+        LOGGER.info("written to %s: %s", self.folder, ", ".join(names))
+
+    def _write_page(self, rows: Sequence[CaseRow], content: dict[str, Any]) -> list[str]:
+        """Write report.html, and training.png where the run's records are; return their names."""
+        from sdcl.scoring.run_page import write_run_page  # with jinja2, which validations need not
+
+        answer = self.predictors.pictured[-1]
+        dice = case_dice(rows)[answer]
+        ranks_of = {name: rank for rank, name in best_median_worst(rows, answer).items()}
+        order = [name for rank in ("worst", "median", "best") for name, r in ranks_of.items() if r == rank]
+        order += sorted((n for n in dice if n not in order), key=lambda n: (not math.isnan(dice[n]), dice[n]))
+        by_name = {case.name: case for case in self.cases}
+        shown = []
+        for name in order:
+            rank = f"{ranks_of[name]}: " if name in ranks_of else ""
+            shown.append(Shown(f"{rank}{name}, Dice {dice[name]:.3f}", by_name[name], self.label_maps[name]))
+        return write_run_page(self.folder, shown, rows, self.task, self.predictors, content)
 
     def _read_kept(self) -> list[str]:
         """Read the cases that are kept, and return the names of those that are there."""

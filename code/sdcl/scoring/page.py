@@ -1,0 +1,272 @@
+"""The page of a test or of an experiment: one HTML file that needs no server, no network and no other file."""
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.text import Text
+
+from sdcl.runs.atomic import write_text
+from sdcl.scoring.charts import INK, Chart, Curves, bland_altman, by_case, case_points, forest, inked, training
+from sdcl.scoring.comparison import Entry, Row, lines_of
+from sdcl.scoring.tables import MEAN, METRICS, digits_of
+
+ASSETS = Path(__file__).with_name("assets")
+SVG = "http://www.w3.org/2000/svg"
+LINK = "{http://www.w3.org/1999/xlink}href"
+CURVE = re.compile(r"curve-(?P<row>\d+)-")
+MOST_POINTS = 8_000  # of all charts of cases; beyond it they show the mean of the structures alone
+LARGEST = 4_990_000  # bytes of a page
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its lines of cells, the header first; bold cells are marked with **."""
+
+    title: str
+    lines: Sequence[Sequence[str]]
+    is_open: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        id: of its heading.
+        title: of it.
+        charts: by name; the first is shown, the others are chosen.
+        switches: names of the rows whose curves can be switched off, in the charts' order.
+        tables: below them.
+        links: titles and addresses, relative to the page.
+    """
+
+    id: str
+    title: str
+    charts: Sequence[tuple[str, Chart]] = ()
+    switches: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    links: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows.
+
+    Attributes:
+        title: of the page.
+        head: sentences below it: what was scored, selected, compared; which commit.
+        entries: the rows, with each case's scores.
+        rows: the cells of the table; see make_rows().
+        viewer: from viewer.viewer(); None: there are no pictures.
+        curves: of the training.
+        further: sections at the end, such as the settings.
+        order: cases by name, those to be looked at first in front.
+    """
+
+    title: str
+    head: Sequence[str]
+    entries: Sequence[Entry]
+    rows: Sequence[Row]
+    viewer: dict[str, Any] | None = None
+    curves: Sequence[Curves] = ()
+    further: Sequence[Section] = ()
+    order: Sequence[str] = field(default=())
+
+
+def write_page(path: Path, page: Page) -> None:
+    """Write a page, whole or not at all.
+
+    Args:
+        path: the HTML file.
+        page: what it shows.
+    """
+    with inked():
+        sections = [_shown(section) for section in sections_of(page)]
+    titles = [("cases", "Cases")] * bool(page.viewer) + [(section.id, section.title) for section in sections]
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    content = {
+        "page": replace(page, further=()), "sections": titles, "viewer": None,
+        "css": Markup((ASSETS / "report.css").read_text("utf-8")),  # noqa: S704 - ours
+        "js": Markup((ASSETS / "report.js").read_text("utf-8")),  # noqa: S704 - ours
+    }  # fmt: skip
+    template = environment.get_template("report.html")
+    if page.viewer:
+        scored = [one | {"scores": _scores(page, one["name"])} for one in page.viewer["cases"]]
+        content["viewer"] = embedded(page.viewer | {"cases": scored})
+    write_text(path, template.render(content | {"page": _Rendered(page, sections)}))
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A page as its template reads it: with the sections' charts as SVG."""
+
+    page: Page
+    sections: Sequence[Section]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.page, name)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A chart as SVG."""
+
+    svg: Markup
+    caption: str
+
+
+def embedded(content: Any) -> Markup:
+    """Return JSON that may stand in a page's script element, whatever its texts hold."""
+    text = json.dumps(content, ensure_ascii=True, allow_nan=False)
+    for letter in "<>&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return Markup(text)  # noqa: S704 - nothing in it ends the element
+
+
+def sections_of(page: Page) -> list[Section]:
+    """Return a page's sections below the viewer, in the order that they are looked at."""
+    metrics = [m for m in METRICS if any(r.metric == m and r.patients for r in page.rows)]
+    counts = list(dict.fromkeys(entry.labelnum for entry in page.entries))
+
+    def named(entry: Entry, name: str = "") -> str:
+        parts = [name] * bool(name) + [f"{entry.labelnum} labelled"] * (len(counts) > 1)
+        return ", ".join(parts) or "all"
+
+    whole = [entry for entry in page.entries if entry.scores]
+    volumes = [(named(e, f"{e.method}/{e.predictor}"), bland_altman(e)) for e in whole]
+    groups = [[entry for entry in whole if entry.labelnum == count] for count in counts]
+    groups = [group for group in groups if group]
+    points = [(named(group[0], METRICS[m]), case_points(_bounded(group), m)) for m in metrics for group in groups]
+    shown = MEAN if any(row.structure == MEAN for row in page.rows) else next((r.structure for r in page.rows), MEAN)
+    intervals, tables = [], []
+    for metric in metrics:
+        for group in groups:
+            mine = [row for row in page.rows if row.labelnum == group[0].labelnum]
+            title = named(group[0], METRICS[metric])
+            intervals.append((title, forest(mine, metric, shown)))
+            tables.append(Table(title, lines_of(mine, metric, group[0].labelnum), metric == "dice"))
+    sections = [
+        Section("volumes", "Volume, predicted against reference", _answers_first(volumes)),
+        Section("points", "Each case", points, tables=[_case_table(page, "dice")]),
+        Section("table", "The table", intervals, tables=tables),
+    ]
+    chart = training(page.curves)
+    if chart is not None:
+        names = list(dict.fromkeys(one.name for one in page.curves))
+        sections.append(Section("training", "Training", [("all", chart)], names if len(names) > 1 else ()))
+    return [*sections, *page.further]
+
+
+def facts_table(title: str, facts: Mapping[str, Any], is_open: bool = False) -> Table:
+    """Return names and values as a table."""
+    lines = [
+        [name, value if isinstance(value, str) else json.dumps(value, default=str)] for name, value in facts.items()
+    ]
+    return Table(title, [["", ""], *lines], is_open)
+
+
+def _answers_first(charts: Sequence[tuple[str, Chart]]) -> Sequence[tuple[str, Chart]]:
+    """Put a run's answer, the mean of both students say, first: it is what is shown unasked."""
+    return sorted(charts, key=lambda one: not one[0].split("/")[-1].startswith("mean"))
+
+
+def _bounded(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Keep the structures' mean alone where all of them would be too many points."""
+    number = sum(len(scores) * len(next(iter(scores.values()), ())) for e in entries for scores in e.scores.values())
+    if number <= MOST_POINTS * len(METRICS):
+        return entries
+
+    def of_mean(scores: Mapping) -> dict:
+        kept = {key: value for key, value in scores.items() if key[1] == MEAN}
+        return kept or dict(scores)
+
+    return [replace(e, scores={seed: of_mean(scores) for seed, scores in e.scores.items()}) for e in entries]
+
+
+def _case_table(page: Page, metric: str) -> Table:
+    """Return each case's score under each row."""
+    whole = [entry for entry in page.entries if entry.scores]
+    structures = {structure for e in whole for scores in e.scores.values() for _, structure in scores}
+    shown = MEAN if MEAN in structures else next(iter(structures), MEAN)
+    values = [by_case(entry, metric, shown) for entry in whole]
+    several = len({entry.labelnum for entry in whole}) > 1
+    head = [f"{e.method}/{e.predictor}" + (f", {e.labelnum} labelled" if several else "") for e in whole]
+    cases = [*page.order, *sorted({case for each in values for case in each} - set(page.order))]
+    lines = [[case, *(_number(each.get(case), metric) for each in values)] for case in cases]
+    return Table(f"{METRICS[metric]} of each case, {shown}", [["case", *head], *lines])
+
+
+def _scores(page: Page, case: str) -> list[list[str]]:
+    """Return what stands beside a case's pictures: each row's Dice by structure."""
+    structures = list(dict.fromkeys(row.structure for row in page.rows))
+    lines = [["Dice", *structures]]
+    for entry in page.entries:
+        found = [by_case(entry, "dice", structure).get(case) for structure in structures]
+        lines.append([f"{entry.method}/{entry.predictor}", *(_number(value, "dice") for value in found)])
+    return lines
+
+
+def _number(value: float | None, metric: str) -> str:
+    return "–" if value is None else f"{value:.{digits_of(metric)}f}"
+
+
+# --- SVG ---
+
+
+def _shown(section: Section) -> Section:
+    charts = [
+        (name, _Drawn(svg_of(chart, f"{section.id}{k}"), chart.caption))
+        for k, (name, chart) in enumerate(section.charts)
+    ]
+    return replace(section, charts=charts)
+
+
+def svg_of(chart: Chart, key: str) -> Markup:
+    """Return a chart as SVG for a page: in the page's colours, its points with their names.
+
+    Args:
+        chart: drawn within inked().
+        key: begins all of its identifiers, so that a page may hold several.
+    """
+    for text in chart.figure.findobj(Text):
+        text.set_parse_math(False)  # two $ in a case's name are no formula
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "none"}):
+        chart.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    ElementTree.register_namespace("", SVG)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    root = ElementTree.fromstring(file.getvalue())
+    for element in list(root):
+        if element.tag == f"{{{SVG}}}metadata" or element.find(f"{{{SVG}}}style") is not None:
+            root.remove(element)  # who made it; a style that would be the whole page's
+    for element in root.iter():
+        _name_points(element, chart.points)
+        if match := CURVE.match(element.get("id", "")):
+            element.set("data-row", match["row"])
+        for name, value in list(element.attrib.items()):
+            value = value.replace(INK, "currentColor").replace("url(#", f"url(#{key}-")
+            value = f"{key}-{value}" if name == "id" else f"#{key}-{value[1:]}" if name == LINK else value
+            element.set(name, value)
+    return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704 - made of elements
+
+
+def _name_points(group: ElementTree.Element, points: Mapping[str, Sequence[str]]) -> None:
+    """Give the points of a group their names: for the script, and as what readers of a screen and pointers find."""
+    names = points.get(group.get("id", ""))
+    if names is None:
+        return
+    uses = [element for element in group.iter(f"{{{SVG}}}use") if element.get("class") is None]
+    for element, name in zip(uses, names, strict=True):
+        element.set("class", "point")
+        element.set("data-name", name)
