@@ -153,7 +153,8 @@ def test_files_of_a_test(tmp_path):
     content = json.loads((tmp_path / "t" / "summary.json").read_text())
     assert content["split"] == "val" and content["protocol"] == "default" and len(content["summary"]) == 9
     lines = (tmp_path / "t" / "cases.csv").read_text().splitlines()
-    assert lines[0].startswith("method,predictor,case,structure,dice,jaccard,hd95,asd,hd95_mm,asd_mm,empty,voxels") and len(lines) == 19
+    metrics = "dice,jaccard,hd95,asd,hd95_mm,asd_mm,empty,voxels,reference_voxels,ml,reference_ml"
+    assert lines[0] == f"method,predictor,case,structure,{metrics}" and len(lines) == 19
     for name in ("cases.png", "metrics.png"):
         assert (tmp_path / "t" / name).read_bytes().startswith(b"\x89PNG")
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from sdcl.runs.distribution import collect, first, is_first, share, wait
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, MACHINE_FIELDS, write_csv
 from sdcl.scoring.evaluation import Case, CaseRow, Predictors, Task, Validation, evaluate
-from sdcl.scoring.figures import is_xyz, panel, save_case_figure, save_metrics_figure
+from sdcl.scoring.figures import class_colours, is_xyz, panel, save_case_figure, save_metrics_figure
 from sdcl.scoring.scored import ScoredCases, key_of
 from sdcl.scoring.tables import (
     case_dice,
@@ -77,7 +78,7 @@ def test_report(
         cases: volumes to score.
         task: see evaluate().
         facts: what else summary.json says, such as the split; "protocol": see summarise().
-        nifti: also write nifti/, of the answer.
+        nifti: also write nifti/, of the answer, with ITK-SNAP's label description.
     """
     test = _Test(folder, predictors, cases, task, facts, nifti)
     test.score()
@@ -142,6 +143,8 @@ class _Test:
         save_case_figure(self.folder / "cases.png", pictures, self.task, self.predictors)
         save_metrics_figure(self.folder / "metrics.png", rows, shown_metrics(rows))
         names = ["cases.csv", "summary.json", "cases.png", "metrics.png", *self._write_page(rows, content)]
+        if self.nifti:
+            self._tell_snap()
         self.kept.remove()
         LOGGER.info("written to %s: %s", self.folder, ", ".join(names))
 
@@ -160,6 +163,16 @@ class _Test:
             rank = f"{ranks_of[name]}: " if name in ranks_of else ""
             shown.append(Shown(f"{rank}{name}, Dice {dice[name]:.3f}", by_name[name], self.label_maps[name]))
         return write_run_page(self.folder, shown, rows, self.task, self.predictors, content)
+
+    def _tell_snap(self) -> None:
+        """Write the label description beside the NIfTI files, and say how ITK-SNAP opens a case with it."""
+        folder = self.folder / "nifti"
+        path = save_label_description(folder, self.task)
+        files = [folder / f"{self.cases[0].name}_{name}.nii.gz" for name in ("image", "prediction")]
+        command = shlex.join(["itksnap", "-g", str(files[0]), "-s", str(files[1]), "-l", str(path)])
+        LOGGER.info(
+            "a case in ITK-SNAP, with names and colours (_label instead of _prediction: the reference):\n%s", command
+        )
 
     def _read_kept(self) -> list[str]:
         """Read the cases that are kept, and return the names of those that are there."""
@@ -234,6 +247,25 @@ def save_nifti(
         picture.header.set_xyzt_units("mm")
         with replacing(folder / f"{case.name}_{name}.nii.gz") as temporary:
             nibabel.save(picture, temporary)
+
+
+def save_label_description(folder: Path, task: Task) -> Path:
+    """Write labels.txt, ITK-SNAP's label description: each structure's value, colour and name; return its path.
+
+    Args:
+        folder: of the NIfTI files.
+        task: for the structures' names and the values that label files have.
+    """
+    lines = ["# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL", '    0     0    0    0        0  0  0    "Clear Label"']
+    values = task.label_values or range(1, task.num_classes)
+    colours = np.rint(255 * class_colours(np.arange(1, task.num_classes))).astype(int)
+    for value, (red, green, blue), name in zip(values, colours, task.class_names, strict=True):
+        lines.append(
+            f'{value:5d}   {red:3d}  {green:3d}  {blue:3d}        1  1  1    "{name.replace(chr(34), chr(39))}"'
+        )
+    path = folder / "labels.txt"
+    write_text(path, "\n".join(lines) + "\n")
+    return path
 
 
 def _without_nan(value: Any) -> Any:
