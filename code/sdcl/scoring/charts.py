@@ -91,7 +91,9 @@ def bland_altman(entry: Entry) -> Chart:
         points[f"volumes-{k}"] = [
             f"{case}: {ours[case]:.4g} {unit} predicted, {reference[case]:.4g} in the reference" for case in cases
         ]
-        plot.scatter(middle, difference, s=26, color=colours[k], edgecolor=INK, linewidths=0.4, gid=f"volumes-{k}")
+        plot.scatter(
+            middle, difference, s=26, color=colours[k], edgecolor=INK, linewidths=0.4, gid=f"volumes-{k}", zorder=3
+        )
         bias, spread = difference.mean(), difference.std(ddof=1) if len(cases) > 1 else math.nan
         plot.axhline(0, color=INK, linewidth=0.5)
         plot.axhline(bias, color=INK, linewidth=1.2)
