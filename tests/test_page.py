@@ -264,7 +264,8 @@ def pixels(tab, plane, shape):
     """Read the colour in the middle of each voxel (rows, columns, 3) of a plane's picture."""
     rows, columns = shape
     script = """([plane, rows, columns]) => {
-      const shown = document.querySelector(`[data-plane=${plane}]`), canvas = document.createElement("canvas"), out = [];
+      const shown = document.querySelector(`[data-plane=${plane}]`), out = [];
+      const canvas = document.createElement("canvas");
       [canvas.width, canvas.height] = [shown.width, shown.height];
       const context = canvas.getContext("2d", { willReadFrequently: true });
       context.drawImage(shown, 0, 0);
