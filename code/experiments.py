@@ -51,7 +51,8 @@ class Config:
     reference: str = "sdcl"  # the row that the others are compared with: a method, or method/predictor
 
     # --- machine ---
-    slots: int = 0  # runs at a time; 0: one a GPU, or one where there is none
+    slots: int = 0  # runs at a time; 0: as many as there are GPUs for, or one
+    processes: int = 1  # that train one run together: torchrun's, or in a SLURM job of several nodes srun's
     wait: bool = True  # for runs that another process has; --no-wait leaves them to it
 
     # --- SLURM ---
@@ -65,7 +66,7 @@ class Config:
 def main(config: Config) -> None:
     """List, run or compare."""
     start_logging()
-    for name, least in (("slots", 0), ("jobs", 1), ("repeats", 0), ("signal_minutes", 1)):
+    for name, least in (("slots", 0), ("processes", 1), ("jobs", 1), ("repeats", 0), ("signal_minutes", 1)):
         if getattr(config, name) < least:
             raise UserError(f"--{name} is {getattr(config, name)}: it must be at least {least}.")
     config.root_path = config.root_path or ROOT / "Datasets" / config.data_set
@@ -134,6 +135,7 @@ def run(config: Config, runs: list[Run]) -> None:
 
     from sdcl.methods import check_settings
     from sdcl.runs.launch import Launcher, Machine
+    from sdcl.runs.slurm import check_processes
 
     results, _ = results_of(config, runs)
     gpus = torch.cuda.device_count()
@@ -141,7 +143,9 @@ def run(config: Config, runs: list[Run]) -> None:
         if one.spec is not None:  # what stage 1 alone reads is told by the runs
             check_settings(dataclasses.replace(one.header, pretrained=None))
     asked = "CUDA_VISIBLE_DEVICES" in os.environ  # then it is somebody's choice
-    machine = Machine(config.slots or max(gpus, 1), 0 if asked else gpus, config.wait)
+    slots = config.slots or max(gpus // config.processes, 1)
+    check_processes(config.processes, slots)
+    machine = Machine(slots, 0 if asked else gpus, config.wait, config.processes)
     scripts = [CODE / script for script in SCRIPTS[config.data_set]]
     launcher = Launcher(
         runs, lambda run: state_of(run, results), lambda run: test_flags(config, run), scripts, machine,

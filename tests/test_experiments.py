@@ -20,10 +20,12 @@ from helpers import ROOT
 from scipy import stats
 
 from sdcl import checkpoints
-from sdcl.runs import matrix
+from sdcl.runs import matrix, slurm
 from sdcl.runs.atomic import claimed
 from sdcl.runs.errors import UserError
+from sdcl.runs.launch import Machine
 from sdcl.scoring.comparison import Entry, make_rows, read_cases, write_table
+from sdcl.scoring.viewer import read_viewer
 
 TINY = (
     "--select last --patch_size 32 32 --batch_size 2 --pre_iterations 2 --self_iterations 3 --device cpu "
@@ -206,6 +208,62 @@ def test_the_table_says_what_the_cases_say(whole, acdc_phantom):
         AssertionError, match="--reference cps .* is no row of this table: choose of supervised/student_a"
     ):
         call("table", whole, acdc_phantom, "--reference", "cps")
+
+
+def test_the_report_shows_every_row_and_leads_to_every_run(whole, acdc_phantom):
+    said = call("report", whole, acdc_phantom)
+    assert "cases.csv, report.html, training.png" in said
+    page = whole / "m" / "report.html"
+    data, text = read_viewer(page), page.read_text(encoding="utf-8")
+    assert data["names"] == ["supervised/student_a", "sdcl/mean", f"{METHODS[2]}/mean"]
+    assert all(set(case["maps"]) == set(data["names"]) for case in data["cases"]) and len(data["cases"]) == 2
+    links = re.findall(r'href="(\.\./[^"]+)"', text)
+    assert len(links) == 6 and all((page.parent / link).is_file() for link in links)
+    assert "The pictures are of seed 1." in text
+    with open(whole / "m" / "cases.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["row"], row["seed"]) for row in rows} == {(name, seed) for name in METHODS for seed in "12"}
+    of_run = whole / "acdc_m_sdcl_s1_2_labeled" / "test" / "self_train_val"
+    with open(of_run / "cases.csv", newline="") as file:
+        ours = [row for row in csv.DictReader(file)]
+    theirs = [row for row in rows if (row["row"], row["seed"]) == ("sdcl", "1")]
+    assert [row["dice"] for row in ours] == [row["dice"] for row in theirs]
+    assert (of_run / "training.png").read_bytes().startswith(b"\x89PNG") and (of_run / "report.html").exists()
+
+
+def test_what_has_no_pictures_is_told(whole, acdc_phantom, tmp_path):
+    models = tmp_path / "models"
+    shutil.copytree(whole, models)
+    (models / "acdc_m_supervised_s1_2_labeled" / "test" / "self_train_val" / "report.html").unlink()
+    call("report", models, acdc_phantom)
+    page = models / "m" / "report.html"
+    assert read_viewer(page)["names"] == ["sdcl/mean", f"{METHODS[2]}/mean"]
+    assert "No pictures of supervised/student_a: the page of its run" in page.read_text(encoding="utf-8")
+
+
+def test_one_run_in_two_processes(acdc_phantom, tmp_path):
+    """torchrun starts each training; tests and the table are as ever."""
+    only = ("--methods", "bcp", "--seeds", "1", "--reference", "bcp")
+    assert "nothing is missing" in call("run", tmp_path, acdc_phantom, "--processes", "2", *only)
+    for log in (tmp_path / "m" / "logs").glob("*.log"):
+        assert "2 processes share each batch of 2" in log.read_text() and "torch.distributed.run" in log.read_text()
+    assert "1 of 1" in call("table", tmp_path, acdc_phantom, *only)
+
+
+def test_processes_on_a_jobs_nodes(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
+    assert slurm.in_processes(["python", "a.py"], 1) == (["python", "a.py"], {})
+    slurm.check_processes(3, 2)
+    assert Machine(2, 4, True, 2).gpus_of(1) == "2,3" and Machine(1, 1, True).gpus_of(0) == "0"
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setattr(slurm, "_call", lambda *given: "n1\nn2" if "hostnames" in given else " NodeAddr=10.0.0.7 x")
+    command, more = slurm.in_processes(["python", "a.py", "--x"], 4)
+    assert command[:4] == ["srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]
+    assert command[-3:] == ["python", "a.py", "--x"] and more["MASTER_ADDR"] == "10.0.0.7"
+    for processes, slots, message in ((3, 1, "--processes is 3, but this job has 2 nodes"), (2, 2, "--slots is 2")):
+        with pytest.raises(UserError, match=message):
+            slurm.check_processes(processes, slots)
 
 
 # --- tables by hand ---

@@ -114,6 +114,23 @@ def test_one_run_of_two_tasks_saves_on_slurms_signal_and_queues_itself_again(acd
     assert said.count("done: ") == 1 and said.count("pre_train: iterations ") == 2
 
 
+def test_one_run_takes_both_nodes_of_a_job(acdc_phantom, tmp_path):
+    """Each training is started by srun, a process a node; the job that is asked to stop has it save, and it goes on."""
+    models = tmp_path / "models"
+    with cluster(tmp_path / "slurm", 2) as environment:
+        both = "--sbatch=--nodes=2 --ntasks-per-node=1 --cpus-per-task=1"
+        given = ["--jobs", "1", "--repeats", "1", "--processes", "2", both]
+        experiments(environment, "slurm", models, acdc_phantom, *given)
+        wait_for(lambda: list(models.glob("*/self_train/last.pth")), 300, environment)
+        job = ask(environment, "squeue", "-h", "-t", "R", "-o", "%A").split()[0]
+        ask(environment, "scancel", "--batch", "--signal=USR1", job)
+        wait_for(lambda: not ask(environment, "squeue", "-h"), 600, environment)
+    assert "left: 0 s of" in experiments(dict(os.environ), "list", models, acdc_phantom) and len(rows(models)) == 4
+    said = "".join(path.read_text() for path in (models / "m" / "logs").glob("*.log"))
+    assert said.count("2 processes share each batch of 2") >= 6 and "stopped and saved after iteration" in said
+    assert "srun --nodes=2 --ntasks=2" in said
+
+
 def test_what_sbatch_refuses_is_told(acdc_phantom, tmp_path):
     with (
         cluster(tmp_path / "slurm", 1) as environment,

@@ -12,6 +12,7 @@ from typing import IO
 
 from sdcl.runs.folder import LOGGER, STOP_SIGNALS
 from sdcl.runs.matrix import Run, State, is_claimed, is_finished
+from sdcl.runs.slurm import in_processes, nodes_of_job
 
 POLL_SECONDS = 0.2
 ELSEWHERE_SECONDS = 10.0  # between looks at a run that another process has
@@ -36,14 +37,27 @@ class Machine:
     """What runs have.
 
     Attributes:
-        slots: processes at a time; the cores are shared out.
+        slots: runs at a time; the cores are shared out.
         gpus: that the slots take in turns.
         waits: for runs that another process has; else they are left to it.
+        processes: that train one run together.
     """
 
     slots: int
     gpus: int
     waits: bool
+    processes: int = 1
+
+    @property
+    def threads(self) -> int:
+        """A process's share of this machine's cores."""
+        here = -(-self.processes // nodes_of_job())
+        return max(1, (os.cpu_count() or 1) // (self.slots * here))
+
+    def gpus_of(self, slot: int) -> str:
+        """Return the numbers of a slot's GPUs, as CUDA_VISIBLE_DEVICES has them."""
+        first = slot * self.processes
+        return ",".join(str((first + k) % self.gpus) for k in range(min(self.processes, self.gpus)))
 
 
 class Launcher:
@@ -137,11 +151,12 @@ class Launcher:
 
     def _launch(self, run: Run, is_test: bool, slot: int) -> None:
         flags = self.test_flags(run) if is_test else list(run.flags)
-        command = [sys.executable, str(self.scripts[is_test]), *flags]
-        threads = max(1, (os.cpu_count() or 1) // self.machine.slots)
-        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-        if self.machine.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.machine.gpus)
+        command, more = [sys.executable, str(self.scripts[is_test]), *flags], {}
+        if not is_test:
+            command, more = in_processes(command, self.machine.processes)
+        environment = {"OMP_NUM_THREADS": str(self.machine.threads)} | os.environ | more
+        if self.machine.gpus and nodes_of_job() == 1:
+            environment["CUDA_VISIBLE_DEVICES"] = self.machine.gpus_of(slot)
         self.logs.mkdir(parents=True, exist_ok=True)
         path = self.logs / f"{run.folder.name}.log"
         log = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in _collect()

@@ -1,9 +1,12 @@
 """An experiment on SLURM: an array of jobs that each do what is missing, and arrays that follow until nothing is."""
 
+import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,59 @@ def flags_of(config: Any) -> list[str]:
         else:
             flags.append(f"--{field.name}={value.resolve() if isinstance(value, Path) else value}")
     return flags
+
+
+def nodes_of_job() -> int:
+    """Return how many nodes this process's SLURM job has; 1 outside of one."""
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+
+
+def check_processes(processes: int, slots: int) -> None:
+    """Refuse processes that a job's nodes cannot share out.
+
+    Args:
+        processes: that train one run together.
+        slots: runs at a time.
+
+    Raises:
+        UserError: names the flag.
+    """
+    nodes = nodes_of_job()
+    if nodes > 1 and processes % nodes:
+        raise UserError(f"--processes is {processes}, but this job has {nodes} nodes: give a multiple of {nodes}.")
+    if nodes > 1 and slots > 1:
+        raise UserError(f"--slots is {slots}, but on {nodes} nodes one run takes the whole job: leave it out.")
+
+
+def in_processes(command: Sequence[str], processes: int) -> tuple[list[str], dict[str, str]]:
+    """Return the command that starts a training in several processes, and what its environment needs beside.
+
+    Within a SLURM job of several nodes srun starts them, on all of these, so that its signals reach each once; else
+    torchrun does, on this machine.
+
+    Args:
+        command: the training's: Python, the script, its flags.
+        processes: how many; see check_processes().
+    """
+    if processes == 1:
+        return list(command), {}
+    if nodes_of_job() == 1:
+        start = [command[0], "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return [*start, *command[1:]], {}
+    nodes = nodes_of_job()
+    share = [f"--nodes={nodes}", f"--ntasks={processes}", f"--ntasks-per-node={processes // nodes}"]
+    with socket.socket() as server:  # the batch script, and so this, runs on the first node
+        server.bind(("", 0))
+        port = server.getsockname()[1]
+    meeting = {"MASTER_ADDR": _first_address(), "MASTER_PORT": str(port)}
+    return ["srun", *share, "--kill-on-bad-exit=1", *command], meeting
+
+
+def _first_address() -> str:
+    """Return the network address of the job's first node."""
+    names = _call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    found = re.search(r"NodeAddr=(\S+)", _call("scontrol", "show", "node", names[0]))
+    return found[1] if found else names[0]
 
 
 def _most_jobs() -> int:
