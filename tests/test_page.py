@@ -221,6 +221,15 @@ def test_rows_without_a_seed_and_several_counts_are_shown_as_far_as_they_go():
     assert len(sections[0].charts) == 1 and "missing: 1" in str(sections[2].tables[0].lines)
 
 
+def test_too_many_points_are_the_structures_means(monkeypatch):
+    entries = [entry()]
+    page = Page("t", [], entries, make_rows(entries, str, "sdcl/mean"))
+    assert "".join(sections_of(page)[1].charts[0][1].points).count("dice") == 3
+    monkeypatch.setattr("sdcl.scoring.page.MOST_POINTS", 20)
+    _, points, *_ = sections_of(page)
+    assert points.title == "Each case (the mean of its structures)" and list(points.charts[0][1].points) == ["dice-0-0"]
+
+
 # --- what it does ---
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sdcl.scoring.comparison import Entry, Row
 from sdcl.scoring.figures import class_colours
@@ -25,7 +26,11 @@ DASHES = ("solid", "dashed", "dotted", "dashdot")
 LIMITS = 1.96  # standard deviations of Bland and Altman's limits of agreement
 CURVE_POINTS = 120  # of a curve; each is the mean of the iterations that it stands for
 STAGES = {"pre_train": "stage 1, pre-training", "self_train": "stage 2, self-training"}
-QUANTITIES = {"loss": "loss", "val_dice": "validation Dice", "discrepancy": "where the students disagree (share)"}
+QUANTITIES = {
+    "loss": "loss",
+    "val_dice": "validation Dice",
+    "discrepancy": "voxels of a step where the students disagree",
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def bland_altman(entry: Entry) -> Chart:
 def case_points(entries: Sequence[Entry], metric: str) -> Chart:
     """Draw each case as a point, a column a row of the table and a panel a structure; lines join a case's points."""
     structures = structures_of(entries)
-    structures = [MEAN, *structures] if len(structures) > 1 else structures
+    structures = [MEAN, *structures] if len(structures) != 1 else structures
     columns = min(len(structures), 2)
     rows = math.ceil(len(structures) / columns)
     figure = _figure(min(13, columns * (1.6 + 0.75 * len(entries))), 3.9 * rows)
@@ -260,6 +265,9 @@ def training(curves: Sequence[Curves]) -> Chart | None:
     plots = figure.subplots(len(quantities), len(stages), squeeze=False)
     for (i, quantity), (j, stage) in ((a, b) for a in enumerate(quantities) for b in enumerate(stages)):
         plot: Axes = plots[i, j]
+        if (stage, quantity) not in there:
+            plot.remove()
+            continue
         for k, one in enumerate(curves):
             if (stage, quantity) not in one.values:
                 continue
@@ -272,10 +280,11 @@ def training(curves: Sequence[Curves]) -> Chart | None:
         _titled(plot, f"{QUANTITIES[quantity]}, {STAGES[stage]}")
         plot.set_xlabel("iteration")
         plot.grid(alpha=0.25)
+    handles = []
     for k, name in enumerate(names):
         colour, dashes = row_style(k)
-        plots[0, 0].plot([], [], color=colour, linestyle=dashes, label=name if name[:1] != "_" else f" {name}")
-    figure.legend(loc="outside lower center", ncols=min(len(names), 5), frameon=False, fontsize=8)
+        handles.append(Line2D([], [], color=colour, linestyle=dashes, label=name))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 5), frameon=False, fontsize=8)
     caption = (
         f"Training by iteration: losses and discrepancy are means of up to {CURVE_POINTS} equal parts of a stage, "
         "validation Dice is as it was measured."

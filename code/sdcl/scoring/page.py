@@ -15,7 +15,18 @@ from markupsafe import Markup
 from matplotlib.text import Text
 
 from sdcl.runs.atomic import write_text
-from sdcl.scoring.charts import INK, Chart, Curves, bland_altman, by_case, case_points, forest, inked, training
+from sdcl.scoring.charts import (
+    INK,
+    Chart,
+    Curves,
+    bland_altman,
+    by_case,
+    case_points,
+    forest,
+    inked,
+    structures_of,
+    training,
+)
 from sdcl.scoring.comparison import Entry, Row, lines_of
 from sdcl.scoring.tables import MEAN, METRICS, digits_of
 
@@ -23,8 +34,7 @@ ASSETS = Path(__file__).with_name("assets")
 SVG = "http://www.w3.org/2000/svg"
 LINK = "{http://www.w3.org/1999/xlink}href"
 CURVE = re.compile(r"curve-(?P<row>\d+)-")
-MOST_POINTS = 8_000  # of all charts of cases; beyond it they show the mean of the structures alone
-LARGEST = 4_990_000  # bytes of a page
+MOST_POINTS = 4_000  # of all charts of cases; beyond it they show the mean of the structures alone
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,8 @@ def sections_of(page: Page) -> list[Section]:
     volumes = [(named(e, f"{e.method}/{e.predictor}"), bland_altman(e)) for e in whole]
     groups = [[entry for entry in whole if entry.labelnum == count] for count in counts]
     groups = [group for group in groups if group]
-    points = [(named(group[0], METRICS[m]), case_points(_bounded(group), m)) for m in metrics for group in groups]
+    drawn, of_cases = _bounded(groups, len(metrics))
+    points = [(named(group[0], METRICS[m]), case_points(group, m)) for m in metrics for group in drawn]
     shown = MEAN if any(row.structure == MEAN for row in page.rows) else next((r.structure for r in page.rows), MEAN)
     intervals, tables = [], []
     for metric in metrics:
@@ -158,7 +169,7 @@ def sections_of(page: Page) -> list[Section]:
             tables.append(Table(title, lines_of(mine, metric, group[0].labelnum), metric == "dice"))
     sections = [
         Section("volumes", "Volume, predicted against reference", _answers_first(volumes)),
-        Section("points", "Each case", points, tables=[_case_table(page, "dice")]),
+        Section("points", of_cases, points, tables=[_case_table(page, "dice")]),
         Section("table", "The table", intervals, tables=tables),
     ]
     chart = training(page.curves)
@@ -181,17 +192,19 @@ def _answers_first(charts: Sequence[tuple[str, Chart]]) -> Sequence[tuple[str, C
     return sorted(charts, key=lambda one: not one[0].split("/")[-1].startswith("mean"))
 
 
-def _bounded(entries: Sequence[Entry]) -> Sequence[Entry]:
-    """Keep the structures' mean alone where all of them would be too many points."""
-    number = sum(len(scores) * len(next(iter(scores.values()), ())) for e in entries for scores in e.scores.values())
-    if number <= MOST_POINTS * len(METRICS):
-        return entries
+def _bounded(groups: Sequence[Sequence[Entry]], metrics: int) -> tuple[Sequence[Sequence[Entry]], str]:
+    """Keep the structures' mean alone where all would be too many points; return what is drawn and its title."""
+    number = sum(
+        len(by_case(entry, "dice", s)) for group in groups for entry in group for s in [MEAN, *structures_of([entry])]
+    )
+    if number * metrics <= MOST_POINTS:
+        return groups, "Each case"
 
-    def of_mean(scores: Mapping) -> dict:
-        kept = {key: value for key, value in scores.items() if key[1] == MEAN}
-        return kept or dict(scores)
+    def of_mean(entry: Entry) -> Entry:
+        kept = {seed: {k: v for k, v in scores.items() if k[1] == MEAN} for seed, scores in entry.scores.items()}
+        return replace(entry, scores=kept) if all(kept.values()) else entry
 
-    return [replace(e, scores={seed: of_mean(scores) for seed, scores in e.scores.items()}) for e in entries]
+    return [[of_mean(entry) for entry in group] for group in groups], "Each case (the mean of its structures)"
 
 
 def _case_table(page: Page, metric: str) -> Table:

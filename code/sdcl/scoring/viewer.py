@@ -17,7 +17,7 @@ from sdcl.runs.errors import UserError
 from sdcl.scoring.evaluation import Case, Task
 from sdcl.scoring.figures import CLASS_COLOURS, DISCREPANCY_COLOUR, OVERLAY, is_xyz
 
-BUDGET = 4_300_000  # bytes of all mosaics in base64, so that the page stays below 5 MB
+BUDGET = 4_000_000  # bytes of all mosaics in base64, so that the page stays below 5 MB
 MAX_SIDE = 16_383  # of a WebP picture, pixels
 PERCENTILES = (0.2, 99.8)  # of the intensities, that 8 bits are spread over
 # Qualities of the scan's WebP, and every how many voxels are kept: the first that fits the budget is taken.
