@@ -26,6 +26,7 @@ class Config:
 
     # --- which weights ---
     stage: Literal["self_train", "pre_train"] = "self_train"  # whose checkpoints; the best, or the last of no best
+    checkpoint: Path | None = None  # this file instead; with --predictor, of networks that it holds
     predictor: str | None = None  # student_a, student_b, mean or teacher; None: the method's own answer
 
     # --- where and how ---

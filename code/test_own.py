@@ -24,8 +24,10 @@ class Config:
     models_path: Path = ROOT / "models"  # where the run is: models_path/<data set>_<exp>_<labelnum>_labeled
     exp: str = "SDCL"  # the run's --exp
     labelnum: int = 0  # the run's --labelnum; 0: all that have a label
+    run: Path | None = None  # a run's folder, trained on this data set or a compatible one, instead of --exp's
     stage: Literal["self_train", "pre_train"] = "self_train"  # whose checkpoints
-    split: Literal["val", "test"] = "test"  # which cases
+    predictors: tuple[str, ...] = ()  # student_a, student_b, mean, teacher; empty: what the method is scored by
+    split: Literal["val", "test"] = "test"  # which cases; val: those set aside, else those held out (--val_cases)
     student_a_weights: Path | None = None  # test these weights instead of the run's; with the next
     student_b_weights: Path | None = None  # the second student's
     spacing: tuple[float, float, float] | None = None  # voxel sides, mm; None: what the files say (3D)

@@ -182,7 +182,7 @@ class VolumeData(StudyData):
         size = trained["patch_size"]
         stride = config.stride or trained["stride"] or [max(side // 2, 1) for side in size]
         check_windows(stride, size)
-        names = read_list(config.root_path / "data_split" / f"{split}.txt")
+        names = self._scored(split, trained)
         decision = Decision(config.decision_rule, WIDEST_CONNECTIVITY if config.largest_component else None)
         return Scoring(
             task=replace(self._task(size, stride, config.window_weighting, config.tta), decision=decision),
@@ -190,6 +190,18 @@ class VolumeData(StudyData):
             split=split,
             facts=self._facts(names),
         )
+
+    def _scored(self, split: str, trained: dict[str, Any]) -> list[str]:
+        """Return the names of the cases to score: a list's, or those that the run held out of its training list."""
+        lists = self._config.root_path / "data_split"
+        if split != "val" or (lists / "val.txt").exists():
+            return read_list(lists / f"{split}.txt")
+        if not trained.get("val_cases"):
+            raise UserError(
+                f"--split val: {lists} has no val.txt, and the run held out no training cases (--val_cases): give "
+                "--split test."
+            )
+        return split_labelled(read_list(lists / "train.txt"), trained["labelnum"], trained["val_cases"])[2]
 
     def _split(self, needs_unlabelled: bool) -> tuple[list[str], list[str], list[str]]:
         """Return the names of the labelled and unlabelled training cases, and of those to validate on, checked."""

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from sdcl import checkpoints
-from sdcl.consistency import growing_decay, noisy, ramp, ramp_length
+from sdcl.consistency import growing_decay, noisy, ramp
 from sdcl.methods import check_settings, get
 from sdcl.networks import build_network, resnet, unet, vnet
-from sdcl.runs.config import method_names, parse
+from sdcl.runs.config import method_names, parse, ramp_length
 from sdcl.runs.errors import UserError
 from sdcl.runs.experiment import validate_at
 from sdcl.scoring.evaluation import Validation

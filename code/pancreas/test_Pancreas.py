@@ -24,7 +24,10 @@ class Config:
     models_path: Path = ROOT / "models"  # where the run is: models_path/pancreas_<exp>_<labelnum>_labeled
     exp: str = "SDCL"  # the run's --exp
     labelnum: int = 12  # the run's --labelnum
+    run: Path | None = None  # a run's folder, trained on this data set or a compatible one, instead of --exp's
     stage: Literal["self_train", "pre_train"] = "self_train"  # whose checkpoints
+    predictors: tuple[str, ...] = ()  # student_a, student_b, mean, teacher; empty: what the method is scored by
+    split: Literal["test", "val"] = "test"  # val: the training cases that the run held out with --val_cases
     student_a_weights: Path | None = None  # test these weights (published or yours) instead of the run's; with the next
     student_b_weights: Path | None = None  # the second student's
     spacing: tuple[float, float, float] | None = None  # voxel sides, mm (1 1 1 if resampled); None: those in the files

@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without executing anything, matched by name."""
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Collection, Iterable
@@ -16,7 +17,8 @@ from sdcl.runs.atomic import flush_file, replacing
 from sdcl.runs.errors import UserError
 
 LAST, PREVIOUS = "last.pth", "last_previous.pth"  # a stage's two latest checkpoints
-PREFIX = "module."  # what DataParallel puts before each name
+PREFIX = re.compile(r"((module|_orig_mod)\.)+")  # what DataParallel and torch.compile put before each name
+CONTAINERS = ("net", "state_dict", "model_state_dict", "model")  # keys under which files hold one network's weights
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,10 @@ def check_best(folder: Path, names: Iterable[str]) -> None:
 def load_weights(
     network: nn.Module, path: Path | str, role: str | None = None, prefer: str | None = None
 ) -> LoadReport:
-    """Copy a checkpoint's weights into a network: ours, a bare state dict, or `{'net': …, 'opt': …, 'epoch': …}`.
+    """Copy a checkpoint's weights into a network: ours, a bare state dict, or one within a container.
+
+    A container holds it as "net" (as published), "state_dict", "model_state_dict" or "model"; names may begin with
+    "module." (DataParallel) or "_orig_mod." (torch.compile).
 
     Args:
         network: from build_network; changed only if everything fits.
@@ -186,7 +191,7 @@ def load_weights(
     path = Path(path)
     payload = load(path)
     state = _find_state(payload, network, path, role, prefer)
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    state = {PREFIX.sub("", name, count=1) if PREFIX.match(name) else name: tensor for name, tensor in state.items()}
     wanted = network.state_dict()
     unused = getattr(network, "unused_names", None)  # only some networks' published files hold such
     left_out = tuple(name for name in state if name not in wanted and unused and unused.fullmatch(name))
@@ -219,9 +224,11 @@ def _find_state(
         if role not in states:
             raise UserError(f"{path} holds no {role}, only {', '.join(states)}: choose one of these.")
         return states[role]
-    state = payload.get("net", payload)
+    held = [payload[key] for key in CONTAINERS if isinstance(payload.get(key), dict)]
+    state = held[0] if held else payload
     if not _is_state(state):
-        raise UserError(f"{path} is neither a state dict nor a container with 'net' or 'networks': save one of these.")
+        known = ", ".join(f"'{key}'" for key in ("networks", *CONTAINERS))
+        raise UserError(f"{path} is neither a state dict nor a container with {known}: save one of these.")
     return state
 
 

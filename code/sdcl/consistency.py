@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sdcl.runs.config import ramp_length
 from sdcl.steps import TEACHER, Learners, Settings
 from sdcl.teacher import update_teacher
 
 NOISE_BOUND = 2.0  # of the noise, in its standard deviations
-RAMP_SHARE = 0.4  # of self-training, where no length is given
 
 
 def ramp(iteration: int, length: int) -> float:
@@ -25,11 +25,6 @@ def ramp(iteration: int, length: int) -> float:
     Source: Tarvainen and Valpola, NeurIPS 2017; docs/methods.md.
     """
     return math.exp(-5 * (1 - min(iteration, length) / length) ** 2) if length else 1.0
-
-
-def ramp_length(rampup: int | None, iterations: int) -> int:
-    """Return T of ramp(): what the header says, else two fifths of the stage's iterations."""
-    return round(RAMP_SHARE * iterations) if rampup is None else rampup
 
 
 def risen(learners: Learners, settings: Settings) -> float:

@@ -30,6 +30,7 @@ NON_NEGATIVE_FIELDS = (
     "save_minutes", "consistency_weight", "rampup", "noise",
 )  # fmt: skip
 METHODS = Path(__file__).resolve().parents[1] / "methods"  # a file each
+RAMP_SHARE = 0.4  # of self-training: the ramp of what unlabelled images say, where no length is given
 SIDE_DIVISOR = 16  # every network halves its input four times
 GROUP = re.compile(r"\s*# --- (?P<title>[^(]*?)\s*(?:\((?P<remark>.*)\))?\s*---\s*$")  # a heading in a header
 FIELD = re.compile(r"    (?P<name>\w+): ")
@@ -67,6 +68,11 @@ TOLD = (
         "The same command goes on from the last save.",
     ),
 )
+
+
+def ramp_length(rampup: int | None, iterations: int) -> int:
+    """Return the ramp's length T, iterations: what the header says, else two fifths of self-training's."""
+    return round(RAMP_SHARE * iterations) if rampup is None else rampup
 
 
 def processes() -> int:

@@ -14,7 +14,7 @@ from sdcl.checkpoints import LAST, PREVIOUS, load_last
 from sdcl.methods import check_settings, get
 from sdcl.networks import build_network
 from sdcl.runs.atomic import claimed
-from sdcl.runs.config import as_dict, check_common, describe
+from sdcl.runs.config import as_dict, check_common, describe, ramp_length
 from sdcl.runs.data import Data, Stage, Training
 from sdcl.runs.devices import computes_bf16, keep_freed_memory, likely_device_type, place, select_device, set_arithmetic
 from sdcl.runs.distribution import check_same, check_share, first, is_first, join, part, share_weights
@@ -101,11 +101,11 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     share_weights(learners.networks.values())
     pretrained = first(lambda: _check_stages(config, folder, given.facts))
     common = {"settings": config, "validate": validator(given.validation_cases, given.task)}
-    common |= {"validated_on": given.validated_on, "config": as_dict(config)}
+    common |= {"validated_on": given.validated_on, "config": resolved(config)}
     with claimed_by_first(folder):
         validation = [case.name for case in given.validation_cases]
         reads = Reads({**given.lists, "validation": validation}, given.facts, given.trained_on, pretrained)
-        first(lambda: open_run(folder, as_dict(config), reads, device))
+        first(lambda: open_run(folder, resolved(config), reads, device))
         known = {*given.trained_on, *(pretrained or {}).get("trained_on", ())}
         if seen := [name for name in validation if name in known]:
             LOGGER.warning("NOTE: training reads %d of the cases it is validated on (%s).", len(seen), _few(seen))
@@ -116,6 +116,14 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
             self_train(learners, streams["self_train"], folder, validate_at=validate_at(config, "self_train"), **common)
     _tell_end(config, folder)
     part()
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """Return a header's fields, with the ramp's length where the method reads it: a longer run keeps its ramp."""
+    fields = as_dict(config)
+    if "rampup" in get(config.method).reads:
+        fields["rampup"] = ramp_length(config.rampup, config.self_iterations)
+    return fields
 
 
 def _check_same(config: Any, given: Training) -> None:
@@ -249,12 +257,12 @@ def test(config: Any, data: Data) -> None:
     trained = weights.settings
     scored = data.scoring(trained)
     for run in weights.runs:
-        check_prepared(run, scored.facts, bool(weights.files))
+        check_prepared(run, scored.facts, bool(weights.files) or config.run is not None)
     predictors = weights.load(scored.task.num_classes, device)
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     cases = scored.read_cases()
-    results = weights.folder / "test" / results_name(weights.name, scored.split, config)
+    results = weights.folder / "test" / results_name(weights.name_on(scored.facts), scored.split, config)
     names = [case.name for case in cases]
     seen = list(dict.fromkeys(one for run in weights.runs for one in trained_among(run, names)))
     said = {"split": scored.split, "selected_on": weights.selected_on, "config": used}

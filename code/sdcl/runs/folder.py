@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from sdcl.runs.atomic import write_text
-from sdcl.runs.config import as_dict
+from sdcl.runs.config import as_dict, ramp_length
 from sdcl.runs.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,13 +108,15 @@ def results_name(weights: str, split: str, config: Any) -> str:
     chosen = ["paper"] if config.protocol == "paper" else []
     chosen += ["gaussian"] if getattr(config, "window_weighting", "") == "gaussian" else []
     chosen += [name for name in ("tta", "largest_component") if getattr(config, name, False)]
+    chosen += ["-".join(config.predictors)] if getattr(config, "predictors", ()) else []
     return "_".join([weights, split, *chosen])
 
 
 def find_run(config: Any, data_set: str) -> tuple[Path, dict[str, Any]]:
     """Return the run's folder that a test's header names, and the settings that it was trained with.
 
-    With weights given in files, the folder is student a's and the settings are the header's own.
+    `--run` names a folder, else `--exp` and `--labelnum` do. With weights given in files, the folder is student a's and
+    the settings are the header's own.
 
     Raises:
         UserError: there is no such run or file, or only one of the two weights' files is given.
@@ -122,6 +124,13 @@ def find_run(config: Any, data_set: str) -> tuple[Path, dict[str, Any]]:
     files = (config.student_a_weights, config.student_b_weights)
     if any(files) and not all(files):
         raise UserError("--student_a_weights and --student_b_weights belong together: give both or none.")
+    run = getattr(config, "run", None)
+    if run is not None and all(files):
+        raise UserError("--run and --student_a_weights both say what to score: give one of them.")
+    if run is not None:
+        if not (run / "config.json").is_file():
+            raise UserError(f"--run {run} is no run's folder ({known_runs(run.parent)}): give one of these.")
+        return run, read_config(run)
     if all(files):
         for name, path in zip(("student_a", "student_b"), files, strict=True):
             if not path.is_file():
@@ -196,18 +205,38 @@ def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.
                 "to go on with it, choose another --exp, or remove the folder."
             )
         content["task"] = facts
+        if lengthened(content["config"], config):
+            done, asked = content["config"]["self_iterations"], config["self_iterations"]
+            LOGGER.info(
+                "self-training was planned with %d iterations and goes on to %d; its validation at %d, if there was "
+                "one, stays", done, asked, done,
+            )  # fmt: skip
+            content["config"]["self_iterations"] = asked
+            content.setdefault("lengthened", []).append({"from": done, "to": asked})
         content["resumed"].append(now)
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def differing_fields(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """Say which fields that matter to a run's result differ between two configurations; "" if none does."""
+    """Say which fields that matter to a run's result differ between two configurations; "" if none does.
+
+    A longer self-training is the same run going on: its schedule is constant, but for a ramp whose length is a field.
+    """
     there, now = ({**ADDED_FIELDS, **fields} for fields in (there, now))
     for fields in (there, now):
         if isinstance(fields.get("pretrained"), str):  # the same folder, however it is written
             fields["pretrained"] = str(Path(fields["pretrained"]).resolve())
+    if there.get("rampup") is None and now.get("rampup") is not None and there.get("self_iterations"):
+        there["rampup"] = ramp_length(None, there["self_iterations"])
     names = [k for k in sorted({*there, *now} - MACHINE_FIELDS) if there.get(k) != now.get(k)]
+    names = [k for k in names if not (k == "self_iterations" and lengthened(there, now))]
     return ", ".join(f"{k} {there.get(k)} there, {now.get(k)} now" for k in names)
+
+
+def lengthened(there: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Tell whether a configuration asks for a longer self-training than another one."""
+    lengths = [fields.get("self_iterations") for fields in (there, now)]
+    return all(isinstance(length, int) for length in lengths) and 0 < lengths[0] < lengths[1]
 
 
 def differing_tasks(there: dict[str, Any], now: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ class Weights:
         settings: that the networks were trained with.
         stage: of the run, "pre_train" or "self_train".
         files: by student, where files were given; else empty.
+        asked: the predictors to score; empty: the method's own.
     """
 
     folder: Path
     settings: dict[str, Any]
     stage: str
     files: dict[str, Path]
+    asked: tuple[str, ...] = ()
 
     @property
     def runs(self) -> list[Path]:
@@ -74,6 +77,15 @@ class Weights:
         stems = "_".join(re.sub(r"\W", "", path.stem) for path in self.files.values())
         return f"weights_{stems[:60]}_{content.hexdigest()[:8]}"
 
+    def name_on(self, facts: dict[str, Any]) -> str:
+        """Return what folders of results are called: name, and of a run on another data set than its own that one's.
+
+        Args:
+            facts: what the data set to score says, as DataSet.facts() does.
+        """
+        own = (known_task(self.folder) or {}).get("name", facts["name"]) if not self.files else facts["name"]
+        return self.name if own == facts["name"] else f"{self.name}_on_{facts['name']}"
+
     @property
     def label(self) -> str:
         """What tables say in the place of a method."""
@@ -91,14 +103,43 @@ class Weights:
             networks = {role: make_network(self.settings, role, num_classes, device) for role in STUDENTS}
             for role, path in self.files.items():
                 LOGGER.info("%s", load_weights(networks[role], path, prefer=role))
-            return Predictors.of(networks, PREDICTORS)
+            return Predictors.of(networks, chosen(PREDICTORS, self.asked, PREDICTORS, "given weights"))
+        own = predictors_of(self.folder, self.stage, self.settings)
         return load_predictors(
             self.folder / self.stage,
             lambda role: make_network(self.settings, role, num_classes, device),
             str(self.selected_on),
-            predictors_of(self.folder, self.stage, self.settings),
+            chosen(own, self.asked, known_predictors(own, self.stage, self.settings), self.label),
             self.settings["select"] == "last",
+            set(self.asked) - set(own),
         )
+
+
+def known_predictors(
+    own: Mapping[str, tuple[str, ...]], stage: str, settings: dict[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """Return a stage's predictors, and what can be scored beside them: the teacher of a method that has one."""
+    has_teacher = stage == "self_train" and get(settings.get("method", "sdcl")).has_teacher
+    return ({TEACHER: (TEACHER,)} if has_teacher else {}) | dict(own)
+
+
+def chosen(
+    own: Mapping[str, tuple[str, ...]], asked: Sequence[str], known: Mapping[str, tuple[str, ...]], whose: str
+) -> dict[str, tuple[str, ...]]:
+    """Return the predictors to score, to the roles whose probabilities are averaged.
+
+    Args:
+        own: what is scored unless something is asked for.
+        asked: by --predictors.
+        known: what can be scored.
+        whose: for the message.
+
+    Raises:
+        UserError: what is asked for is not known.
+    """
+    if unknown := [name for name in asked if name not in known]:
+        raise UserError(f"--predictors {unknown[0]} is none of {whose}'s: choose of {', '.join(known)}.")
+    return {name: known[name] for name in asked} or dict(own)
 
 
 def find_weights(config: Any, data_set: str) -> Weights:
@@ -113,7 +154,7 @@ def find_weights(config: Any, data_set: str) -> Weights:
     """
     folder, settings = find_run(config, data_set)
     if not config.student_a_weights:
-        return Weights(folder, settings, config.stage, {})
+        return Weights(folder, settings, config.stage, {}, config.predictors)
     files = dict(zip(STUDENTS, (config.student_a_weights, config.student_b_weights), strict=True))
     found: dict[str, list[Any]] = {}
     for role, path in files.items():
@@ -130,7 +171,7 @@ def find_weights(config: Any, data_set: str) -> Weights:
         if settings[name] != values[0]:
             LOGGER.info("NOTE: %s is the checkpoint's own, %s, not this script's %s", name, values[0], settings[name])
         settings[name] = values[0]
-    return Weights(folder, settings, config.stage, files)
+    return Weights(folder, settings, config.stage, files, config.predictors)
 
 
 def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, device: torch.device) -> list[nn.Module]:
@@ -149,13 +190,14 @@ def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, devi
     Raises:
         UserError: the method has no such predictor, or a checkpoint is missing or does not fit.
     """
-    roles_of = predictors_of(config.run, config.stage, settings)
-    predictor = config.predictor or list(roles_of)[-1]
+    own = predictors_of(config.run, config.stage, settings)
+    predictor, roles_of = config.predictor or list(own)[-1], known_predictors(own, config.stage, settings)
     if predictor not in roles_of:
         whose = "pre-training" if config.stage == "pre_train" else settings.get("method", "sdcl")
         raise UserError(f"--predictor {predictor} is none of {whose}'s: choose {', '.join(roles_of)}.")
     best = config.run / config.stage / f"best_{predictor}.pth"
     path = best if best.exists() and settings["select"] != "last" else config.run / config.stage / LAST
+    path = config.checkpoint or path
     networks = []
     for role in roles_of[predictor]:
         network = make_network(settings, role, num_classes, device)

@@ -3,7 +3,7 @@
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +165,7 @@ def load_predictors(
     selected_on: str,
     roles_of: Mapping[str, tuple[str, ...]],
     last_first: bool = False,
+    unselected: Collection[str] = (),
 ) -> Predictors:
     """Load a stage's best and last predictors; checkpoints of the same weights only once.
 
@@ -176,6 +177,7 @@ def load_predictors(
         selected_on: what the best was selected on, for its name.
         roles_of: the method's predictors, to the roles whose probabilities are averaged.
         last_first: the last ones are the run's answer, which pictures and files show, and not the best.
+        unselected: those of which there may be no best one.
 
     Raises:
         UserError: a checkpoint is missing or does not fit.
@@ -188,7 +190,11 @@ def load_predictors(
     kinds = [f"best on {selected_on}"] * was_validated + ["last"]
     for kind in kinds[::-1] if last_first else kinds:
         for name, roles in roles_of.items():
-            path = folder / ("last.pth" if kind == "last" else f"best_{name}.pth")
+            path = folder / f"best_{name}.pth"
+            only_last = name in unselected and not path.exists()
+            if only_last and name in first:
+                continue
+            path = folder / "last.pth" if kind == "last" or only_last else path
             chosen = []
             for role in roles:
                 network = make_network(role)
@@ -197,8 +203,8 @@ def load_predictors(
                     known[role, iteration] = len(networks)
                     networks.append(network)
                 chosen.append(known[role, iteration])
-            title = f"{name}, {kind} ({iteration})"
-            if first.get(name, ("", ()))[1] == tuple(chosen):  # one row says both
+            title = f"{name}, {'last' if only_last else kind} ({iteration})"
+            if not only_last and first.get(name, ("", ()))[1] == tuple(chosen):  # one row says both
                 title = f"{name}, best on {selected_on} and last ({iteration})"
                 members = {title if key == first[name][0] else key: value for key, value in members.items()}
             first.setdefault(name, (title, tuple(chosen)))
