@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from dataloaders.roots import check_root
 from sdcl.runs.config import parse, run_script
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import LOGGER, results_name, start_logging
+from sdcl.runs.folder import LOGGER, duration, results_name, start_logging
 from sdcl.runs.matrix import CODE, SCRIPTS, Run, is_finished, load_script, plan, seconds_left, state_of, words_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,13 +120,6 @@ def show(config: Config, runs: list[Run]) -> None:
         LOGGER.info("%-60s %s%s", run.title, state.text, time)
     known = f"{duration(total)} of training" if is_known or total else "an unknown time, since no run has begun"
     LOGGER.info("left: %s%s", "" if is_known or not total else "at least ", known)
-
-
-def duration(seconds: float) -> str:
-    """Return a time as hours and minutes, a short one in seconds."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
 def run(config: Config, runs: list[Run]) -> None:

@@ -20,12 +20,13 @@ from sdcl.runs.data import Stage
 from sdcl.runs.devices import compile_networks
 from sdcl.runs.distribution import agree, check_weights, first, is_first, part, wait
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import LOGGER, StopRequest
+from sdcl.runs.folder import LOGGER, StopRequest, duration
 from sdcl.runs.records import NoRecord, StageRecord
 from sdcl.runs.resume import resume
 from sdcl.scoring.evaluation import PREDICTORS, Predictors, Validation
 from sdcl.steps import TEACHER, Batch, Learners, Losses, Settings, add_teacher, make_learners, pretrain_step
 
+MEASURED = 4  # iterations after which the end is foretold
 __all__ = ["make_learners", "pretrain", "pretrain_step", "self_train", "validation_iterations"]
 
 
@@ -188,12 +189,13 @@ class _Loop:
         self.unread: list[tuple[int, Losses]] = []  # losses that are still on the device
         self.told_cost = False  # of saving
         self.seconds: list[float] = []
+        self.begun_at = 0  # the iteration that this process goes on from
         self.shown: dict[str, str] = {}  # the last validation, beside the losses in the progress bar
 
     def run(self, iterations: int) -> None:
         """Train until so many iterations are done."""
         note = resume(self.learners, self.folder, self.config, self.predictors)
-        start = self.learners.iteration
+        start = self.begun_at = self.learners.iteration
         if start >= iterations:
             LOGGER.info("%s: all %d iterations are done already", self.stage, start)
             self._warn_of_lost_best()
@@ -242,14 +244,17 @@ class _Loop:
         is_last = number == iterations
         is_validated = self.validations.score is not None and (is_last or number in self.validations.at)
         is_saved = is_last or is_validated or code or number % self.settings.save_every == 0 or is_due
-        if is_saved or number % self.settings.log_every == 0:
+        if is_saved or number % self.settings.log_every == 0 or number - self.begun_at in (1, MEASURED):
             rows = self._read_losses()
             if is_saved:
                 self._check_weights()
             scores = self._validate(record) if is_validated else {}
             rows[-1] |= {f"{self.validations.on}_dice/{name}": value for name, value in scores.items()}
             record.add(rows)
-            self._show(bar, rows[-1], scores, is_logged=is_saved or bar.disable)
+            if number == self.begun_at + MEASURED and not is_last:
+                self._tell_end(iterations - number)
+            is_due_to_log = number % self.settings.log_every == 0 and bar.disable
+            self._show(bar, rows[-1], scores, is_logged=is_saved or is_due_to_log)
         if is_saved:
             record.flush()
             self._save()
@@ -385,6 +390,15 @@ class _Loop:
 
     def _payload(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return self.learners.state(roles) | {"stage": self.stage, "config": self.config}
+
+    def _tell_end(self, left: int) -> None:
+        """Say how long the stage will take, by its first iterations but the very first, which is slower."""
+        seconds = self.seconds[-1] * left
+        ends = time.strftime("%a %H:%M", time.localtime(time.time() + seconds))
+        LOGGER.info(
+            "%s: about %s for %d more iterations, validations apart, so until %s",
+            self.stage, duration(seconds), left, ends,
+        )  # fmt: skip
 
     def _log_cost(self) -> None:
         if self.device.type == "cuda":

@@ -13,6 +13,7 @@ from sdcl import ranks
 from sdcl.checkpoints import LAST, PREVIOUS, load_last
 from sdcl.methods import check_settings, get
 from sdcl.networks import build_network
+from sdcl.runs.ahead import out_of_memory, plan_of, tell_memory, tell_memory_of_test
 from sdcl.runs.atomic import claimed
 from sdcl.runs.config import as_dict, check_common, describe, ramp_length
 from sdcl.runs.data import Data, Stage, Training
@@ -100,6 +101,8 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     _check_same(config, given)
     share_weights(learners.networks.values())
     pretrained = first(lambda: _check_stages(config, folder, given.facts))
+    plans = [(stage, plan_of(config, given.task.num_classes, stage)) for stage in stages]
+    tell_memory(plans, device)
     common = {"settings": config, "validate": validator(given.validation_cases, given.task)}
     common |= {"validated_on": given.validated_on, "config": resolved(config)}
     with claimed_by_first(folder):
@@ -110,10 +113,14 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
         if seen := [name for name in validation if name in known]:
             LOGGER.warning("NOTE: training reads %d of the cases it is validated on (%s).", len(seen), _few(seen))
         if "pre_train" in streams:
-            pretrain(learners, streams["pre_train"], folder, validate_at=validate_at(config, "pre_train"), **common)
+            with told_of_memory(config, given.task.num_classes, "pre_train", device):
+                at = validate_at(config, "pre_train")
+                pretrain(learners, streams["pre_train"], folder, validate_at=at, **common)
         if "self_train" in streams:
             common |= {"start_from": "last" if config.select == "last" else "best", "pretrained": config.pretrained}
-            self_train(learners, streams["self_train"], folder, validate_at=validate_at(config, "self_train"), **common)
+            with told_of_memory(config, given.task.num_classes, "self_train", device):
+                at = validate_at(config, "self_train")
+                self_train(learners, streams["self_train"], folder, validate_at=at, **common)
     _tell_end(config, folder)
     part()
 
@@ -150,6 +157,23 @@ def _check_processes(config: Any) -> None:
             "torchrun, or see docs/scaling.md for what its METHOD needs."
         )
     LOGGER.info("%d processes share each batch of %d", ranks.count(), config.batch_size)
+
+
+@contextlib.contextmanager
+def told_of_memory(config: Any, num_classes: int, stage: Stage, device: torch.device) -> Iterator[None]:
+    """Turn a device's lack of memory into a sentence with the settings that would fit.
+
+    Raises:
+        UserError: instead of PyTorch's error.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(out_of_memory(config, num_classes, stage, device)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what PyTorch says on a CPU
+            raise
+        raise UserError(out_of_memory(config, num_classes, stage, device)) from error
 
 
 @contextlib.contextmanager
@@ -262,6 +286,8 @@ def test(config: Any, data: Data) -> None:
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     cases = scored.read_cases()
+    voxels = max((case.image.size for case in cases), default=0)
+    tell_memory_of_test(len(predictors.networks), len(predictors.members), scored.task.num_classes, voxels, device)
     results = weights.folder / "test" / results_name(weights.name_on(scored.facts), scored.split, config)
     names = [case.name for case in cases]
     seen = list(dict.fromkeys(one for run in weights.runs for one in trained_among(run, names)))

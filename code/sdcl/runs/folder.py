@@ -48,6 +48,13 @@ ECHO_SECONDS = 60.0  # so long torchrun's own signal counts as the echo of one t
 LOGGER = logging.getLogger("sdcl")
 
 
+def duration(seconds: float) -> str:
+    """Return a time as hours and minutes, a short one in seconds."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows with the first one's keys as columns, whole or not at all; nothing for no rows."""
     lines = [",".join(rows[0])] if rows else []

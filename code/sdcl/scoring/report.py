@@ -16,7 +16,7 @@ from sdcl import ranks
 from sdcl.runs.atomic import replacing, write_text
 from sdcl.runs.distribution import collect, first, is_first, share, wait
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import LOGGER, MACHINE_FIELDS, write_csv
+from sdcl.runs.folder import LOGGER, MACHINE_FIELDS, duration, write_csv
 from sdcl.scoring.evaluation import Case, CaseRow, Predictors, Task, Validation, evaluate
 from sdcl.scoring.figures import class_colours, is_xyz, panel, save_case_figure, save_metrics_figure
 from sdcl.scoring.scored import ScoredCases, key_of
@@ -122,6 +122,7 @@ class _Test:
         number = len(self.predictors.members)
         LOGGER.info("scoring %d predictors on %d volumes", number, len(self.cases) - len(done))
         waiting = share([case for case in self.cases if case.name not in done])
+        self.waiting, self.scored, self.begun_at = len(waiting), 0, time.perf_counter()
         evaluate(self.predictors, waiting, self.task, on_case=self._keep_maps, on_scored=self._keep_rows)
 
     def write(self) -> None:
@@ -201,6 +202,10 @@ class _Test:
             save_nifti(self.folder / "nifti", case, maps[shown[-1]], probabilities[shown[-1]], self.task)
 
     def _keep_rows(self, case: Case, rows: list[CaseRow]) -> None:
+        self.scored += 1
+        if self.scored == 1 and self.waiting > 1:
+            seconds = (time.perf_counter() - self.begun_at) * (self.waiting - 1)
+            LOGGER.info("%s scored; about %s for the other %d", case.name, duration(seconds), self.waiting - 1)
         self.rows_of[case.name] = rows
         self.kept.save(case, rows, self.label_maps[case.name])
         if is_first():

@@ -1,0 +1,202 @@
+"""What a run will take, said before it starts: memory, by the networks' layers, and what fits where it is short."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sdcl import ranks
+from sdcl.methods import get
+from sdcl.networks import build_network
+from sdcl.runs.devices import computes_bf16
+from sdcl.runs.folder import LOGGER
+
+GIB = 2**30
+BESIDE = 1.5  # times what a forward pass keeps: with gradients of activations, losses, working memory; measured
+PER_PARAMETER = 16  # bytes: weight, gradient, Adam's two moments
+SHARE = 0.9  # of what is free; the rest is other programs'
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What memory depends on.
+
+    Attributes:
+        students: architectures that one step of a stage trains together.
+        teacher: architecture of the teacher; None without one.
+        num_classes: number of classes C.
+        shape: (N, channels, *S) of a process's batch.
+        precision: "fp32", "tf32" or "bf16".
+    """
+
+    students: tuple[str, ...]
+    teacher: str | None
+    num_classes: int
+    shape: tuple[int, ...]
+    precision: str
+
+    @property
+    def gib(self) -> float:
+        """The memory that training takes beside what the process holds before, in GiB."""
+        kept = sum(kept_bytes(name, self.num_classes, self.shape, self.precision == "bf16") for name in self.students)
+        weights = sum(PER_PARAMETER * parameters(name, self.num_classes, self.shape) for name in self.students)
+        if self.teacher is not None:
+            weights += 4 * parameters(self.teacher, self.num_classes, self.shape)
+        return (BESIDE * kept + weights) / GIB
+
+    def smaller(self) -> "list[tuple[str, Plan]]":
+        """Return settings that take less, the nearest first, and the plans that they make."""
+        found = []
+        if self.precision != "bf16":
+            found.append(("--precision bf16", replace(self, precision="bf16")))
+        count, sizes, n = self.shape[0] * ranks.count(), self.shape[1:], self.shape[0]
+        while n > 1:
+            n = n // 2
+            smaller = f"--batch_size {count * n // self.shape[0]}"
+            found.append((smaller, replace(self, shape=(n, *sizes))))
+            if self.precision != "bf16":
+                found.append((f"{smaller} --precision bf16", replace(self, shape=(n, *sizes), precision="bf16")))
+        sides = list(self.shape[2:])
+        while max(sides) > 32:
+            sides = [max(side * 3 // 4 // 16 * 16, 16) if side > 32 else side for side in sides]
+            plan = replace(self, shape=(max(n, 1), self.shape[1], *sides))
+            found.append((f"--patch_size {' '.join(map(str, sides))}" + (f" {found[-1][0]}" if n == 1 else ""), plan))
+        return found
+
+
+@lru_cache
+def kept_bytes(name: str, num_classes: int, shape: tuple[int, ...], is_bf16: bool) -> int:
+    """Return what a network's forward pass keeps for its backward pass, in bytes; nothing is computed for it.
+
+    Args:
+        name: of the architecture.
+        num_classes: number of classes C.
+        shape: (N, channels, *S) of the input.
+        is_bf16: under autocast.
+    """
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        network = build_network(name, num_classes, shape[1]).train()
+        weights = {p.untyped_storage()._cdata for p in network.parameters()}
+        image = torch.empty(shape)
+        if len(shape) == 4:
+            image = image.contiguous(memory_format=torch.channels_last)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=is_bf16),
+        ):
+            network(image)
+        return sum(size for storage, size in kept.items() if storage not in weights)
+
+
+@lru_cache
+def parameters(name: str, num_classes: int, shape: tuple[int, ...]) -> int:
+    """Count a network's parameters; its input is (N, channels, *S)."""
+    with FakeTensorMode():
+        return sum(p.numel() for p in build_network(name, num_classes, shape[1]).parameters())
+
+
+def plan_of(config: Any, num_classes: int, stage: str, in_channels: int = 1) -> Plan:
+    """Return what a stage's memory depends on, by a training script's header.
+
+    Stage 1 moves one student after the other; stage 2 holds what both keep, where the method trains two.
+    """
+    method = get(config.method)
+    names = [getattr(config, role) for role in ("student_a", "student_b")]
+    shape = (config.batch_size // ranks.count(), in_channels, *config.patch_size)
+    if stage == "pre_train":
+        heaviest = max(names, key=lambda name: kept_bytes(name, num_classes, shape, config.precision == "bf16"))
+        return Plan((heaviest,), None, num_classes, shape, config.precision)
+    students = tuple(getattr(config, role) for role in method.students)
+    return Plan(students, config.student_a if method.has_teacher else None, num_classes, shape, config.precision)
+
+
+def free_gib(device: torch.device) -> float | None:
+    """Return the memory that is free on a device, in GiB, within a container's bound; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / GIB
+    if device.type != "cpu":
+        return None
+    found = []
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 2**10)
+        bound = Path("/sys/fs/cgroup/memory.max").read_text("ascii").strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text("ascii").strip()
+        found.append(int(bound) - int(used))
+    except (OSError, ValueError, KeyError):
+        pass
+    return min(found) / GIB if found else None
+
+
+def held_gib() -> float:
+    """Return the memory that this process holds now, in GiB; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / GIB
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def tell_memory_of_test(networks: int, predictors: int, num_classes: int, voxels: int, device: torch.device) -> None:
+    """Say how much memory a test takes for its largest volume: probabilities of each network and predictor.
+
+    Args:
+        networks: how many predict.
+        predictors: how many are made of them.
+        num_classes: number of classes C.
+        voxels: of the largest volume.
+        device: where the networks compute; the probabilities lie on the host.
+    """
+    free = free_gib(torch.device("cpu"))
+    gib = 4 * (networks + predictors + 1) * num_classes * voxels / GIB + held_gib()
+    of = "" if free is None else f" of {free + held_gib():.1f} GiB that are free"
+    LOGGER.info("memory: about %.1f GiB for the largest volume%s, networks on %s", gib, of, device)
+    if free is not None and gib > free + held_gib():
+        LOGGER.warning(
+            "WARNING: that is more than there is: score fewer predictors (--predictors), or where more memory is."
+        )
+
+
+def tell_memory(plans: Sequence[tuple[str, Plan]], device: torch.device) -> None:
+    """Say how much memory stages will take, and, where that is more than there is, which settings would fit.
+
+    Args:
+        plans: of each stage, by its name.
+        device: where they compute.
+    """
+    held = held_gib() if device.type == "cpu" else 0.0
+    free = free_gib(device)
+    told = ", ".join(f"{plan.gib + held:.1f} GiB in {stage}" for stage, plan in plans)
+    LOGGER.info("memory: about %s%s", told, "" if free is None else f"; {free + held:.1f} GiB are free on {device}")
+    heaviest = max((plan for _, plan in plans), key=lambda plan: plan.gib, default=None)
+    if heaviest is not None and free is not None and heaviest.gib > free:
+        LOGGER.warning("WARNING: that is more than there is: %s", what_fits(heaviest, free, device))
+
+
+def what_fits(plan: Plan, free: float, device: torch.device) -> str:
+    """Return the nearest settings that fit into so many GiB, as a sentence."""
+    smaller = [(text, one) for text, one in plan.smaller() if "bf16" not in text or computes_bf16(device)]
+    for text, one in smaller:
+        if one.gib < SHARE * free:
+            return f"{text} would take about {one.gib:.1f} GiB beside what the process holds."
+    return "no batch or patch of these networks fits: use another device."
+
+
+def out_of_memory(config: Any, num_classes: int, stage: str, device: torch.device) -> str:
+    """Return what a user is told whose training ran out of memory, the settings that would fit included."""
+    plan = plan_of(config, num_classes, stage)
+    total = torch.cuda.mem_get_info(device)[1] / GIB if device.type == "cuda" else free_gib(device) or 0.0
+    at_most = min(0.7 * plan.gib, total)  # what it took was too much, whatever was computed
+    return f"the memory of {device} is full in {stage}: {what_fits(plan, at_most, device)}"
