@@ -128,7 +128,7 @@ def run(config: Config, runs: list[Run]) -> None:
 
     from sdcl.methods import check_settings
     from sdcl.runs.launch import Launcher, Machine
-    from sdcl.runs.slurm import check_processes
+    from sdcl.runs.slurm import check_processes, nodes_of_job
 
     results, _ = results_of(config, runs)
     gpus = torch.cuda.device_count()
@@ -136,7 +136,7 @@ def run(config: Config, runs: list[Run]) -> None:
         if one.spec is not None:  # what stage 1 alone reads is told by the runs
             check_settings(dataclasses.replace(one.header, pretrained=None))
     asked = "CUDA_VISIBLE_DEVICES" in os.environ  # then it is somebody's choice
-    slots = config.slots or max(gpus // config.processes, 1)
+    slots = config.slots or (1 if nodes_of_job() > 1 else max(gpus // config.processes, 1))
     check_processes(config.processes, slots)
     machine = Machine(slots, 0 if asked else gpus, config.wait, config.processes)
     scripts = [CODE / script for script in SCRIPTS[config.data_set]]

@@ -40,18 +40,19 @@ def main(config: Config) -> None:
     from sdcl.runs.weights import load_predictor
 
     names = list(task["class_names"])
-    networks = load_predictor(config, settings, len(names) + 1, torch.device("cpu"))
-    shape = [int(task.get("in_channels", 1)), *settings["patch_size"]]
+    loaded = load_predictor(config, settings, len(names) + 1, torch.device("cpu"))
+    shape = [1, *settings["patch_size"]]
     metadata = {
-        "run": config.run.resolve().name, "method": settings.get("method", "sdcl"), "stage": config.stage,
-        "predictor": config.predictor or "the method's answer", "commits": commits_of(config.run),
+        "run": config.run.resolve().name, "method": settings.get("method", "sdcl"), "predictor": loaded.predictor,
+        "weights": loaded.path.name if config.checkpoint else f"{config.stage}/{loaded.path.name}",
+        "iteration": loaded.iteration, "commits": [] if config.checkpoint else commits_of(config.run),
         "input": "image, float32 (N, channels, *size), normalised as in preprocessing", "size": shape,
         "output": "probabilities, float32 (N, classes, *size)", "class_names": ["background", *names],
         "label_values": [0, *task.get("label_values", range(1, len(names) + 1))],
         "decision_rule": task["decision_rule"], "preprocessing": task["preprocessing"],
         "trained_on_crops": task["trained_on_crops"],
     }  # fmt: skip
-    export(networks, config.output, config.format, shape, metadata)
+    export(loaded.networks, config.output, config.format, shape, metadata)
     LOGGER.info("written to %s: %s of input (N, %s)", config.output, config.format, ", ".join(map(str, shape)))
 
 

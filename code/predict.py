@@ -70,7 +70,7 @@ def main(config: Config) -> None:
     from sdcl.runs.experiment import begin
     from sdcl.runs.weights import load_predictor
 
-    predict_scans(config, begin(config), load_predictor)
+    predict_scans(config, begin(config), lambda *given: load_predictor(*given).networks)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ ROLES = {"student_a": ("student_a",), "student_b": ("student_b",), "mean": ("stu
 
 
 def row(case="c1", structure="LV", dice=1.0, hd95=2.0, empty=False, predictor="a"):
-    return CaseRow(predictor, case, structure, dice, dice / 2, hd95, hd95 / 2, NAN, NAN, empty)
+    return CaseRow(predictor, case, structure, dice, dice / 2, hd95, hd95 / 2, NAN, NAN, empty, 0, 0, NAN, NAN)
 
 
 def cases(count=3):

@@ -74,7 +74,8 @@ def test_a_runs_answer_is_exported_with_what_its_input_needs(acdc_phantom, tmp_p
     pytest.importorskip("onnxscript")
     main("export.py", "--run", run, "--output", tmp_path / "a.onnx", "--predictor", "teacher")
     (entry,) = [e for e in onnx.load(str(tmp_path / "a.onnx")).metadata_props if e.key == KEY]
-    assert json.loads(entry.value)["predictor"] == "teacher"
+    told = json.loads(entry.value)
+    assert (told["predictor"], told["weights"], told["iteration"]) == ("teacher", "self_train/last.pth", 1)
     with pytest.raises(UserError, match="is no run's folder"):
         main("export.py", "--run", tmp_path / "none", "--output", tmp_path / "b.onnx")
 

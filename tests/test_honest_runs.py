@@ -213,7 +213,7 @@ def test_what_selects_is_the_tables_mean():
     nan = float("nan")
 
     def row(case, structure, dice):
-        return CaseRow("mean", case, structure, dice, dice, nan, nan, nan, nan, empty=dice != dice)
+        return CaseRow("mean", case, structure, dice, dice, nan, nan, nan, nan, dice != dice, 0, 0, nan, nan)
 
     rows = [row("one", "a", 0.9), row("one", "b", nan), row("two", "a", 0.5), row("two", "b", 0.3)]
     assert mean_dice(rows)["mean"] == pytest.approx((0.9 + (0.5 + 0.3) / 2) / 2)  # not (0.9 + 0.5 + 0.3) / 3
@@ -254,7 +254,7 @@ def test_a_stopped_test_goes_on_with_the_cases_that_are_left(la, models, monkeyp
 def test_a_damaged_kept_case_is_scored_again(tmp_path, damage):
     case = Case("c", np.zeros((2, 3, 3), np.float32), np.ones((2, 3, 3), np.uint8))
     kept = ScoredCases(tmp_path, "key")
-    rows = [CaseRow("mean", "c", "a", 0.5, 0.4, *[float("nan")] * 4, empty=False)]
+    rows = [CaseRow("mean", "c", "a", 0.5, 0.4, *[float("nan")] * 4, False, 0, 0, *[float("nan")] * 2)]
     kept.save(case, rows, {"mean": case.label})
     found, maps = kept.load(case)
     assert found[0].dice == 0.5 and np.array_equal(maps["mean"], case.label)

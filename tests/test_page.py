@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,14 +183,14 @@ def test_a_curve_is_binned_to_means():
 
 
 def test_a_runs_records_become_curves(tmp_path):
-    header = "iteration,student_a/loss,student_b/loss,discrepancy,val_dice/mean\n"
-    for stage, lines in (("pre_train", "1,3,1,,\n2,2,2,,0.5\n"), ("self_train", "1,1,3,0.1,\n")):
+    header = "iteration,student_a/loss,student_b/loss,discrepancy,val_dice/mean,test_dice/mean\n"
+    for stage, lines in (("pre_train", "1,3,1,,,\n2,2,2,,0.5,\n"), ("self_train", "1,1,3,0.1,,0.4\n2,to")):
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "metrics.csv").write_text(header + lines, encoding="utf-8")
     stages = {name: tmp_path / name for name in ("pre_train", "self_train")}
     found = {one.name: one.values for one in charts.run_curves(stages)}
     assert found["student a"]["pre_train", "loss"] == ([1, 2], [3, 2])
-    assert found["mean"] == {("pre_train", "val_dice"): ([2], [0.5])}
+    assert found["mean"] == {("pre_train", "val_dice"): ([2], [0.5]), ("self_train", "test_dice"): ([1], [0.4])}
     assert found["both students"] == {("self_train", "discrepancy"): ([1], [0.1])}
     one = charts.answer_curves("sdcl", "sdcl, seed 1", "mean", stages)
     assert one.values["pre_train", "loss"] == ([1, 2], [2, 2]) and one.values["self_train", "discrepancy"][1] == [0.1]
@@ -219,6 +220,29 @@ def test_rows_without_a_seed_and_several_counts_are_shown_as_far_as_they_go():
     sections = sections_of(Page("t", [], entries, make_rows(entries, str, "sdcl/mean")))
     assert [section.id for section in sections] == ["volumes", "points", "table"]
     assert len(sections[0].charts) == 1 and "missing: 1" in str(sections[2].tables[0].lines)
+    half = [replace(one, planned=(1, 2)) for one in entries]  # no row is whole yet
+    sections = sections_of(Page("t", [], half, make_rows(half, str, "sdcl/mean")))
+    assert sections[1].charts and "1 of 2 (missing: 2)" in str(sections[2].tables[0].lines)
+    assert ranked(Compared([empty, *half], make_rows(half, str, "cps/mean"), [], [], "cps/mean")) == HOSTILE
+
+
+def test_volumes_of_earlier_tests_and_of_some_spacings_only():
+    """Without volumes there is no chart; where one case lacks its spacing all are in voxels; seeds are points."""
+    old = entry()
+    assert bland_altman(replace(old, scores={1: {k: v for k, v in old.scores[1].items() if k[0] == "dice"}})) is None
+    old.scores[1]["ml", "one"]["plain"] = float("nan")
+    assert "voxels" in bland_altman(old).figure.axes[0].get_title()
+    both = bland_altman(entry(seeds=(1, 2)))
+    assert len(both.points["volumes-0"]) == 6 and both.points["volumes-0"][-1].startswith("plain, seed 2: 1.2 ml")
+
+
+def test_a_volume_too_large_for_one_picture_is_shown_coarser(monkeypatch):
+    monkeypatch.setattr(viewer, "MAX_SIDE", 40)
+    one = Shown(
+        "c", Case("c", np.random.default_rng(0).random((24, 20, 9), np.float32), np.ones((24, 20, 9), np.uint8)), {}
+    )
+    data = viewer.viewer([one], task(), [])
+    assert data["cases"][0]["shape"] == [5, 10, 12] and "at every second voxel" in data["said"]
 
 
 def test_too_many_points_are_the_structures_means(monkeypatch):

@@ -17,7 +17,8 @@ from sdcl import checkpoints
 from sdcl.checkpoints import load_weights
 from sdcl.networks import build_network
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import differing_fields, lengthened
+from sdcl.runs.folder import Reads, differing_fields, lengthened, open_run
+from sdcl.runs.weights import check_prepared
 
 SLICES = ["--labelnum", 2, "--patch_size", 32, 32, "--batch_size", 2, "--pre_iterations", 2, "--pre_val_every", 0,
           "--self_val_every", 2, "--select", "last", "--device", "cpu", "--log_every", 1]  # fmt: skip
@@ -62,6 +63,38 @@ def test_a_ramp_keeps_its_length_when_a_run_grows():
     assert differing_fields(there, there | {"self_iterations": 20, "rampup": 4}) == ""
     assert "self_iterations 10 there, 5 now" in differing_fields(there, there | {"self_iterations": 5})
     assert "kl_weight" in differing_fields(there, there | {"self_iterations": 20, "kl_weight": 1.0})
+
+
+def test_a_run_of_an_earlier_version_is_lengthened_and_resumed(tmp_path):
+    """Its config.json does not say the ramp's length: the first longer start writes it down."""
+    config = vars(method(method="ua_mt", self_iterations=10, rampup=None)) | {"patch_size": [32, 32], "labelnum": 2}
+    config |= {"student_a": "unet", "student_b": "resunet", "select": "last"}
+    reads, cpu = Reads({}, {}, (), None), torch.device("cpu")
+    open_run(tmp_path, config, reads, cpu)
+    longer = config | {"self_iterations": 20, "rampup": 4}
+    for _ in range(2):
+        open_run(tmp_path, longer, reads, cpu)
+    kept = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert (kept["self_iterations"], kept["rampup"]) == (20, 4)
+    assert differing_fields(config, longer) == ""  # of a checkpoint that the earlier version saved
+    with pytest.raises(UserError, match="rampup 4 there, 8 now"):
+        open_run(tmp_path, longer | {"rampup": 8}, reads, cpu)
+
+
+def test_structures_of_another_data_set_are_paired_by_order_or_refused(tmp_path, said):
+    said()
+    task = {"name": "acdc", "class_names": ["RV", "Myo", "LV"], "label_values": [1, 2, 3], "preprocessing": None}
+    config = {"patch_size": [32, 32], "labelnum": 2, "student_a": "unet", "student_b": "resunet", "select": "last"}
+    (tmp_path / "config.json").write_text(json.dumps({"config": config, "task": task, "resumed": []}))
+    other = task | {"name": "clinic", "class_names": ["LV", "Myo", "RV"]}
+    with pytest.raises(
+        UserError, match="was trained on the structures RV, Myo, LV, and --root_path calls them LV, Myo"
+    ):
+        check_prepared(tmp_path, other, True)
+    check_prepared(tmp_path, task | {"name": "clinic", "class_names": ["right", "Myo", "left"]}, True)
+    assert "paired by their order: RV counts as right, LV counts as left" in said()
+    with pytest.raises(UserError, match="class_names"):
+        check_prepared(tmp_path, other | {"name": "acdc"}, True)  # its own data set, named otherwise
 
 
 def cases(folder):
@@ -122,7 +155,8 @@ def test_a_run_is_scored_on_another_compatible_data_set_and_its_held_out_cases(l
     assert {row["case"] for row in cases(run / "test" / "self_train_val")} == {names[-1]}
     assert "'best on val' was selected on these very volumes" in said and "TRAINED" not in said
     own = own_from(la_phantom, tmp_path)
-    main("test_own.py", "--root_path", own, *some)
+    said = main("test_own.py", "--root_path", own, *some)
+    assert "very volumes" not in said and "TRAINED" not in said  # the names are the training cases', the data are not
     assert (run / "test" / "self_train_on_clinic_test" / "report.html").exists()
 
 

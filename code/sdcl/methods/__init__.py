@@ -112,6 +112,11 @@ def check_settings(config: Any, filled: Collection[str] = ()) -> None:
     for field, value, others in IDLE:
         if getattr(config, field) == value and (named := [name for name in others if name in changed]):
             raise UserError(f"--{named[0]} does nothing with --{field} {value}: leave one of them out.")
+    if "noise" in method.reads and config.ema_buffers is False and len(config.patch_size or ()) == 2:
+        LOGGER.warning(
+            "NOTE: without --ema_buffers the teacher's BatchNorm statistics are those of its noisy passes, which spoil "
+            "its scores (docs/methods.md)."
+        )
     idle = [f"--{name}" for name in changed if name in STAGE_ONE and name not in method.reads]
     if idle and config.pretrained is not None:
         LOGGER.info("NOTE: %s: of stage 1, which --pretrained brings: nothing reads it here.", ", ".join(idle))

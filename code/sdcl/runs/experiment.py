@@ -279,21 +279,27 @@ def test(config: Any, data: Data) -> None:
     device = begin(config, data.check_root)
     weights = find_weights(config, data.name)
     trained = weights.settings
-    scored = data.scoring(trained)
+    elsewhere = weights.elsewhere(data.name)
+    scored = data.scoring(trained | ({"val_cases": 0} if elsewhere else {}))  # it held out none of these
     for run in weights.runs:
         check_prepared(run, scored.facts, bool(weights.files) or config.run is not None)
+    selected_on = weights.selected_on
+    if elsewhere and selected_on:
+        selected_on += " of the run's own data"
+    name = f"{weights.name}_on_{elsewhere}" if elsewhere else weights.name
     predictors = weights.load(scored.task.num_classes, device)
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     cases = scored.read_cases()
     voxels = max((case.image.size for case in cases), default=0)
     tell_memory_of_test(len(predictors.networks), len(predictors.members), scored.task.num_classes, voxels, device)
-    results = weights.folder / "test" / results_name(weights.name_on(scored.facts), scored.split, config)
+    results = weights.folder / "test" / results_name(name, scored.split, config)
     names = [case.name for case in cases]
-    seen = list(dict.fromkeys(one for run in weights.runs for one in trained_among(run, names)))
-    said = {"split": scored.split, "selected_on": weights.selected_on, "config": used}
+    runs = [] if elsewhere else weights.runs  # another data set's cases may have the same names
+    seen = list(dict.fromkeys(one for run in runs for one in trained_among(run, names)))
+    said = {"split": scored.split, "selected_on": selected_on, "config": used}
     said |= {"environment": first(lambda: environment(device)), "trained_on": seen, "protocol": config.protocol}
-    said |= {"method": weights.label, "trained_with": trained, "records": weights.records}
+    said |= {"method": weights.label, "trained_with": {} if weights.files else trained, "records": weights.records}
     said |= {"commits": sorted({commit for run in weights.runs for commit in commits_of(run)})}
     with claimed_by_first(results):
         test_report(results, predictors, cases, scored.task, said, config.save_nifti)
@@ -301,7 +307,7 @@ def test(config: Any, data: Data) -> None:
         LOGGER.warning("NOTE: the run was TRAINED on %d of these cases (%s), which flatters it.", len(seen), _few(seen))
     elif not weights.runs:
         LOGGER.info("NOTE: these files do not tell which cases they were trained on.")
-    if weights.selected_on == scored.split:
+    if selected_on == scored.split:
         LOGGER.info(
             "NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", scored.split
         )

@@ -218,7 +218,7 @@ def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.
                 "self-training was planned with %d iterations and goes on to %d; its validation at %d, if there was "
                 "one, stays", done, asked, done,
             )  # fmt: skip
-            content["config"]["self_iterations"] = asked
+            content["config"] |= {"self_iterations": asked, "rampup": config.get("rampup")}  # as it was, made explicit
             content.setdefault("lengthened", []).append({"from": done, "to": asked})
         content["resumed"].append(now)
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -233,8 +233,9 @@ def differing_fields(there: dict[str, Any], now: dict[str, Any]) -> str:
     for fields in (there, now):
         if isinstance(fields.get("pretrained"), str):  # the same folder, however it is written
             fields["pretrained"] = str(Path(fields["pretrained"]).resolve())
-    if there.get("rampup") is None and now.get("rampup") is not None and there.get("self_iterations"):
-        there["rampup"] = ramp_length(None, there["self_iterations"])
+    for one, other in ((there, now), (now, there)):  # earlier versions did not resolve it
+        if one.get("rampup") is None and other.get("rampup") is not None and one.get("self_iterations"):
+            one["rampup"] = ramp_length(None, one["self_iterations"])
     names = [k for k in sorted({*there, *now} - MACHINE_FIELDS) if there.get(k) != now.get(k)]
     names = [k for k in names if not (k == "self_iterations" and lengthened(there, now))]
     return ", ".join(f"{k} {there.get(k)} there, {now.get(k)} now" for k in names)
@@ -284,6 +285,12 @@ def inherited(folder: Path) -> dict[str, Any]:
         "task": content.get("task") if isinstance(content.get("task"), dict) else {},
         "trained_on": known,
     }
+
+
+def pretrained_folder(folder: Path) -> Path | None:
+    """Return the folder of the run whose stage 1 a run started from, as its config.json keeps it; None of its own."""
+    kept = _read_content(folder / "config.json").get("pretrained")
+    return Path(kept["folder"]) if isinstance(kept, dict) and isinstance(kept.get("folder"), str) else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sdcl.methods import get
 from sdcl.networks import build_network
 from sdcl.runs.devices import place
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import LOGGER, differing_tasks, find_run, known_task
+from sdcl.runs.folder import LOGGER, differing_tasks, find_run, known_task, pretrained_folder
 from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Predictors, load_predictors
 from sdcl.steps import TEACHER
 
@@ -52,10 +52,10 @@ class Weights:
         """The folders of the stages that led to them, of which metrics.csv tells; none of given files."""
         if self.files:
             return {}
-        first = self.folder / "pre_train"
-        if not first.exists() and self.settings.get("pretrained"):
-            first = Path(self.settings["pretrained"]) / "pre_train"
-        stages = {"pre_train": first, "self_train": self.folder / "self_train"}
+        begun = pretrained_folder(self.folder)
+        stages = {"pre_train": (begun or self.folder) / "pre_train"}
+        if self.stage == "self_train":
+            stages["self_train"] = self.folder / "self_train"
         return {name: str(folder) for name, folder in stages.items() if (folder / "metrics.csv").exists()}
 
     @property
@@ -77,14 +77,10 @@ class Weights:
         stems = "_".join(re.sub(r"\W", "", path.stem) for path in self.files.values())
         return f"weights_{stems[:60]}_{content.hexdigest()[:8]}"
 
-    def name_on(self, facts: dict[str, Any]) -> str:
-        """Return what folders of results are called: name, and of a run on another data set than its own that one's.
-
-        Args:
-            facts: what the data set to score says, as DataSet.facts() does.
-        """
-        own = (known_task(self.folder) or {}).get("name", facts["name"]) if not self.files else facts["name"]
-        return self.name if own == facts["name"] else f"{self.name}_on_{facts['name']}"
+    def elsewhere(self, name: str) -> str:
+        """Return the name of the data set to score where it is another one than the run's own; else ""."""
+        own = name if self.files else (known_task(self.folder) or {}).get("name", name)
+        return "" if own == name else name
 
     @property
     def label(self) -> str:
@@ -139,7 +135,7 @@ def chosen(
     """
     if unknown := [name for name in asked if name not in known]:
         raise UserError(f"--predictors {unknown[0]} is none of {whose}'s: choose of {', '.join(known)}.")
-    return {name: known[name] for name in asked} or dict(own)
+    return {name: known[name] for name in known if name in asked} or dict(own)  # the answer stays the last
 
 
 def find_weights(config: Any, data_set: str) -> Weights:
@@ -174,7 +170,17 @@ def find_weights(config: Any, data_set: str) -> Weights:
     return Weights(folder, settings, config.stage, files, config.predictors)
 
 
-def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, device: torch.device) -> list[nn.Module]:
+@dataclass(frozen=True)
+class Loaded:
+    """What load_predictor() has read: the predictor's name, its file, the iteration that it was saved after."""
+
+    predictor: str
+    path: Path
+    iteration: int | None
+    networks: list[nn.Module]
+
+
+def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, device: torch.device) -> Loaded:
     """Load a run's networks for prediction: a predictor's best, or its last where --select was last or nothing was.
 
     Args:
@@ -185,7 +191,7 @@ def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, devi
         device: where to.
 
     Returns:
-        The networks, whose probabilities are to be averaged.
+        The networks, whose probabilities are to be averaged, and where they come from.
 
     Raises:
         UserError: the method has no such predictor, or a checkpoint is missing or does not fit.
@@ -198,12 +204,14 @@ def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, devi
     best = config.run / config.stage / f"best_{predictor}.pth"
     path = best if best.exists() and settings["select"] != "last" else config.run / config.stage / LAST
     path = config.checkpoint or path
-    networks = []
+    networks, iteration = [], None
     for role in roles_of[predictor]:
         network = make_network(settings, role, num_classes, device)
-        LOGGER.info("%s: %s", role, load_weights(network, path, role))
+        report = load_weights(network, path, role)
+        LOGGER.info("%s: %s", role, report)
         networks.append(network)
-    return networks
+        iteration = report.iteration
+    return Loaded(predictor, path, iteration, networks)
 
 
 def make_network(settings: dict[str, Any], role: str, num_classes: int, device: torch.device) -> nn.Module:
@@ -238,7 +246,17 @@ def check_prepared(run: Path, facts: dict[str, Any], are_given: bool) -> None:
     if task is None:
         LOGGER.info("NOTE: %s does not tell how the data were prepared that it was trained on.", run)
         return
-    if are_given:  # on one's own data, say: its name and its structures' names are its own
+    if are_given and facts["name"] != task.get("name"):  # its name and its structures' names are its own
+        names, theirs = (list(each.get("class_names") or ()) for each in (facts, task))
+        if names != theirs and sorted(names) == sorted(theirs):
+            raise UserError(
+                f"{run} was trained on the structures {', '.join(theirs)}, and --root_path calls them "
+                f"{', '.join(names)}, in another order: import the data again with these --class_names and "
+                "--label_values in the run's order."
+            )
+        if names != theirs:
+            pairs = [f"{there} counts as {here}" for there, here in zip(theirs, names, strict=False) if there != here]
+            LOGGER.info("NOTE: structures are paired by their order: %s.", ", ".join(pairs))
         facts = facts | {key: task.get(key) for key in ("name", "class_names", "label_values")}
     if differing := differing_tasks(task, facts):
         raise UserError(

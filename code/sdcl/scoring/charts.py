@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,7 +29,8 @@ CURVE_POINTS = 120  # of a curve; each is the mean of the iterations that it sta
 STAGES = {"pre_train": "stage 1, pre-training", "self_train": "stage 2, self-training"}
 QUANTITIES = {
     "loss": "loss",
-    "val_dice": "validation Dice",
+    "val_dice": "Dice on the validation cases",
+    "test_dice": "Dice on the TEST cases, which selects (as published)",
     "discrepancy": "voxels of a step where the students disagree",
 }
 
@@ -78,43 +80,69 @@ def structures_of(entries: Sequence[Entry]) -> list[str]:
     return [structure for structure in found if structure != MEAN]
 
 
-def bland_altman(entry: Entry) -> Chart:
+def bland_altman(entry: Entry) -> Chart | None:
     """Draw predicted minus reference volume against their mean, a panel a structure (Bland and Altman 1986).
 
-    In ml where the spacing is known, else in voxels.
+    Each seed's prediction of a case is a point of its own. In ml where the spacing of every case is known, else in
+    voxels; None where no volumes are known, as of tests of earlier versions.
     """
     structures = structures_of([entry])
-    unit = "ml" if any(by_case(entry, "ml", s) for s in structures) else "voxels"
-    theirs = {"ml": "reference_ml", "voxels": "reference_voxels"}[unit]
-    figure = _figure(min(4.2 * len(structures), 13), 3.6)
+    of_structure = {
+        unit: {structure: _volumes(entry, unit, structure) for structure in structures} for unit in ("ml", "voxels")
+    }
+    unit = "ml" if all(map(len, of_structure["ml"].values())) else "voxels"
+    if sum(map(len, of_structure["ml"].values())) != sum(map(len, of_structure["voxels"].values())):
+        unit = "voxels"
+    if not any(of_structure[unit].values()):
+        return None
+    columns = min(len(structures), 3)
+    rows = math.ceil(len(structures) / columns)
+    figure = _figure(4.2 * columns, 3.6 * rows)
+    plots = figure.subplots(rows, columns, squeeze=False).ravel()
     points, colours = {}, class_colours(np.arange(1, len(structures) + 1))
-    for k, (plot, structure) in enumerate(zip(_axes(figure, len(structures)), structures, strict=True)):
-        ours, reference = by_case(entry, unit, structure), by_case(entry, theirs, structure)
-        cases = [case for case in ours if case in reference]
-        difference = np.array([ours[case] - reference[case] for case in cases])
-        middle = [(ours[case] + reference[case]) / 2 for case in cases]
+    for plot in plots[len(structures) :]:
+        plot.remove()
+    for k, (plot, structure) in enumerate(zip(plots, structures, strict=False)):
+        pairs = of_structure[unit][structure]
+        difference = np.array([ours - theirs for ours, theirs in pairs.values()])
+        middle = [(ours + theirs) / 2 for ours, theirs in pairs.values()]
         points[f"volumes-{k}"] = [
-            f"{case}: {ours[case]:.4g} {unit} predicted, {reference[case]:.4g} in the reference" for case in cases
+            f"{name}: {ours:.4g} {unit} predicted, {theirs:.4g} in the reference"
+            for name, (ours, theirs) in pairs.items()
         ]
         plot.scatter(
             middle, difference, s=26, color=colours[k], edgecolor=INK, linewidths=0.4, gid=f"volumes-{k}", zorder=3
         )
-        bias, spread = difference.mean(), difference.std(ddof=1) if len(cases) > 1 else math.nan
+        said = "no volumes"
+        if len(difference):
+            bias, spread = difference.mean(), difference.std(ddof=1) if len(difference) > 1 else math.nan
+            plot.axhline(bias, color=INK, linewidth=1.2)
+            said = f"bias {bias:+.3g} {unit}"
         plot.axhline(0, color=INK, linewidth=0.5)
-        plot.axhline(bias, color=INK, linewidth=1.2)
-        said = f"bias {bias:+.3g} {unit}"
-        if not math.isnan(spread):
+        if len(difference) > 1:
             for limit in (bias - LIMITS * spread, bias + LIMITS * spread):
                 plot.axhline(limit, color=INK, linewidth=1, linestyle="dashed")
             said += f", limits {bias - LIMITS * spread:+.3g} to {bias + LIMITS * spread:+.3g}"
         _titled(plot, f"{structure}: {said}")
         plot.set_xlabel(f"mean of both volumes [{unit}]")
         plot.set_ylabel(f"predicted − reference [{unit}]")
+    each = "a case" if len(entry.scores) == 1 else "a case and seed"
     caption = (
-        f"Volume of {_name(entry)} against the reference, a point a case (Bland–Altman): the line is the mean "
+        f"Volume of {_name(entry)} against the reference, a point {each} (Bland–Altman): the line is the mean "
         "difference, the dashed ones are 1.96 standard deviations of the differences away."
     )
     return Chart(figure, points, caption)
+
+
+def _volumes(entry: Entry, unit: str, structure: str) -> dict[str, tuple[float, float]]:
+    """Return each case's (and of several seeds each seed's) predicted and reference volume, where both are known."""
+    found = {}
+    for seed, scores in entry.scores.items():
+        theirs = scores.get((f"reference_{unit}", structure), {})
+        for case, ours in scores.get((unit, structure), {}).items():
+            if not math.isnan(ours) and not math.isnan(theirs.get(case, math.nan)):
+                found[case if len(entry.scores) == 1 else f"{case}, seed {seed}"] = ours, theirs[case]
+    return found
 
 
 def case_points(entries: Sequence[Entry], metric: str) -> Chart:
@@ -205,12 +233,22 @@ def read_metrics(path: Path) -> dict[str, Curve]:
         return columns
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file):
+            number = row.get("iteration") or ""
             for name, text in row.items():
-                if name and name != "iteration" and text and (row["iteration"] or "").isdecimal():
+                value = _number(text) if name and name != "iteration" and number.isdecimal() else None
+                if value is not None:
                     iterations, values = columns.setdefault(name, ([], []))
-                    iterations.append(int(row["iteration"]))
-                    values.append(float(text))
+                    iterations.append(int(number))
+                    values.append(value)
     return columns
+
+
+def _number(text: Any) -> float | None:
+    """Read a number; None of what is none, such as a torn line's end."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
 
 
 def run_curves(folders: Mapping[str, Path]) -> list[Curves]:
@@ -225,8 +263,8 @@ def run_curves(folders: Mapping[str, Path]) -> list[Curves]:
             first, _, second = column.partition("/")
             if second == "loss":
                 by_name.setdefault(first, {})[stage, "loss"] = curve
-            elif first == "val_dice":
-                by_name.setdefault(second, {})[stage, "val_dice"] = curve
+            elif first in ("val_dice", "test_dice"):
+                by_name.setdefault(second, {})[stage, first] = curve
             elif column == "discrepancy":
                 by_name.setdefault("both students", {})[stage, "discrepancy"] = curve
     return [Curves(name.replace("_", " "), name, values) for name, values in by_name.items()]
@@ -248,9 +286,9 @@ def answer_curves(name: str, title: str, answer: str, folders: Mapping[str, Path
         if losses and len({len(of) for of, _ in losses}) == 1:
             means = [statistics.fmean(each) for each in zip(*(values for _, values in losses), strict=True)]
             values[stage, "loss"] = losses[0][0], means
-        for column, quantity in ((f"val_dice/{answer}", "val_dice"), ("discrepancy", "discrepancy")):
+        for column in (f"val_dice/{answer}", f"test_dice/{answer}", "discrepancy"):
             if column in columns:
-                values[stage, quantity] = columns[column]
+                values[stage, column.partition("/")[0]] = columns[column]
     return Curves(name, title, values)
 
 
@@ -274,7 +312,7 @@ def training(curves: Sequence[Curves]) -> Chart | None:
             place = names.index(one.name)
             colour, dashes = row_style(place)
             x, y = binned(*one.values[stage, quantity])
-            marker = "o" if quantity == "val_dice" else None
+            marker = "o" if quantity.endswith("_dice") else None
             gid = f"curve-{place}-{i}-{j}-{k}"
             plot.plot(x, y, color=colour, linestyle=dashes, linewidth=1.2, marker=marker, markersize=3, gid=gid)
         _titled(plot, f"{QUANTITIES[quantity]}, {STAGES[stage]}")
@@ -287,7 +325,7 @@ def training(curves: Sequence[Curves]) -> Chart | None:
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 5), frameon=False, fontsize=8)
     caption = (
         f"Training by iteration: losses and discrepancy are means of up to {CURVE_POINTS} equal parts of a stage, "
-        "validation Dice is as it was measured."
+        "Dice is as it was measured."
     )
     return Chart(figure, {}, caption)
 
@@ -308,10 +346,6 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _axes(figure: Figure, count: int) -> Sequence[Axes]:
-    return figure.subplots(1, count, squeeze=False)[0]
 
 
 def _titled(plot: Axes, title: str) -> None:

@@ -113,10 +113,10 @@ class CaseRow:
     hd95_mm: float
     asd_mm: float
     empty: bool
-    voxels: int = 0
-    reference_voxels: int = 0
-    ml: float = math.nan
-    reference_ml: float = math.nan
+    voxels: int
+    reference_voxels: int
+    ml: float
+    reference_ml: float
 
 
 @dataclass(frozen=True)

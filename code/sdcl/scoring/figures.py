@@ -88,11 +88,12 @@ def views(case: Case, label_maps: Mapping[str, np.ndarray], axis: int, is_xyz: b
     shown |= {name.split(",")[0].replace("_", " "): overlay(image, label) for name, label in maps.items()}
     if len(maps) == 2:
         a, b = maps.values()
-        shown[_disagreement(label_maps)] = overlay(image, a != b, DISCREPANCY_COLOUR)
+        shown[disagreement(label_maps)] = overlay(image, a != b, DISCREPANCY_COLOUR)
     return shown
 
 
-def _disagreement(names: Iterable[str]) -> str:
+def disagreement(names: Iterable[str]) -> str:
+    """Return what it is called where two predictors differ: of the students, or of others."""
     return "students disagree" if all("student" in name for name in names) else "they disagree"
 
 
@@ -134,7 +135,7 @@ def save_case_figure(
                     axes[0].contour(mask, levels=[0.5], colors=[colour], linestyles=style, linewidths=1)
         axes[0].set_ylabel(title, fontsize=9)
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, task.class_names, strict=True)]
-    handles += [Patch(color=DISCREPANCY_COLOUR, label=_disagreement(single))] * (len(single) == 2)
+    handles += [Patch(color=DISCREPANCY_COLOUR, label=disagreement(single))] * (len(single) == 2)
     named = "mean of the students" if len(predictors.members[answer]) > 1 else answer.split(",")[0].replace("_", " ")
     handles += [
         Line2D([], [], color="grey", label="reference"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcl.methods import get
+from sdcl.runs.errors import UserError
 from sdcl.runs.folder import read_config, write_csv
 from sdcl.runs.matrix import Run
 from sdcl.scoring.charts import answer_curves, by_case, training
@@ -81,13 +82,14 @@ def write_matrix_page(folder: Path, config: Any, tested: Sequence[Run], results:
 
 def ranked(compared: Compared) -> list[str]:
     """List the cases: the reference row's worst, median and best in Dice, then the others from the worst on."""
-    alike = [e for e in compared.entries if f"{e.method}/{e.predictor}" == compared.reference] or compared.entries
-    dice = by_case(alike[0], "dice", MEAN)
-    for structure in dict.fromkeys(row.structure for row in compared.rows):
-        dice = dice or by_case(alike[0], "dice", structure)  # of one structure there is no mean
+    scored = [entry for entry in compared.entries if entry.scores]
+    alike = [e for e in scored if f"{e.method}/{e.predictor}" == compared.reference] or scored
+    structures = dict.fromkeys(row.structure for row in compared.rows)
+    dice = by_case(alike[0], "dice", MEAN if MEAN in structures else next(iter(structures))) if alike else {}
     worst_first = sorted(dice, key=lambda case: (dice[case], case))
     first = dict.fromkeys(worst_first[place(len(worst_first))] for place in RANKS.values()) if worst_first else ()
-    return [*first, *(case for case in worst_first if case not in first)]
+    known = [case for e in scored for by in e.scores.values() for cases in by.values() for case in cases]
+    return list(dict.fromkeys([*first, *worst_first, *known]))  # those without a Dice come last
 
 
 def _viewer(
@@ -102,8 +104,10 @@ def _viewer(
         run = next(
             (r for r in tested if (r.spec.text, r.labelnum, r.seed) == (entry.method, entry.labelnum, seeds[0])), None
         )
-        page = run and run.folder / "test" / results / PAGE
-        data = read_viewer(page) if page and page.exists() else None
+        try:
+            data = read_viewer(run.folder / "test" / results / PAGE) if run else None
+        except UserError:
+            data = None
         title = data and next((n for n in data["names"] if is_of(n, entry.predictor, config.checkpoint)), None)
         if title is None:
             missing.append(name)
@@ -112,7 +116,8 @@ def _viewer(
     said = [f"The pictures are of seed {seeds[0]}."] if of_rows else []
     if missing:
         said.append(f"No pictures of {', '.join(missing)}: the page of its run's test is not there or shows others.")
-    return (joined(of_rows, order) if of_rows else None), said
+    pictures = joined(of_rows, order) if of_rows else None
+    return (pictures if pictures and pictures["cases"] else None), said
 
 
 def _address(page: Path, folder: Path) -> str:

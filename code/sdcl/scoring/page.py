@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -106,7 +107,7 @@ def write_page(path: Path, page: Page) -> None:
         loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     content = {
-        "page": replace(page, further=()), "sections": titles, "viewer": None,
+        "page": page, "sections": sections, "titles": titles, "viewer": None,
         "css": Markup((ASSETS / "report.css").read_text("utf-8")),  # noqa: S704 - ours
         "js": Markup((ASSETS / "report.js").read_text("utf-8")),  # noqa: S704 - ours
     }  # fmt: skip
@@ -114,18 +115,7 @@ def write_page(path: Path, page: Page) -> None:
     if page.viewer:
         scored = [one | {"scores": _scores(page, one["name"])} for one in page.viewer["cases"]]
         content["viewer"] = embedded(page.viewer | {"cases": scored})
-    write_text(path, template.render(content | {"page": _Rendered(page, sections)}))
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    """A page as its template reads it: with the sections' charts as SVG."""
-
-    page: Page
-    sections: Sequence[Section]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.page, name)
+    write_text(path, template.render(content))
 
 
 @dataclass(frozen=True)
@@ -146,7 +136,14 @@ def embedded(content: Any) -> Markup:
 
 def sections_of(page: Page) -> list[Section]:
     """Return a page's sections below the viewer, in the order that they are looked at."""
-    metrics = [m for m in METRICS if any(r.metric == m and r.patients for r in page.rows)]
+    there = {
+        key[0]
+        for entry in page.entries
+        for scores in entry.scores.values()
+        for key in scores
+        if _has_number(scores[key])
+    }
+    metrics = [m for m in METRICS if m in there] or ["dice"]
     counts = list(dict.fromkeys(entry.labelnum for entry in page.entries))
 
     def named(entry: Entry, name: str = "") -> str:
@@ -154,7 +151,7 @@ def sections_of(page: Page) -> list[Section]:
         return ", ".join(parts) or "all"
 
     whole = [entry for entry in page.entries if entry.scores]
-    volumes = [(named(e, f"{e.method}/{e.predictor}"), bland_altman(e)) for e in whole]
+    volumes = [(named(e, f"{e.method}/{e.predictor}"), chart) for e in whole if (chart := bland_altman(e)) is not None]
     groups = [[entry for entry in whole if entry.labelnum == count] for count in counts]
     groups = [group for group in groups if group]
     drawn, of_cases = _bounded(groups, len(metrics))
@@ -168,8 +165,8 @@ def sections_of(page: Page) -> list[Section]:
             intervals.append((title, forest(mine, metric, shown)))
             tables.append(Table(title, lines_of(mine, metric, group[0].labelnum), metric == "dice"))
     sections = [
-        Section("volumes", "Volume, predicted against reference", _answers_first(volumes)),
-        Section("points", of_cases, points, tables=[_case_table(page, "dice")]),
+        *[Section("volumes", "Volume, predicted against reference", _answers_first(volumes))] * bool(volumes),
+        Section("points", of_cases, points, tables=[_case_table(page, metric) for metric in metrics]),
         Section("table", "The table", intervals, tables=tables),
     ]
     chart = training(page.curves)
@@ -185,6 +182,10 @@ def facts_table(title: str, facts: Mapping[str, Any], is_open: bool = False) -> 
         [name, value if isinstance(value, str) else json.dumps(value, default=str)] for name, value in facts.items()
     ]
     return Table(title, [["", ""], *lines], is_open)
+
+
+def _has_number(values: Mapping[str, float]) -> bool:
+    return any(not math.isnan(value) for value in values.values())
 
 
 def _answers_first(charts: Sequence[tuple[str, Chart]]) -> Sequence[tuple[str, Chart]]:

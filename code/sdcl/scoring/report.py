@@ -134,7 +134,6 @@ class _Test:
         summary = summarise(rows, protocol)
         content = self.facts | {"summary": [{"method": self.method} | asdict(row) for row in summary]}
         text = json.dumps(_without_nan(content), indent=2, allow_nan=False)
-        write_text(self.folder / "summary.json", f"{text}\n")
         LOGGER.info("method %s\n\n%s\n\n%s", self.method, format_cases(rows), format_table(summary, protocol))
         dice, by_name = case_dice(rows)[shown[-1]], {case.name: case for case in self.cases}
         pictures = [
@@ -144,6 +143,7 @@ class _Test:
         save_case_figure(self.folder / "cases.png", pictures, self.task, self.predictors)
         save_metrics_figure(self.folder / "metrics.png", rows, shown_metrics(rows))
         names = ["cases.csv", "summary.json", "cases.png", "metrics.png", *self._write_page(rows, content)]
+        write_text(self.folder / "summary.json", f"{text}\n")  # last: it says that all of them are there
         if self.nifti:
             self._tell_snap()
         self.kept.remove()

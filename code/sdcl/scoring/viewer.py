@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdcl.runs.errors import UserError
 from sdcl.scoring.evaluation import Case, Task
-from sdcl.scoring.figures import CLASS_COLOURS, DISCREPANCY_COLOUR, OVERLAY, is_xyz
+from sdcl.scoring.figures import CLASS_COLOURS, DISCREPANCY_COLOUR, OVERLAY, disagreement, is_xyz
 
 BUDGET = 4_000_000  # bytes of all mosaics in base64, so that the page stays below 5 MB
 MAX_SIDE = 16_383  # of a WebP picture, pixels
@@ -23,6 +23,7 @@ PERCENTILES = (0.2, 99.8)  # of the intensities, that 8 bits are spread over
 # Qualities of the scan's WebP, and every how many voxels are kept: the first that fits the budget is taken.
 SIZES = ((60, 1), (30, 1), (10, 1), (5, 1), (40, 2), (10, 2))
 SMALLER = ((10, 3), (10, 4), (10, 6), (10, 8), (5, 12), (5, 16))  # when not even three cases fit
+SHOWN_DIFFER = "where those that are shown disagree"
 LEAST_CASES = 3  # worst, median, best
 ORDINALS = {2: "second", 3: "third", 4: "fourth", 6: "sixth", 8: "eighth"}
 DATA = re.compile(r'<script type="application/json" id="viewer">(.*?)</script>', re.DOTALL)
@@ -56,11 +57,16 @@ def viewer(cases: Sequence[Shown], task: Task, pair: Sequence[str], budget: int 
         The cases, "said" of what was left out or made smaller, and how to draw.
     """
     voxels = sum(one.case.image.size for one in cases)
+    labels: dict[tuple[int, int], dict[str, str]] = {}  # by case and step: they do not depend on the quality
     for quality, step in (*SIZES, *SMALLER):
         may_leave_out = (quality, step) in (SIZES[-1], *SMALLER)
         encoded, total = [], 0
-        for one in cases:
-            content, size = _encoded(one, task, quality, step)
+        for k, one in enumerate(cases):
+            if not _fits_a_picture(one, task, step):
+                break
+            if (k, step) not in labels:
+                labels[k, step] = _label_mosaics(one, task, step)
+            content, size = _encoded(one, task, (quality, step), labels[k, step])
             if total + size > budget or (not may_leave_out and size * voxels > 1.2 * budget * one.case.image.size):
                 break
             encoded.append(content)
@@ -73,7 +79,8 @@ def viewer(cases: Sequence[Shown], task: Task, pair: Sequence[str], budget: int 
     said += ", so that this page stays small." if step > 1 or len(encoded) < len(cases) else "."
     names = list(dict.fromkeys(name for one in cases for name in one.maps))
     return {
-        "cases": encoded, "names": names, "structures": list(task.class_names), "said": said, "pair": list(pair),
+        "cases": encoded, "names": names, "structures": list(task.class_names), "said": said,
+        "differ": {"name": f"where {disagreement(pair)}" if pair else SHOWN_DIFFER, "of": list(pair)},
         "planes": ["axial", "coronal", "sagittal"] if is_xyz(task) else ["slice", "row", "column"],
         "flip": is_xyz(task), "opacity": OVERLAY, "colours": [_hex(colour) for colour in CLASS_COLOURS],
         "disagreement": _hex(DISCREPANCY_COLOUR),
@@ -121,35 +128,54 @@ def joined(
         cases.append({**first, "title": title, "maps": maps})
     left_out = len(names) - len(cases)
     said = f" {left_out} of {len(names)} cases are left out here, so that this page stays small." if left_out else ""
-    return {**whole, "cases": cases, "names": list(of_rows), "pair": [], "said": whole["said"].split(";")[0] + said}
+    return {
+        **whole,
+        "cases": cases,
+        "names": list(of_rows),
+        "differ": {"name": SHOWN_DIFFER, "of": []},
+        "said": whole["said"].split(";")[0] + said,
+    }
 
 
-def _encoded(one: Shown, task: Task, quality: int, step: int) -> tuple[dict[str, Any], int]:
-    """Return a case's content and the bytes of its mosaics."""
-    xyz = is_xyz(task)
+def _turned(volume: np.ndarray, task: Task, step: int) -> np.ndarray:
+    """Return every so many voxels of a volume as (slices, rows, columns)."""
+    volume = volume.transpose(2, 1, 0) if is_xyz(task) else volume
+    return volume[::step, ::step, ::step]
 
-    def turned(volume: np.ndarray) -> np.ndarray:
-        volume = volume.transpose(2, 1, 0) if xyz else volume  # (slices, rows, columns)
-        return volume[::step, ::step, ::step]
 
-    spacing = one.case.spacing[::-1] if xyz and one.case.spacing else one.case.spacing
-    image = turned(one.case.image).astype(np.float32)
+def _fits_a_picture(one: Shown, task: Task, step: int) -> bool:
+    """Tell whether a case's slices fit beside and below each other into one picture."""
+    depth, rows, columns = _turned(one.case.image, task, step).shape
+    beside = _columns((depth, rows, columns))
+    return columns <= MAX_SIDE and math.ceil(depth / beside) * rows <= MAX_SIDE
+
+
+def _label_mosaics(one: Shown, task: Task, step: int) -> dict[str, str]:
+    """Return the mosaics of the reference, called "", and of the label maps."""
+    return {
+        name: _labels(turned, _columns(turned.shape))
+        for name, label in {"": one.case.label, **one.maps}.items()
+        for turned in [_turned(label, task, step)]
+    }
+
+
+def _encoded(one: Shown, task: Task, size: tuple[int, int], labels: Mapping[str, str]) -> tuple[dict[str, Any], int]:
+    """Return a case's content and the bytes of its mosaics; size: the scan's quality, and every how many voxels."""
+    quality, step = size
+    image = _turned(one.case.image, task, step).astype(np.float32)
+    spacing = one.case.spacing[::-1] if is_xyz(task) and one.case.spacing else one.case.spacing
     finite = image[np.isfinite(image)]
     low, high = map(float, np.percentile(finite, PERCENTILES)) if finite.size else (0.0, 1.0)
     high = high if high > low else low + 1.0
     grey = np.clip(np.nan_to_num((image - low) / (high - low)) * 255 + 0.5, 0, 255).astype(np.uint8)
     columns = _columns(grey.shape)
-    pictures = {
-        "image": _webp(_mosaic(grey, columns), quality=quality),
-        "reference": _labels(turned(one.case.label), columns),
-    }
-    maps = {name: _labels(turned(label), columns) for name, label in one.maps.items()}
+    scan = _webp(_mosaic(grey, columns), quality=quality)
     content = {
-        "name": one.case.name, "title": one.title, "shape": list(grey.shape), "columns": columns, "step": step,
+        "name": one.case.name, "title": one.title, "shape": list(grey.shape), "columns": columns,
         "spacing": [side * step for side in spacing] if spacing else None, "low": low, "high": high,
-        **pictures, "maps": maps,
+        "image": scan, "reference": labels[""], "maps": {name: mosaic for name, mosaic in labels.items() if name},
     }  # fmt: skip
-    return content, sum(map(len, (*pictures.values(), *maps.values())))
+    return content, len(scan) + sum(map(len, labels.values()))
 
 
 def _columns(shape: Sequence[int]) -> int:

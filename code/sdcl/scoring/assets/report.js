@@ -3,10 +3,12 @@
 // --- charts: which one is shown, which rows, and the name of a point ---
 
 for (const select of document.querySelectorAll("select.choose")) {
-  select.addEventListener("change", () => {
+  const show = () => {
     const figures = document.getElementById(select.dataset.of).querySelectorAll("figure");
     figures.forEach((figure, k) => { figure.hidden = k !== Number(select.value); });
-  });
+  };
+  select.addEventListener("change", show);
+  show(); // without this script all of them are there
 }
 
 for (const field of document.querySelectorAll("fieldset.switches")) {
@@ -21,7 +23,7 @@ tip.id = "tip";
 tip.hidden = true;
 document.body.append(tip);
 document.addEventListener("pointermove", (event) => {
-  const point = event.target.closest ? event.target.closest("[data-name]") : null;
+  const point = event.target.closest ? event.target.closest(".point[data-name]") : null;
   tip.hidden = point === null;
   if (point === null) return;
   tip.textContent = point.dataset.name;
@@ -31,13 +33,15 @@ document.addEventListener("pointermove", (event) => {
 
 // --- the viewer ---
 
+const NOTCH = 80; // pixels of a wheel's step; touchpads send fewer at a time
+
 const holder = document.getElementById("viewer");
 if (holder !== null) view(JSON.parse(holder.textContent));
 
 function view(data) {
   const byId = (id) => document.getElementById(id);
   const shown = new Map([["reference", true], ...data.names.map((name, k) => [name, k === data.names.length - 1])]);
-  const disagree = "where they disagree";
+  const disagree = data.differ.name;
   const state = { place: [0, 0, 0], now: null, disagree: false };
   // Solid, dashed and dotted edges of pixels, by share of an edge that is drawn; the last map, the answer, is white.
   const edges = [[0, 1], [0.15, 0.85], [0.35, 0.65]];
@@ -54,8 +58,7 @@ function view(data) {
       else shown.set(name, box.checked);
       draw();
     });
-    const said = name === disagree && data.pair.length === 2 ? "where the students disagree" : name;
-    label.append(box, ` ${said.replaceAll("_", " ")}`);
+    label.append(box, ` ${name.replaceAll("_", " ")}`);
     byId("names").append(label);
   });
   if (data.names.length < 2) boxOf(disagree).disabled = true;
@@ -78,9 +81,16 @@ function view(data) {
     plane.append(caption, frame, slider);
     byId("planes").append(plane);
     slider.addEventListener("input", () => move(axis, Number(slider.value) - 1));
+    let turned = 0;
     canvas.addEventListener("wheel", (event) => {
+      if (event.ctrlKey) return; // zooms the page
       event.preventDefault();
-      move(axis, state.place[axis] + Math.sign(event.deltaY || event.deltaX));
+      const delta = event.deltaY || event.deltaX;
+      turned = event.deltaMode === 0 ? turned + delta : NOTCH * Math.sign(delta);
+      const steps = Math.trunc(turned / NOTCH) || (Math.abs(delta) >= NOTCH / 2 ? Math.sign(delta) : 0);
+      if (steps === 0) return; // a touchpad has not gone far enough yet
+      turned = 0;
+      move(axis, state.place[axis] + Math.sign(steps));
     }, { passive: false });
     canvas.addEventListener("keydown", (event) => {
       const last = state.now.shape[axis] - 1;
@@ -104,9 +114,10 @@ function view(data) {
   for (const id of ["level", "window", "zoom"]) byId(id).addEventListener("input", draw);
   for (const radio of document.querySelectorAll("input[name=style]")) radio.addEventListener("change", draw);
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "SELECT") return;
+    if (event.target.tagName === "SELECT") return;
     const boxes = [...byId("names").querySelectorAll("input")];
-    const step = { "[": -1, "]": 1 }[event.key];
+    const step = { "[": -1, "]": 1, p: -1, n: 1 }[event.key]; // brackets need AltGr on some keyboards
+    if ((event.ctrlKey || event.metaKey || event.altKey) && !["[", "]"].includes(event.key)) return;
     if (event.key >= "1" && event.key <= "9" && boxes[event.key - 1]) boxes[event.key - 1].click();
     else if (event.key === "d") boxes.at(-1).click();
     else if (event.key === "f") document.querySelector("input[name=style]:not(:checked)").click();
@@ -115,7 +126,7 @@ function view(data) {
       byId("case").dispatchEvent(new Event("change"));
     }
   });
-  choose(0);
+  choose(Number(byId("case").value));
 
   function boxOf(name) {
     return [...byId("names").querySelectorAll("input")].find((box) => box.dataset.name === name);
@@ -127,7 +138,14 @@ function view(data) {
     return { across, down, sizes: [state.now.shape[across], state.now.shape[down]] };
   }
 
-  async function choose(k) {
+  function choose(k) {
+    show(k).catch((error) => {
+      byId("failed").hidden = false;
+      byId("failed").textContent = `This browser cannot show ${data.cases[k].name} (${error.message}): try another one.`;
+    });
+  }
+
+  async function show(k) {
     const one = data.cases[k];
     const decode = (address, isScan) => unfold(address, one, isScan);
     const names = Object.keys(one.maps);
@@ -197,7 +215,7 @@ function view(data) {
       legend.append(swatch, text);
     };
     data.structures.slice(0, 12).forEach((name, k) => add(data.colours[k % data.colours.length], name));
-    add(data.disagreement, data.pair.length === 2 ? "students disagree" : "those that are shown disagree");
+    add(data.disagreement, data.differ.name);
     const told = data.names.map((name, k) => `${name.replaceAll("_", " ")} ${lineOf(k).said}`);
     legend.append(` · contours: reference solid, ${told.join(", ")}`);
     if (!one.spacing) legend.append(" · the spacing is unknown: voxels are drawn as cubes");
@@ -252,7 +270,7 @@ function view(data) {
     };
     const colourOf = (label) => data.colours[(label - 1) % data.colours.length];
     const visible = [...maps].filter(([name]) => shown.get(name));
-    const compared = data.pair.length === 2 ? data.pair : visible.map(([name]) => name).filter((name) => name !== "reference");
+    const compared = data.differ.of.length ? data.differ.of : visible.map(([name]) => name).filter((name) => name !== "reference");
     const differing = state.disagree ? compared.map((name) => maps.get(name)).filter(Boolean) : [];
     let different = 0;
     for (let i = 0; i < grey.length; i++) {
@@ -279,7 +297,7 @@ function view(data) {
     context.drawImage(small, 0, 0, canvas.width, canvas.height);
     if (!isFill) for (const [name, labels] of visible) outline(context, name, labels, width, height, sx, sy);
     const said = visible.map(([name, labels]) => `${name} ${labels.reduce((sum, label) => sum + (label > 0), 0)} pixels`);
-    if (state.disagree) said.push(`they disagree in ${different} pixels`);
+    if (state.disagree) said.push(differing.length > 1 ? `they disagree in ${different} pixels` : "show two to see where they disagree");
     canvas.setAttribute("aria-label", `${state.now.name}, ${plane.name} slice ${state.place[axis] + 1}: ${said.join(", ")}`);
     plane.slider.value = state.place[axis] + 1;
     plane.caption.textContent = `${plane.name} ${state.place[axis] + 1} of ${state.now.shape[axis]}`;
