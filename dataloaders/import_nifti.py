@@ -1,10 +1,8 @@
 """Your own scans and labels to HDF5 and lists: `python dataloaders/import_nifti.py --help`; see docs/own_data.md."""
 
-import difflib
 import json
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,34 +12,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from dataloaders.checks import name_fault
-from dataloaders.datasets import SLICE, find_file
+from dataloaders.datasets import find_file
+from dataloaders.files import read_sample
 from dataloaders.own import DESCRIPTION, is_name
 from dataloaders.scans.alignment import TRUSTED, check_alignment
 from dataloaders.scans.convert import Job, Origin, check_trust, convert, provenance, write_case, write_slices
 from dataloaders.scans.import_lists import Lists, draw, keep, settings_of, write_lists
+from dataloaders.scans.joining import find_cases
 from dataloaders.scans.label_values import LabelMap, choose_values, class_names
 from dataloaders.scans.preprocessing import WINDOW_HU, Axis, Normalisation, Preprocessing, prepare, prepare_label
-from dataloaders.scans.reading import SIDES_MM, Scan, aligned_label, find_scans, read_label, read_scan
+from dataloaders.scans.reading import SIDES_MM, Scan, aligned_label, label_by_index, read_label, read_scan
 from dataloaders.scans.slicing import choose_slice_axis
 from sdcl.runs.atomic import write_text
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, start_logging
 
-CHANNEL = "_0000"  # that nnU-Net's image names end with, and its label names do not
-ANY_CHANNEL = re.compile(r"(.+)_\d{4}")
 RULE = "import_nifti"
+DRAWN = 4  # cases of by_index.png
 
 
 @dataclass
 class Config:
-    """Import scans (NIfTI, NRRD or DICOM folders) and the labels of some of them, joined by name, as a data set."""
+    """Import scans (NIfTI, NRRD or DICOM folders) and the labels of some of them as a data set.
 
-    images: Path  # folder of the scans
-    labels: Path  # folder of the labels; a scan without one becomes an unlabelled training case
+    They are joined by name, from two folders or by patterns in these, or a table names the files of each case.
+    """
+
     output: Path  # the data set's folder; receives data/, data_split/ and dataset.json
     normalise: Normalisation  # zscore or minmax over the scan (MRI); ct: [-125, 275] HU to [0, 1]
+    images: Path | None = None  # folder of the scans
+    labels: Path | None = None  # folder of the labels; a scan without one becomes an unlabelled training case
+    image_pattern: str | None = None  # of the scans below --images: "**/*_T1w.nii.gz"; its star names the case
+    label_pattern: str | None = None  # of the labels below --labels: "**/*_seg.nii.gz"
+    table: Path | None = None  # instead of these: CSV with the columns case, image, label, patient, split
     layout: Literal["volume", "slices"] = "volume"  # volume: 3D networks; slices: 2D
     slice_axis: Axis | None = None  # x, y or z (patient's) across which slices lie; None: as the scans were sliced
     spacing_mm: tuple[float, float, float] | None = None  # resample to these voxel sides, mm; None: each scan's own
@@ -52,6 +56,7 @@ class Config:
     test_fraction: float = 0.2  # of the labelled cases, set aside for the test
     val_fraction: float = 0.0  # of the labelled cases, set aside for validation
     test_list: Path | None = None  # names of the test cases, one a line, instead of --test_fraction
+    by_index: bool = False  # labels whose headers say nothing (identity) lie on their scans voxel by voxel
     trust: tuple[str, ...] = ()  # CT cases whose label somebody has looked at and found right, or "all"
     resplit: bool = False  # divide the cases anew where an earlier import has; else only new ones are added, to train
     trust_hu: bool = False  # scans are CT in HU though they look otherwise, such as soft tissue alone
@@ -59,65 +64,6 @@ class Config:
     seed: int = 1337  # of the choice of cases
     workers: int = 2  # cases at a time
     overwrite: bool = False  # convert cases that are there, too
-
-
-def join(images: Path, labels: Path) -> dict[str, tuple[Path, Path | None]]:
-    """Join scans and labels by name.
-
-    Returns:
-        Case name to scan and label, or None without one.
-
-    Raises:
-        UserError: a label has no scan.
-    """
-    if images.resolve() == labels.resolve():
-        raise UserError(f"--images and --labels are both {images}: give the folder of each.")
-    masks, found = find_scans(labels), find_scans(images)
-    numbered = {match[1] for match in map(ANY_CHANNEL.fullmatch, masks) if match} - set(masks)
-    _check_channels(found, set(masks), numbered)
-    scans = {
-        name if name in masks or name.removesuffix(CHANNEL) in numbered else name.removesuffix(CHANNEL): path
-        for name, path in found.items()
-    }
-    for name, path in masks.items():
-        if name not in scans:
-            close = difflib.get_close_matches(name, scans, n=1)
-            hint = f"the closest is {scans[close[0]].name}" if close else f"there are {', '.join(list(scans)[:3])} ..."
-            raise UserError(f"{path} has no scan of the name {name} in {images} ({hint}): rename one of them.")
-    written: dict[str, Path] = {}
-    for name, path in scans.items():
-        fault = name_fault(name) or (f"it contains {SLICE}" if SLICE in name else "")
-        if fault:
-            raise UserError(f"{path} cannot give a case the name {name!r} ({fault}): rename the scan and its label.")
-        other = written.setdefault(name.casefold(), path)
-        if other != path:
-            raise UserError(f"{other} and {path} differ in capitals alone, which some systems ignore: rename one.")
-    return {name: (path, masks.get(name)) for name, path in scans.items()}
-
-
-def _check_channels(found: dict[str, Path], masks: set[str], numbered: set[str]) -> None:
-    """Refuse several channels of one case, which nnU-Net numbers _0000, _0001, ...; else each would become a case.
-
-    Args:
-        found: scans by their files' names.
-        masks: names of the labels.
-        numbered: what comes before such a number in labels' names, where it is part of the name.
-
-    Raises:
-        UserError: names the file.
-    """
-    stems = {name.removesuffix(CHANNEL) for name in found if name.endswith(CHANNEL)}
-    uses_channels = any(stem in masks for stem in stems)
-    for name, path in found.items():
-        match = ANY_CHANNEL.fullmatch(name)
-        stem = match[1] if match else name
-        if name.endswith(CHANNEL) or stem in numbered:
-            continue
-        if stem in stems or (match and uses_channels):
-            raise UserError(
-                f"{path} is another channel or copy of {stem}{CHANNEL}: leave one channel of each case in the folder, "
-                "or rename them if they are cases of their own."
-            )
 
 
 def convert_case(
@@ -130,19 +76,44 @@ def convert_case(
     )  # choose_slice_axis() has told; what is no CT aligns nowhere
     if label_path is not None:
         label = read_label(label_path)
-        on_image = aligned_label(image, Scan(label_path, labels.classes(label.array), label.affine))
+        classes = Scan(label_path, labels.classes(label.array), label.affine)
+        is_by_index = config.by_index and says_nothing(label)
+        on_image = label_by_index(image, classes) if is_by_index else aligned_label(image, classes)
         alignment = TRUSTED if name in config.trust or "all" in config.trust else "checked"
         if how.normalise == "ct" and alignment != TRUSTED:
             clipped = np.clip(image.array, *WINDOW_HU)
             check_alignment(label_path, clipped, on_image, is_organ_ct=False, way_out=f"give --trust {name}")
         mask = prepare_label(on_image, image, how)
         tell_lost(name, label_path, on_image, mask, config)
-    attributes = provenance(case, how, Origin(RULE, config.images, image_path, label_path))
+    raw = config.images if config.table is None else config.table.parent
+    attributes = provenance(case, how, Origin(RULE, raw, image_path, label_path))
     attributes |= {"alignment": alignment} | made_by(how, labels, label_path)
     if how.layout == "slices":
         write_slices(config.output, name, case.array, mask, attributes)
     else:
         write_case(config.output / "data" / f"{name}.h5", case.array, mask, attributes)
+
+
+def says_nothing(label: Scan) -> bool:
+    """Tell whether a label's header holds no geometry: voxels of 1 mm along the axes from the origin."""
+    return bool(np.allclose(np.abs(label.affine), np.eye(4), atol=1e-6))
+
+
+def draw_by_index(config: Config, names: Sequence[str], content: dict[str, Any]) -> None:
+    """Draw some cases whose labels were laid on their scans by index, for somebody to look at."""
+    from sdcl.scoring.evaluation import Case  # with PyTorch, for which a wrong flag need not wait
+    from sdcl.scoring.figures import save_label_figure
+
+    cases, classes = [], content["class_names"]
+    for name in names[:DRAWN]:
+        sample = read_sample(find_file(config.output, name), ndim=3, num_classes=len(classes) + 1)
+        cases.append(Case(name, sample.image, sample.label))
+    path = config.output / "by_index.png"
+    save_label_figure(path, cases, classes, config.layout == "volume")
+    LOGGER.warning(
+        "NOTE: --by_index: the labels of %d cases have no geometry and were laid on their scans voxel by voxel, which "
+        "nothing but a look can check: see %s", len(names), path,
+    )  # fmt: skip
 
 
 def read_image(path: Path, config: Config) -> Scan:
@@ -211,7 +182,8 @@ def _check_same(config: Config, there: dict[str, Any], content: dict[str, Any]) 
         there["preprocessing"] = json.loads(Preprocessing.from_dict(there["preprocessing"]).to_json())
     except (KeyError, TypeError, ValueError):
         there.pop("preprocessing", None)
-    differing = [key for key, value in content.items() if key in there and key != "split" and there[key] != value]
+    kept = {key: value for key, value in content.items() if key not in ("split", "patients")}
+    differing = [key for key, value in kept.items() if key in there and there[key] != value]
     if differing:
         raise UserError(
             f"{config.output / DESCRIPTION} is of an import with other {' and '.join(differing)}: give --overwrite to "
@@ -234,11 +206,12 @@ def main(config: Config) -> None:
     start_logging()
     _check(config)
     labels = LabelMap.of(config.label_values, config.merge, config.ignore)
-    cases = join(config.images, config.labels)
+    found = find_cases(config)
+    cases = found.files
     masks = {name: label for name, (_, label) in cases.items() if label is not None}
     check_trust(config.trust, masks)
     labels = choose_values(masks, labels, config.class_names, config.workers)
-    lists = draw(list(masks), [name for name in cases if name not in masks], config)
+    lists = draw(list(masks), [name for name in cases if name not in masks], config, found)
     there = _earlier(config)
     how = preprocessing_of(config, {name: image for name, (image, _) in cases.items()}, there)
     content = {
@@ -250,10 +223,12 @@ def main(config: Config) -> None:
         "ignore": list(labels.ignore),
         "split": settings_of(config),
     }
+    if found.patients:
+        content["patients"] = dict(found.patients)
     _check_same(config, there, content)
-    earlier = Lists.read(config.output) if there and not config.resplit else None
+    earlier = Lists.read(config.output) if there and not config.resplit and not found.splits else None
     if earlier is not None:
-        lists = keep(earlier, lists, config, there.get("split"))
+        lists = keep(earlier, lists, config, there.get("split"), found.patients)
         content["split"] = there.get("split")
     jobs = []
     for name, (image, label) in cases.items():
@@ -263,6 +238,8 @@ def main(config: Config) -> None:
     convert(jobs, config.workers, config.overwrite)
     write_lists(config.output, config.layout, lists)
     write_text(config.output / DESCRIPTION, json.dumps(content, indent=2) + "\n")
+    if config.by_index and (laid := [name for name, path in masks.items() if says_nothing(read_label(path))]):
+        draw_by_index(config, laid, content)
     tell_end(config, lists)
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from dataloaders.datasets import DataSet, find_file
+from dataloaders.datasets import SLICE, DataSet, find_file
 from dataloaders.files import read_list
 from dataloaders.scans.preprocessing import Preprocessing
 from sdcl.runs.errors import UserError
@@ -27,17 +27,25 @@ def read_data_set(root_path: Path) -> DataSet:
         content = json.loads(path.read_text(encoding="utf-8"))
         names, how = tuple(map(str, content["class_names"])), Preprocessing.from_dict(content["preprocessing"])
         name, values = str(content["name"]), tuple(map(int, content.get("label_values", ())))
+        patients = {str(case): str(patient) for case, patient in content.get("patients", {}).items()}
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist: give as --root_path the folder that `dataloaders/import_nifti.py` wrote."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): import the data again.") from None
     if not names or not is_name(name):
         raise UserError(f"{path} needs class_names and a name of letters, digits, - and _: correct it.")
     if values and len(values) != len(names):
         raise UserError(f"{path} has {len(names)} class_names and {len(values)} label_values: correct it.")
-    return DataSet(name=name, class_names=names, preprocessing=how, path_of=find_file, label_values=values)
+
+    def patient_of(case: str) -> str:
+        case = case.rsplit(SLICE, 1)[0]
+        return patients.get(case, case)
+
+    return DataSet(
+        name=name, class_names=names, preprocessing=how, path_of=find_file, label_values=values, patient_of=patient_of
+    )
 
 
 def count_labelled(root_path: Path, data_set: DataSet) -> int:

@@ -12,11 +12,11 @@ from test_scans import affine_of, write_nifti
 from dataloaders.acdc import DATA_SET
 from dataloaders.datasets import find_file, missing_classes
 from dataloaders.files import read_list, read_text_attributes
-from dataloaders.import_nifti import join
 from dataloaders.own import read_data_set
 from dataloaders.preprocess_pancreas import in_file_order
 from dataloaders.scans.convert import write_case
 from dataloaders.scans.import_lists import slices_of
+from dataloaders.scans.joining import join
 from dataloaders.scans.label_values import LabelMap
 from dataloaders.scans.prediction import segment
 from dataloaders.scans.preprocessing import Preprocessing, own_slice_axis, prepare

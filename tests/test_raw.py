@@ -23,9 +23,9 @@ from test_3d import load
 from test_scans import ORIENTATIONS, affine_of, write_dicom, write_nifti
 
 from dataloaders.files import read_affine, read_list
-from dataloaders.import_nifti import join
 from dataloaders.phantom import write_nifti as write_nifti_phantom
 from dataloaders.scans.alignment import FLIPS, border_contrast, check_alignment, measure_alignment
+from dataloaders.scans.joining import join
 from dataloaders.scans.prediction import box_on_grid, check_roi, segment
 from dataloaders.scans.preprocessing import (
     Preprocessing,

@@ -10,11 +10,14 @@ import h5py
 from dataloaders.datasets import SLICE, find_file
 from dataloaders.files import read_list, sample_rng
 from dataloaders.scans.convert import few
+from dataloaders.scans.joining import Cases
 from sdcl.runs.atomic import write_text
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
 SUFFIXES = {"volume": ".txt", "slices": ".list"}
+NO_CASES = Cases({})
+EMPTY: Mapping[str, str] = {}
 LISTS = ("train", "train_lab", "train_unlab", "train_slices", "val", "test")
 
 
@@ -58,8 +61,14 @@ def settings_of(config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def draw(labelled: Sequence[str], unlabelled: Sequence[str], config: Any) -> Lists:
-    """Divide the labelled cases into training, validation and test.
+def draw(labelled: Sequence[str], unlabelled: Sequence[str], config: Any, cases: Cases = NO_CASES) -> Lists:
+    """Divide the labelled cases into training, validation and test, the cases of a patient together.
+
+    Args:
+        labelled: names of the cases that have a label.
+        unlabelled: the others, which train; those of a patient who is held out are left out, and told.
+        config: the header: fractions, seed, a list of test cases.
+        cases: whose they are, and on which side, where a table says so.
 
     Raises:
         UserError: fewer than two are left for training, or the test list names others.
@@ -68,30 +77,51 @@ def draw(labelled: Sequence[str], unlabelled: Sequence[str], config: Any) -> Lis
         raise UserError(
             f"--test_fraction {config.test_fraction} and --val_fraction {config.val_fraction} must lie in [0, 1)."
         )
-    order = sample_rng(config.seed, "split").permutation(sorted(labelled)).tolist()
-    test = read_list(config.test_list) if config.test_list else order[: round(config.test_fraction * len(order))]
+    patient_of = {name: cases.patients.get(name, name) for name in (*labelled, *unlabelled)}
+    if cases.splits:
+        sides = {side: sorted(n for n in labelled if cases.splits[n] == side) for side in ("train", "val", "test")}
+        return _checked(Lists(sides["train"], sorted(unlabelled), sides["val"], sides["test"]), patient_of, config)
+    order = sample_rng(config.seed, "split").permutation(sorted({patient_of[name] for name in labelled})).tolist()
+    held = order[: round(config.test_fraction * len(order))]
+    test = read_list(config.test_list) if config.test_list else [n for n in sorted(labelled) if patient_of[n] in held]
     unknown = next((name for name in test if name not in labelled), None)
     if unknown:
         raise UserError(
             f"--test_list {config.test_list} names {unknown}, which has no scan or no label: correct the list."
         )
-    rest = [name for name in order if name not in test]
-    val = rest[: round(config.val_fraction * len(labelled))]
-    train = [name for name in rest if name not in val]
+    tested = {patient_of[name] for name in test}
+    rest = [patient for patient in order if patient not in tested]
+    validated = rest[: round(config.val_fraction * len(order))]
+    val = [name for name in sorted(labelled) if patient_of[name] in validated]
+    train = [n for n in sorted(labelled) if patient_of[n] in rest and patient_of[n] not in validated]
+    if left := sorted(n for n in labelled if patient_of[n] in tested and n not in test):
+        LOGGER.info("left out of every list, since other cases of their patients are for the test: %s", few(left))
+    return _checked(Lists(train, sorted(unlabelled), val, sorted(test)), patient_of, config)
+
+
+def _checked(lists: Lists, patient_of: Mapping[str, str], config: Any) -> Lists:
+    """Refuse a division that leaves too little, and leave out unlabelled cases of patients who are held out."""
+    train, val, test = lists.labelled, lists.val, lists.test
     if not test:
         raise UserError(
-            f"no case of the {len(labelled)} labelled ones is left for the test: raise --test_fraction, or give "
-            "--test_list."
+            f"no case of the {len(train) + len(val)} labelled ones is left for the test: raise --test_fraction, or "
+            "give --test_list."
         )
     if len(train) < 2:
         raise UserError(
             f"{len(train)} labelled cases are left for training, {len(val)} for validation, {len(test)} for the test: "
             "at least two must be left; lower --test_fraction or --val_fraction, or label more."
         )
-    return Lists(sorted(train), sorted(unlabelled), sorted(val), sorted(test))
+    held = {patient_of[name] for name in (*val, *test)}
+    kept = [name for name in lists.unlabelled if patient_of[name] not in held]
+    if left := [name for name in lists.unlabelled if name not in kept]:
+        LOGGER.info("left out of training, since their patients are held out: %s", few(left))
+    return Lists(train, kept, val, test)
 
 
-def keep(earlier: Lists, drawn: Lists, config: Any, settings: Mapping[str, Any] | None) -> Lists:
+def keep(
+    earlier: Lists, drawn: Lists, config: Any, settings: Mapping[str, Any] | None, patients: Mapping[str, str] = EMPTY
+) -> Lists:
     """Keep an earlier import's division, add new cases to training, and say what stays, came, changed and went.
 
     Args:
@@ -99,6 +129,7 @@ def keep(earlier: Lists, drawn: Lists, config: Any, settings: Mapping[str, Any] 
         drawn: as they would be drawn now.
         config: the header.
         settings: what the earlier lists were drawn with, or None where that is not known.
+        patients: whose a case is, where a table says so: new cases of a patient who is held out do not train.
 
     Raises:
         UserError: --test_list contradicts them, or too few cases are left.
@@ -114,7 +145,11 @@ def keep(earlier: Lists, drawn: Lists, config: Any, settings: Mapping[str, Any] 
     held = {*earlier.val, *earlier.test}
     before = [*earlier.labelled, *earlier.unlabelled]
     train = [name for name in before if name in cases]
+    whose = {patients.get(name, name) for name in held}
     new = sorted(cases - set(before) - held)
+    if left := [name for name in new if patients.get(name, name) in whose]:
+        LOGGER.info("new, left out of every list, since their patients are held out: %s", few(left))
+        new = [name for name in new if name not in left]
     kept = Lists(
         [name for name in (*train, *new) if name in labelled],
         [name for name in (*train, *new) if name not in labelled],

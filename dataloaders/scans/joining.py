@@ -1,0 +1,272 @@
+"""Which scan and which label make a case: by their names in two folders, by patterns, or by a table."""
+
+import csv
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dataloaders.checks import name_fault
+from dataloaders.datasets import SLICE
+from dataloaders.scans.reading import find_scans
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
+
+CHANNEL = "_0000"  # that nnU-Net's image names end with, and its label names do not
+ANY_CHANNEL = re.compile(r"(.+)_\d{4}")
+COLUMNS = ("case", "image", "label", "patient", "split")  # of a table; the last three may be missing or empty
+SPLITS = ("train", "val", "test")
+MAX_TABLE_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Cases:
+    """The cases of an import.
+
+    Attributes:
+        files: each case's scan and its label, or None without one.
+        patients: whose a case is, where a table says so; else each case is its own patient.
+        splits: "train", "val" or "test" of each case, where a table says so.
+    """
+
+    files: dict[str, tuple[Path, Path | None]]
+    patients: Mapping[str, str] = field(default_factory=dict)
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_cases(config: Any) -> Cases:
+    """Find the cases that an import's header names: by --table, by patterns, or by the names in two folders.
+
+    Raises:
+        UserError: too little or too much is given, or files do not belong together.
+    """
+    patterns = (config.image_pattern, config.label_pattern)
+    folders = (config.images, config.labels)
+    if config.table is not None:
+        if any(given is not None for given in (*folders, *patterns)):
+            raise UserError("--table names every file itself: leave --images, --labels and the patterns out.")
+        return _checked(read_table(config.table))
+    if config.images is None or config.labels is None:
+        raise UserError("--images and --labels are needed, the folders of the scans and of the labels; or --table.")
+    if any(patterns):
+        if not all(patterns):
+            raise UserError("--image_pattern and --label_pattern belong together: give both.")
+        images, labels = by_pattern(config.images, patterns[0]), by_pattern(config.labels, patterns[1])
+        return _checked(Cases(_paired(images, labels, config.images)))
+    return _checked(Cases(join(config.images, config.labels)))
+
+
+def join(images: Path, labels: Path) -> dict[str, tuple[Path, Path | None]]:
+    """Join scans and labels by name.
+
+    Returns:
+        Case name to scan and label, or None without one.
+
+    Raises:
+        UserError: a label has no scan.
+    """
+    if images.resolve() == labels.resolve():
+        raise UserError(f"--images and --labels are both {images}: give the folder of each, or patterns.")
+    masks, found = find_scans(labels), find_scans(images)
+    numbered = {match[1] for match in map(ANY_CHANNEL.fullmatch, masks) if match} - set(masks)
+    _check_channels(found, set(masks), numbered)
+    scans = {
+        name if name in masks or name.removesuffix(CHANNEL) in numbered else name.removesuffix(CHANNEL): path
+        for name, path in found.items()
+    }
+    return _paired(scans, masks, images)
+
+
+def _paired(scans: Mapping[str, Path], masks: Mapping[str, Path], images: Path) -> dict[str, tuple[Path, Path | None]]:
+    """Give each scan its label.
+
+    Raises:
+        UserError: a label has no scan.
+    """
+    for name, path in masks.items():
+        if name not in scans:
+            close = difflib.get_close_matches(name, scans, n=1)
+            hint = f"the closest is {scans[close[0]].name}" if close else f"there are {', '.join(list(scans)[:3])} ..."
+            raise UserError(f"{path} has no scan of the name {name} in {images} ({hint}): rename one of them.")
+    return {name: (path, masks.get(name)) for name, path in scans.items()}
+
+
+def _checked(cases: Cases) -> Cases:
+    """Refuse cases whose names a list or a folder cannot hold."""
+    written: dict[str, Path] = {}
+    for name, (path, _) in cases.files.items():
+        fault = name_fault(name) or (f"it contains {SLICE}" if SLICE in name else "")
+        if fault:
+            raise UserError(f"{path} cannot give a case the name {name!r} ({fault}): rename the scan and its label.")
+        other = written.setdefault(name.casefold(), path)
+        if other != path:
+            raise UserError(f"{other} and {path} differ in capitals alone, which some systems ignore: rename one.")
+    return cases
+
+
+def _check_channels(found: dict[str, Path], masks: set[str], numbered: set[str]) -> None:
+    """Refuse several channels of one case, which nnU-Net numbers _0000, _0001, ...; else each would become a case.
+
+    Args:
+        found: scans by their files' names.
+        masks: names of the labels.
+        numbered: what comes before such a number in labels' names, where it is part of the name.
+
+    Raises:
+        UserError: names the file.
+    """
+    stems = {name.removesuffix(CHANNEL) for name in found if name.endswith(CHANNEL)}
+    uses_channels = any(stem in masks for stem in stems)
+    for name, path in found.items():
+        match = ANY_CHANNEL.fullmatch(name)
+        stem = match[1] if match else name
+        if name.endswith(CHANNEL) or stem in numbered:
+            continue
+        if stem in stems or (match and uses_channels):
+            raise UserError(
+                f"{path} is another channel or copy of {stem}{CHANNEL}: leave one channel of each case in the folder, "
+                "or rename them if they are cases of their own."
+            )
+
+
+# --- patterns ---
+
+
+def by_pattern(folder: Path, pattern: str) -> dict[str, Path]:
+    """Find the files below a folder that a pattern names, such as "**/*_T1w.nii.gz" or "*/image.nrrd".
+
+    A case is called after what the stars in the file's name stand for; where that has none, after what those of its
+    folders do, joined by `_`.
+
+    Args:
+        folder: where to look.
+        pattern: with `/` between folders; `*` and `?` stand for any letters within a name, `**` for any folders.
+
+    Returns:
+        Case name to file (or DICOM folder), sorted by name.
+
+    Raises:
+        UserError: nothing is found, the pattern has no star, or two files give one case.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the one that holds the scans.")
+    if "*" not in pattern or pattern.startswith("/") or ".." in pattern.split("/"):
+        raise UserError(f"the pattern {pattern} needs a star, and no way out of {folder}: such as **/*_T1w.nii.gz.")
+    folders, _, last = pattern.rpartition("/")
+    if last == "**":
+        raise UserError(
+            f"the pattern {pattern} names folders alone: end it with the files' names, such as **/*.nii.gz."
+        )
+    named = last if "*" in last else folders
+    expression = re.compile(_expression(pattern, grouped=named is last, at=len(pattern) - len(last)))
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob(pattern)):
+        match = expression.fullmatch(path.relative_to(folder).as_posix())
+        name = "_".join(part.strip("/").replace("/", "_") for part in match.groups() if part) if match else ""
+        if not name:
+            raise UserError(f"the stars of {pattern} stand for nothing in {path}, which then has no name: add one.")
+        if name in found:
+            raise UserError(
+                f"{found[name]} and {path} both make the case {name}: put a star where their paths differ, in the "
+                "file's name, or name the files in a --table."
+            )
+        found[name] = path
+    if not found:
+        raise UserError(f"{folder} holds nothing of the pattern {pattern}: look at the folders' and files' names.")
+    LOGGER.info("%s: %d files of %s, the first is the case %s", folder, len(found), pattern, next(iter(found)))
+    return dict(sorted(found.items()))
+
+
+def _expression(pattern: str, grouped: bool, at: int) -> str:
+    """Return a pattern as a regular expression whose groups are the stars of its last name, or of its folders."""
+    parts, place = [], 0
+    for piece in re.split(r"(\*\*/|\*|\?)", pattern):
+        is_counted = piece not in ("", "?") and (place >= at) == grouped
+        inner = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "?": "[^/]"}.get(piece)
+        place += len(piece)
+        if inner is None:
+            parts.append(re.escape(piece))
+        else:
+            parts.append(f"({inner})" if is_counted else f"(?:{inner})")
+    return "".join(parts)
+
+
+# --- a table ---
+
+
+def read_table(path: Path) -> Cases:
+    """Read a table of cases: CSV with the columns case and image, and maybe label, patient and split.
+
+    Files are named as seen from the table's folder; a folder is a DICOM series. Where a split is given, it is for every
+    case that has a label, "train", "val" or "test"; a case without a label trains.
+
+    Raises:
+        UserError: names the line that is wrong.
+    """
+    try:
+        if path.stat().st_size > MAX_TABLE_BYTES:
+            raise UserError(f"{path} has more than {MAX_TABLE_BYTES} bytes: write a line a case.")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--table {path} cannot be read ({error}): write it as UTF-8 text, a line a case.") from None
+    rows = csv.DictReader(text.splitlines())
+    unknown = [name for name in rows.fieldnames or () if name not in COLUMNS]
+    if unknown or not {"case", "image"} <= set(rows.fieldnames or ()):
+        raise UserError(
+            f"--table {path} has the columns {', '.join(rows.fieldnames or ()) or 'none'}: it needs case and image, "
+            "and may have label, patient and split."
+        )
+    files: dict[str, tuple[Path, Path | None]] = {}
+    patients: dict[str, str] = {}
+    splits: dict[str, str] = {}
+    for row in rows:
+        given = {name: (row.get(name) or "").strip() for name in COLUMNS}
+        name, where = given["case"], f"--table {path}, line {rows.line_num}"
+        if not name or name in files:
+            raise UserError(f"{where}: {f'the case {name} is there already' if name else 'the case has no name'}.")
+        image = _file(path.parent, given["image"], where)
+        label = _file(path.parent, given["label"], where) if given["label"] else None
+        files[name] = image, label
+        if given["patient"]:
+            patients[name] = given["patient"]
+        if given["split"]:
+            if given["split"] not in SPLITS:
+                raise UserError(f"{where}: the split {given['split']} is none of {', '.join(SPLITS)}.")
+            if label is None and given["split"] != "train":
+                raise UserError(f"{where}: a case of {given['split']} needs a label to be scored against.")
+            splits[name] = given["split"]
+    if not files:
+        raise UserError(f"--table {path} has no lines: write one a case.")
+    for column, known in (("patient", patients), ("split", splits)):
+        if without := [
+            name for name, (_, label) in files.items() if name not in known and (label or column == "patient")
+        ]:
+            if known:
+                raise UserError(f"--table {path} gives some cases a {column}, but {without[0]} has none: give it one.")
+    sides: dict[str, tuple[str, str]] = {}
+    for name in files:
+        patient, split = patients.get(name, name), splits.get(name, "train")
+        other, before = sides.setdefault(patient, (name, split))
+        if splits and before != split:
+            raise UserError(
+                f"--table {path} has the patient {patient} in {before} ({other}) and in {split} ({name}): a patient "
+                "must be on one side."
+            )
+    return Cases(files, patients, splits)
+
+
+def _file(folder: Path, text: str, where: str) -> Path:
+    """Return the file, or the series of a folder, that a table names."""
+    path = folder / text
+    if not text or not path.exists():
+        raise UserError(f"{where}: the file {text or '(none)'} does not exist, seen from {folder}: correct the path.")
+    if path.is_dir():
+        series = find_scans(path)
+        if len(series) > 1:
+            raise UserError(
+                f"{where}: {path} holds {len(series)} scans ({', '.join(list(series)[:3])}): name one of them."
+            )
+        return next(iter(series.values()))
+    return path
