@@ -42,6 +42,7 @@ class Config:
 
     # --- what to write ---
     save_probability: bool = False  # also <name>_probability.nii.gz, of the foreground classes
+    nnunet_names: bool = False  # call label maps as nnU-Net does: <case>.nii.gz of <case>_0000.nii.gz
     save_figure: bool = True  # <name>.png: the prediction over the scan in three planes
 
     # --- machine ---

@@ -47,15 +47,15 @@ def find_cases(config: Any) -> Cases:
     if config.table is not None:
         if any(given is not None for given in (*folders, *patterns)):
             raise UserError("--table names every file itself: leave --images, --labels and the patterns out.")
-        return _checked(read_table(config.table))
+        return checked(read_table(config.table))
     if config.images is None or config.labels is None:
         raise UserError("--images and --labels are needed, the folders of the scans and of the labels; or --table.")
     if any(patterns):
         if not all(patterns):
             raise UserError("--image_pattern and --label_pattern belong together: give both.")
         images, labels = by_pattern(config.images, patterns[0]), by_pattern(config.labels, patterns[1])
-        return _checked(Cases(_paired(images, labels, config.images)))
-    return _checked(Cases(join(config.images, config.labels)))
+        return checked(Cases(_paired(images, labels, config.images)))
+    return checked(Cases(join(config.images, config.labels)))
 
 
 def join(images: Path, labels: Path) -> dict[str, tuple[Path, Path | None]]:
@@ -93,7 +93,7 @@ def _paired(scans: Mapping[str, Path], masks: Mapping[str, Path], images: Path) 
     return {name: (path, masks.get(name)) for name, path in scans.items()}
 
 
-def _checked(cases: Cases) -> Cases:
+def checked(cases: Cases) -> Cases:
     """Refuse cases whose names a list or a folder cannot hold."""
     written: dict[str, Path] = {}
     for name, (path, _) in cases.files.items():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dataloaders.scans.finding import SeriesPath
+from dataloaders.scans.joining import CHANNEL
 from dataloaders.scans.prediction import Run, box_on_grid, check_roi, inference_of, segment
 from dataloaders.scans.reading import Scan, find_scans, name_of, read_scan
 from dataloaders.scans.results import is_sheared, nifti_like, read_volumes, save_nifti_file, upright, write_volumes
@@ -46,7 +47,8 @@ def predict(config: Any, run: Run, name: str, path: Path, model: tuple) -> list[
         probabilities *= inside
         probabilities[0][~inside] = 1
     label = run.decision(probabilities)
-    save_nifti_file(nifti_like(scan, run.in_label_values(label)), config.output / f"{name}_prediction.nii.gz")
+    written = name.removesuffix(CHANNEL) if config.nnunet_names else f"{name}_prediction"
+    save_nifti_file(nifti_like(scan, run.in_label_values(label)), config.output / f"{written}.nii.gz")
     if config.save_probability:
         foreground = probabilities[1] if run.num_classes == 2 else np.moveaxis(probabilities[1:], 0, -1)
         save_nifti_file(nifti_like(scan, foreground), config.output / f"{name}_probability.nii.gz")

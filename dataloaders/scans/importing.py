@@ -1,0 +1,217 @@
+"""The import of a data set of one's own: cases that are found somehow become HDF5, lists and a description."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataloaders.datasets import find_file
+from dataloaders.files import read_sample
+from dataloaders.own import DESCRIPTION, is_name
+from dataloaders.scans.alignment import TRUSTED, check_alignment
+from dataloaders.scans.convert import Job, Origin, check_trust, convert, provenance, write_case, write_slices
+from dataloaders.scans.import_lists import Lists, draw, keep, settings_of, write_lists
+from dataloaders.scans.joining import Cases
+from dataloaders.scans.label_values import LabelMap, choose_values, class_names
+from dataloaders.scans.preprocessing import WINDOW_HU, Preprocessing, prepare, prepare_label
+from dataloaders.scans.reading import SIDES_MM, Scan, aligned_label, label_by_index, read_label, read_scan
+from dataloaders.scans.slicing import choose_slice_axis
+from sdcl.runs.atomic import write_text
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import LOGGER
+
+RULE = "import_nifti"
+DRAWN = 4  # cases of by_index.png
+
+
+def import_cases(config: Any, find: Callable[[], Cases]) -> None:
+    """Check, convert, and write the lists and the description.
+
+    Args:
+        config: the header of import_nifti.py, or one with its fields.
+        find: finds the cases, after the header's own checks.
+
+    Raises:
+        UserError: a setting is impossible, or a case is refused; the other ones are finished.
+    """
+    _check(config)
+    labels = LabelMap.of(config.label_values, config.merge, config.ignore)
+    found = find()
+    cases = found.files
+    masks = {name: label for name, (_, label) in cases.items() if label is not None}
+    check_trust(config.trust, masks)
+    labels = choose_values(masks, labels, config.class_names, config.workers)
+    lists = draw(list(masks), [name for name in cases if name not in masks], config, found)
+    there = _earlier(config)
+    how = preprocessing_of(config, {name: image for name, (image, _) in cases.items()}, there)
+    content = {
+        "name": config.output.resolve().name,
+        "class_names": list(config.class_names) or class_names(labels.values),
+        "preprocessing": json.loads(how.to_json()),
+        "label_values": list(labels.values),
+        "merge": {str(first): second for first, second in labels.merge},
+        "ignore": list(labels.ignore),
+        "split": settings_of(config),
+    }
+    if found.patients:
+        content["patients"] = dict(found.patients)
+    _check_same(config, there, content)
+    earlier = Lists.read(config.output) if there and not config.resplit and not found.splits else None
+    if earlier is not None:
+        lists = keep(earlier, lists, config, there.get("split"), found.patients)
+        content["split"] = there.get("split")
+    jobs = []
+    for name, (image, label) in cases.items():
+        run = lambda n=name, i=image, m=label: convert_case(n, i, m, how, labels, config)  # noqa: E731
+        target = find_file(config.output, name)
+        jobs.append(Job(name, [target], run, image, label, made_by(how, labels, label)))
+    convert(jobs, config.workers, config.overwrite)
+    write_lists(config.output, config.layout, lists)
+    write_text(config.output / DESCRIPTION, json.dumps(content, indent=2) + "\n")
+    if config.by_index and (laid := [name for name, path in masks.items() if says_nothing(read_label(path))]):
+        draw_by_index(config, laid, content)
+    tell_end(config, lists)
+
+
+def tell_end(config: Any, lists: Lists) -> None:
+    """Say what came of it, and what to do next."""
+    counts = (len(lists.labelled), len(lists.unlabelled), len(lists.val), len(lists.test))
+    LOGGER.info("%s: %d labelled, %d unlabelled, %d validation and %d test cases", config.output, *counts)
+    LOGGER.info("train on them with `python code/own_train.py --root_path %s`", config.output)
+
+
+def convert_case(
+    name: str, image_path: Path, label_path: Path | None, how: Preprocessing, labels: LabelMap, config: Any
+):
+    """Align, preprocess and write one case, in 2D its single slices first."""
+    image, mask, alignment = read_image(image_path, config), None, ""
+    case = prepare(
+        image, how, config.trust_hu, tell=False
+    )  # choose_slice_axis() has told; what is no CT aligns nowhere
+    if label_path is not None:
+        label = read_label(label_path)
+        classes = Scan(label_path, labels.classes(label.array), label.affine)
+        is_by_index = config.by_index and says_nothing(label)
+        on_image = label_by_index(image, classes) if is_by_index else aligned_label(image, classes)
+        alignment = TRUSTED if name in config.trust or "all" in config.trust else "checked"
+        if how.normalise == "ct" and alignment != TRUSTED:
+            clipped = np.clip(image.array, *WINDOW_HU)
+            check_alignment(label_path, clipped, on_image, is_organ_ct=False, way_out=f"give --trust {name}")
+        mask = prepare_label(on_image, image, how)
+        tell_lost(name, label_path, on_image, mask, config)
+    raw = config.images if config.table is None else config.table.parent
+    attributes = provenance(case, how, Origin(RULE, raw, image_path, label_path))
+    attributes |= {"alignment": alignment} | made_by(how, labels, label_path)
+    if how.layout == "slices":
+        write_slices(config.output, name, case.array, mask, attributes)
+    else:
+        write_case(config.output / "data" / f"{name}.h5", case.array, mask, attributes)
+
+
+def says_nothing(label: Scan) -> bool:
+    """Tell whether a label's header holds no geometry: voxels of 1 mm along the axes from the origin."""
+    return bool(np.allclose(np.abs(label.affine), np.eye(4), atol=1e-6))
+
+
+def draw_by_index(config: Any, names: Sequence[str], content: dict[str, Any]) -> None:
+    """Draw some cases whose labels were laid on their scans by index, for somebody to look at."""
+    from sdcl.scoring.evaluation import Case  # with PyTorch, for which a wrong flag need not wait
+    from sdcl.scoring.figures import save_label_figure
+
+    cases, classes = [], content["class_names"]
+    for name in names[:DRAWN]:
+        sample = read_sample(find_file(config.output, name), ndim=3, num_classes=len(classes) + 1)
+        cases.append(Case(name, sample.image, sample.label))
+    path = config.output / "by_index.png"
+    save_label_figure(path, cases, classes, config.layout == "volume")
+    LOGGER.warning(
+        "NOTE: --by_index: the labels of %d cases have no geometry and were laid on their scans voxel by voxel, which "
+        "nothing but a look can check: see %s", len(names), path,
+    )  # fmt: skip
+
+
+def read_image(path: Path, config: Any) -> Scan:
+    """Read a scan, with what the flags say of its geometry."""
+    return read_scan(path, **({"pixel_spacing_mm": config.pixel_spacing_mm} if config.pixel_spacing_mm else {}))
+
+
+def made_by(how: Preprocessing, labels: LabelMap, label: Path | None) -> dict[str, str]:
+    """Return the attributes that say how a case is made."""
+    return {"rule": RULE, "preprocessing": how.to_json(), "label_map": labels.to_json() if label is not None else ""}
+
+
+def tell_lost(name: str, path: Path, before: np.ndarray, after: np.ndarray, config: Any) -> None:
+    """Say which structures of a case are too small for the new voxels.
+
+    Raises:
+        UserError: none is left.
+    """
+    lost = sorted(set(np.unique(before).tolist()) - set(np.unique(after).tolist()) - {0})
+    spacing = " ".join(f"{side:g}" for side in config.spacing_mm or ())
+    if not after.any():
+        raise UserError(
+            f"{path} vanishes at --spacing_mm {spacing}: choose finer voxels, or move the label away, and the scan "
+            "counts as unlabelled."
+        )
+    for k in lost:
+        structure = config.class_names[k - 1] if config.class_names else f"class{k}"
+        LOGGER.info("%s: %s vanishes at --spacing_mm %s; the case trains without it", name, structure, spacing)
+
+
+def _check(config: Any) -> None:
+    """Refuse impossible settings before anything is read."""
+    if config.workers < 1:
+        raise UserError(f"--workers is {config.workers}: it must be above 0.")
+    for flag in ("spacing_mm", "pixel_spacing_mm"):
+        sides = getattr(config, flag)
+        if sides is not None and not all(SIDES_MM[0] <= side <= SIDES_MM[1] for side in sides):
+            raise UserError(
+                f"--{flag} {' '.join(f'{side:g}' for side in sides)}: every side must lie within {SIDES_MM[0]:g} and "
+                f"{SIDES_MM[1]:g} mm."
+            )
+    if len(set(config.class_names)) < len(config.class_names):
+        raise UserError(f"--class_names {' '.join(config.class_names)} names a class twice: give different names.")
+    if config.slice_axis is not None and config.layout != "slices":
+        raise UserError(f"--slice_axis {config.slice_axis} is for 2D data alone: give --layout slices, too.")
+    name = config.output.resolve().name
+    if not is_name(name):
+        raise UserError(f"--output {config.output}: the folder's name must be of letters, digits, - and _.")
+
+
+def _earlier(config: Any) -> dict[str, Any]:
+    """Return the description of an earlier import into the same folder, or {}."""
+    try:
+        there = json.loads((config.output / DESCRIPTION).read_text(encoding="utf-8"))
+        return there if isinstance(there, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _check_same(config: Any, there: dict[str, Any], content: dict[str, Any]) -> None:
+    """Refuse to go on with a data set that was imported in another way: its finished files would stay as they are."""
+    if config.overwrite:
+        return
+    there = {"merge": {}, "ignore": []} | there if there else {}
+    try:
+        there["preprocessing"] = json.loads(Preprocessing.from_dict(there["preprocessing"]).to_json())
+    except (KeyError, TypeError, ValueError):
+        there.pop("preprocessing", None)
+    kept = {key: value for key, value in content.items() if key not in ("split", "patients")}
+    differing = [key for key, value in kept.items() if key in there and there[key] != value]
+    if differing:
+        raise UserError(
+            f"{config.output / DESCRIPTION} is of an import with other {' and '.join(differing)}: give --overwrite to "
+            "convert all cases again, another --output, or the earlier settings."
+        )
+
+
+def preprocessing_of(config: Any, scans: dict[str, Path], there: dict[str, Any]) -> Preprocessing:
+    """Return what is done to every scan; the slicing axis once for all of them."""
+    axis = None
+    if config.layout == "slices":
+        earlier = (there.get("preprocessing") or {}).get("slice_axis") if not config.overwrite else None
+        reader: Callable[[Path], Scan] = lambda path: read_image(path, config)  # noqa: E731
+        axis = choose_slice_axis(scans, config.slice_axis or earlier, config.spacing_mm, config.workers, reader)
+    return Preprocessing(config.normalise, "LPS", config.spacing_mm, layout=config.layout, slice_axis=axis)
