@@ -8,7 +8,7 @@ ARITHMETIC := $(addprefix tests/test_,networks.py losses.py steps.py arithmetic.
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 SSE41 := ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default
 
-.PHONY: demo test kernels pythons mutants slurm faults bench lint clean
+.PHONY: demo test slow kernels pythons mutants slurm faults bench lint clean
 demo: .venv/.installed
 	$(RUN) code/demo.py
 
@@ -17,6 +17,10 @@ test: .venv/.installed
 	$(RUN) -m ruff check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 	$(AVX2) $(RUN) -m pytest $(ARITHMETIC)
+
+# What starts and stops many processes, which takes minutes.
+slow: .venv/.installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
 
 # The whole suite with the kernels of lesser processors, and with all threads.
 kernels: .venv/.installed

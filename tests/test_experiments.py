@@ -241,12 +241,14 @@ def test_what_has_no_pictures_is_told(whole, acdc_phantom, tmp_path):
     assert "No pictures of supervised/student_a: the page of its run" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_one_run_in_two_processes(acdc_phantom, tmp_path):
     """torchrun starts each training; tests and the table are as ever."""
     only = ("--methods", "bcp", "--seeds", "1", "--reference", "bcp")
     assert "nothing is missing" in call("run", tmp_path, acdc_phantom, "--processes", "2", *only)
     for log in (tmp_path / "m" / "logs").glob("*.log"):
-        assert "2 processes share each batch of 2" in log.read_text() and "torch.distributed.run" in log.read_text()
+        text = log.read_text(encoding="utf-8")
+        assert "2 processes share each batch of 2" in text and "torch.distributed.run" in text
     assert "1 of 1" in call("table", tmp_path, acdc_phantom, *only)
 
 
