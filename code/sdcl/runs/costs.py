@@ -51,7 +51,9 @@ def said_of(config: Any, tested: Sequence[Run], results: str, split: str) -> lis
     """
     summaries = [json.loads((r.folder / "test" / results / "summary.json").read_text("utf-8")) for r in tested]
     selected = sorted({str(one["selected_on"]) for one in summaries})
-    lines = [f"{config.name}: {config.data_set}, the volumes of {split}, flags {config.flags or 'none'}."]
+    lines = [
+        f"{config.name}: {config.data_set}, the volumes of {split}, flags {' '.join(config.flags.split()) or 'none'}."
+    ]
     if config.checkpoint == "last":
         lines.append("Last checkpoints: nothing was selected on these volumes.")
     elif split in selected:

@@ -151,6 +151,7 @@ def sections_of(page: Page) -> list[Section]:
         return ", ".join(parts) or "all"
 
     whole = [entry for entry in page.entries if entry.scores]
+    reference = next((row.reference for row in page.rows if row.reference), "")
     volumes = [(named(e, f"{e.method}/{e.predictor}"), chart) for e in whole if (chart := bland_altman(e)) is not None]
     groups = [[entry for entry in whole if entry.labelnum == count] for count in counts]
     groups = [group for group in groups if group]
@@ -165,7 +166,7 @@ def sections_of(page: Page) -> list[Section]:
             intervals.append((title, forest(mine, metric, shown)))
             tables.append(Table(title, lines_of(mine, metric, group[0].labelnum), metric == "dice"))
     sections = [
-        *[Section("volumes", "Volume, predicted against reference", _answers_first(volumes))] * bool(volumes),
+        *[Section("volumes", "Volume, predicted against reference", _first(volumes, reference))] * bool(volumes),
         Section("points", of_cases, points, tables=[_case_table(page, metric) for metric in metrics]),
         Section("table", "The table", intervals, tables=tables),
     ]
@@ -188,9 +189,9 @@ def _has_number(values: Mapping[str, float]) -> bool:
     return any(not math.isnan(value) for value in values.values())
 
 
-def _answers_first(charts: Sequence[tuple[str, Chart]]) -> Sequence[tuple[str, Chart]]:
-    """Put a run's answer, the mean of both students say, first: it is what is shown unasked."""
-    return sorted(charts, key=lambda one: not one[0].split("/")[-1].startswith("mean"))
+def _first(charts: Sequence[tuple[str, Chart]], reference: str) -> Sequence[tuple[str, Chart]]:
+    """Put the chart of the row that the others are compared with first: it is what is shown unasked."""
+    return sorted(charts, key=lambda one: not one[0].startswith(reference))
 
 
 def _bounded(groups: Sequence[Sequence[Entry]], metrics: int) -> tuple[Sequence[Sequence[Entry]], str]:
