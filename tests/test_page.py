@@ -75,7 +75,7 @@ def page(tmp_path, shown):
         rows=make_rows(entries, str, "sdcl/mean"), viewer=viewer.viewer(shown, task(), ["student_a", "student_b"]),
         curves=curves(), order=HOSTILE,
     )  # fmt: skip
-    write_page(tmp_path / "report.html", content)
+    assert write_page(tmp_path, content) == ["report.html", "training.png"]
     return tmp_path / "report.html"
 
 

@@ -10,11 +10,9 @@ from sdcl.methods import get
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import read_config, write_csv
 from sdcl.runs.matrix import Run
-from sdcl.scoring.charts import answer_curves, by_case, training
+from sdcl.scoring.charts import answer_curves, by_case
 from sdcl.scoring.comparison import Entry, Row, is_of
-from sdcl.scoring.figures import save_figure
-from sdcl.scoring.page import Page, Section, Table, facts_table, write_page
-from sdcl.scoring.run_page import PAGE
+from sdcl.scoring.page import PAGE, Page, Section, Table, facts_table, write_page
 from sdcl.scoring.tables import MEAN
 from sdcl.scoring.viewer import joined, read_viewer
 
@@ -72,12 +70,7 @@ def write_matrix_page(folder: Path, config: Any, tested: Sequence[Run], results:
         head=[*compared.head, *said], entries=compared.entries, rows=compared.rows, viewer=pictures, curves=curves,
         further=further, order=order,
     )  # fmt: skip
-    write_page(folder / PAGE, page)
-    chart = training(curves)
-    if chart is None:
-        return [PAGE]
-    save_figure(chart.figure, folder / "training.png")
-    return [PAGE, "training.png"]
+    return write_page(folder, page)
 
 
 def ranked(compared: Compared) -> list[str]:

@@ -29,8 +29,10 @@ from sdcl.scoring.charts import (
     training,
 )
 from sdcl.scoring.comparison import Entry, Row, lines_of
+from sdcl.scoring.figures import save_figure
 from sdcl.scoring.tables import MEAN, METRICS, digits_of
 
+PAGE, CURVES = "report.html", "training.png"
 ASSETS = Path(__file__).with_name("assets")
 SVG = "http://www.w3.org/2000/svg"
 LINK = "{http://www.w3.org/1999/xlink}href"
@@ -93,11 +95,11 @@ class Page:
     order: Sequence[str] = field(default=())
 
 
-def write_page(path: Path, page: Page) -> None:
-    """Write a page, whole or not at all.
+def write_page(folder: Path, page: Page) -> list[str]:
+    """Write report.html, whole or not at all, and its training curves as training.png; return the files' names.
 
     Args:
-        path: the HTML file.
+        folder: where to.
         page: what it shows.
     """
     with inked():
@@ -115,7 +117,12 @@ def write_page(path: Path, page: Page) -> None:
     if page.viewer:
         scored = [one | {"scores": _scores(page, one["name"])} for one in page.viewer["cases"]]
         content["viewer"] = embedded(page.viewer | {"cases": scored})
-    write_text(path, template.render(content))
+    write_text(folder / PAGE, template.render(content))
+    chart = training(page.curves)
+    if chart is None:
+        return [PAGE]
+    save_figure(chart.figure, folder / CURVES)
+    return [PAGE, CURVES]
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sdcl.scoring.charts import run_curves, training
+from sdcl.scoring.charts import run_curves
 from sdcl.scoring.comparison import Entry, make_rows, scores_of
 from sdcl.scoring.evaluation import CaseRow, Predictors, Task
-from sdcl.scoring.figures import save_figure
 from sdcl.scoring.page import Page, Section, facts_table, write_page
 from sdcl.scoring.tables import apply_protocol
 from sdcl.scoring.viewer import Shown, viewer
-
-PAGE = "report.html"
 
 
 def write_run_page(
@@ -58,12 +55,7 @@ def write_run_page(
         further=[Section("settings", "Settings and environment", tables=settings)],
         order=[one.case.name for one in shown],
     )
-    write_page(folder / PAGE, page)
-    chart = training(curves)
-    if chart is None:
-        return [PAGE]
-    save_figure(chart.figure, folder / "training.png")
-    return [PAGE, "training.png"]
+    return write_page(folder, page)
 
 
 def _head(facts: dict[str, Any], trained: dict[str, Any], answer: str, reference: str) -> list[str]:
