@@ -107,14 +107,14 @@ def parameters(name: str, num_classes: int, shape: tuple[int, ...]) -> int:
         return sum(p.numel() for p in build_network(name, num_classes, shape[1]).parameters())
 
 
-def plan_of(config: Any, num_classes: int, stage: str, in_channels: int = 1) -> Plan:
+def plan_of(config: Any, num_classes: int, stage: str) -> Plan:
     """Return what a stage's memory depends on, by a training script's header.
 
     Stage 1 moves one student after the other; stage 2 holds what both keep, where the method trains two.
     """
     method = get(config.method)
     names = [getattr(config, role) for role in ("student_a", "student_b")]
-    shape = (config.batch_size // ranks.count(), in_channels, *config.patch_size)
+    shape = (config.batch_size // ranks.count(), 1, *config.patch_size)
     if stage == "pre_train":
         heaviest = max(names, key=lambda name: kept_bytes(name, num_classes, shape, config.precision == "bf16"))
         return Plan((heaviest,), None, num_classes, shape, config.precision)

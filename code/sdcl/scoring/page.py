@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -92,7 +92,7 @@ class Page:
     viewer: dict[str, Any] | None = None
     curves: Sequence[Curves] = ()
     further: Sequence[Section] = ()
-    order: Sequence[str] = field(default=())
+    order: Sequence[str] = ()
 
 
 def write_page(folder: Path, page: Page) -> list[str]:
@@ -102,6 +102,8 @@ def write_page(folder: Path, page: Page) -> list[str]:
         folder: where to.
         page: what it shows.
     """
+    if page.viewer and not page.viewer["cases"]:  # not one was small enough
+        page = replace(page, viewer=None, head=[*page.head, "No case's pictures fit into this page."])
     with inked():
         sections = [_shown(section) for section in sections_of(page)]
     titles = [("cases", "Cases")] * bool(page.viewer) + [(section.id, section.title) for section in sections]
