@@ -298,19 +298,20 @@ def test_the_unit_is_the_patient():
 
 
 def test_a_row_with_missing_seeds_is_no_number(tmp_path):
-    cases = {f"p{k}": 0.5 + 0.01 * k for k in range(6)}
+    cases = {f"p{k}": 0.5 + 0.01 * k for k in range(7)}
     better = {name: value + 0.1 + 0.001 * i for i, (name, value) in enumerate(cases.items())}
     whole = entry("best", {1: better, 2: better}, empty=1)
     rows = make_rows([entry("base", {1: cases, 2: cases}), entry("half", {1: better}), whole], patient, "base/mean")
     half, best = rows[1:]
     assert math.isnan(half.mean) and half.missing == "2" and half.seeds_done == 1 and math.isnan(half.p_holm)
-    assert best.p_permutation == best.p_wilcoxon == best.p_holm == 2 / 2**6 and best.empty == 2
+    assert best.p_permutation == best.p_wilcoxon == 2 / 2**7 and best.empty == 2
+    assert best.p_holm == 2 * 2 / 2**7  # the row that is not done yet counts
     text = write_table(tmp_path, rows, ["head"], [])
     assert "1 of 2 (missing: 2)" in text
     marked = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "| half | mean | 1 of 2 (missing: 2) | – |" in marked
-    assert re.search(r"\| best \| mean \| 2 of 2 \| \*\*0\.62", marked)  # bold: Holm's p below 0.05, nothing missing
-    assert r"\textbf{0.62" in (tmp_path / "table.tex").read_text(encoding="utf-8")
+    assert re.search(r"\| best \| mean \| 2 of 2 \| \*\*0\.63", marked)  # bold: Holm's p below 0.05, nothing missing
+    assert r"\textbf{0.63" in (tmp_path / "table.tex").read_text(encoding="utf-8")
 
 
 def test_best_and_last_are_found_where_one_row_says_both(tmp_path):

@@ -73,6 +73,7 @@ def test_equal_rows_do_not_differ():
 def test_holm_by_hand():
     """0.01 x 4, 0.02 x 3, 0.03 x 2, 0.04 x 1, each at least the one before."""
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.04, 0.01], planned=4) == pytest.approx([0.12, 0.04])
     assert holm([0.5, math.nan, 0.9])[::2] == [1.0, 1.0] and math.isnan(holm([0.5, math.nan])[1])
 
 

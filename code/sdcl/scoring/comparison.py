@@ -212,7 +212,7 @@ def make_rows(entries: Sequence[Entry], patient_of: Callable[[str], str], refere
                 for i, entry in enumerate(group):
                     if entry is not base and len(entry.scores) == len(entry.planned):
                         found[i] = _compared(found[i], entry, theirs, patient_of, reference)
-            corrected = holm([row.p_permutation for row in found])
+            corrected = holm([row.p_permutation for row in found], planned=len(group) - 1)
             rows += [replace(row, p_holm=p) for row, p in zip(found, corrected, strict=True)]
     return rows
 

@@ -88,11 +88,16 @@ def compare(ours: Sequence[float], theirs: Sequence[float], lower_is_better: boo
     return Comparison(found, float(permuted.pvalue), float(wilcoxon.pvalue), not_better)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for their number by Holm's step-down method (1979); nan stays and does not count."""
+def holm(p_values: Sequence[float], planned: int = 0) -> list[float]:
+    """Correct p-values for their number by Holm's step-down method (1979).
+
+    Args:
+        p_values: of the comparisons that are done, or nan, which stays nan.
+        planned: comparisons in all; those that are not done yet count, or p-values would grow as a table fills.
+    """
     known = [(p, i) for i, p in enumerate(p_values) if not math.isnan(p)]
     corrected, least = [math.nan] * len(p_values), 0.0
     for place, (p, i) in enumerate(sorted(known)):
-        least = max(least, min(1.0, (len(known) - place) * p))
+        least = max(least, min(1.0, (max(len(known), planned) - place) * p))
         corrected[i] = least
     return corrected
