@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import LOGGER, commits_of, known_runs, read_config, read_task, start_logging
+from sdcl.runs.folder import LOGGER, commits_of, known_runs, read_config, read_task, sizes_of, start_logging
 
 
 @dataclass
@@ -40,8 +40,8 @@ def main(config: Config) -> None:
     from sdcl.runs.weights import load_predictor
 
     names = list(task["class_names"])
-    loaded = load_predictor(config, settings, len(names) + 1, torch.device("cpu"))
-    shape = [1, *settings["patch_size"]]
+    loaded = load_predictor(config, settings, sizes_of(task), torch.device("cpu"))
+    shape = [sizes_of(task)[1], *settings["patch_size"]]
     metadata = {
         "run": config.run.resolve().name, "method": settings.get("method", "sdcl"), "predictor": loaded.predictor,
         "weights": loaded.path.name if config.checkpoint else f"{config.stage}/{loaded.path.name}",

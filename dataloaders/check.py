@@ -60,8 +60,10 @@ def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[
     found = Finding(name, split, path, is_labelled=split != "train" or name in labelled)
     try:
         ndim = 2 if SLICE in name else 3
-        sample = read_sample(path, ndim=ndim, num_classes=data_set.num_classes, needs_label=found.is_labelled)
-        found.shape, found.num_bytes = sample.image.shape, sample.num_bytes
+        sample = read_sample(
+            path, ndim=ndim, num_classes=data_set.num_classes, needs_label=found.is_labelled, channels=data_set.channels
+        )
+        found.shape, found.num_bytes = sample.shape, sample.num_bytes
         found.low, found.high = float(sample.image.min()), float(sample.image.max())
         found.content = hashlib.sha256(sample.image.tobytes()).hexdigest()
         found.spacing = read_spacing(path) if ndim == 3 else None
@@ -81,8 +83,8 @@ def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[
 
 def drawable(case: "Case") -> "Case":
     """Return a case of at least two voxels along each axis, single ones doubled: a contour needs them."""
-    thin = [axis for axis, side in enumerate(case.image.shape) if side == 1]
-    image, label = case.image, case.label
+    thin = [axis for axis, side in enumerate(case.label.shape) if side == 1]
+    image, label = case.shown, case.label
     for axis in thin:
         image, label = np.repeat(image, 2, axis), np.repeat(label, 2, axis)
     return replace(case, image=image, label=label)

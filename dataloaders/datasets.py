@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.checks import inside
-from dataloaders.files import Sample, read_text_attributes
+from dataloaders.files import Sample, read_text_attributes, with_channels
 from dataloaders.roots import check_root
 from dataloaders.scans.alignment import TRUSTED, check_alignment
 from dataloaders.scans.preprocessing import AXES, WINDOW_HU, Preprocessing
@@ -79,13 +79,19 @@ class DataSet:
         """Count the classes, background included."""
         return len(self.class_names) + 1
 
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Return the names of the images' channels; empty: one, which needs no name."""
+        return self.preprocessing.channels
+
     def check_label(self, path: Path, sample: Sample) -> None:
         """Refuse a CT's label that lies better flipped, unless its file's attribute `alignment` says "trusted".
 
         Raises:
             UserError: see check_alignment().
         """
-        if self.preprocessing.normalise != "ct" or sample.label is None or not sample.label.any():
+        rules = self.preprocessing.rules
+        if "ct" not in rules or sample.label is None or not sample.label.any():
             return
         if sample.label.ndim != 3:  # of a slice; its volume was checked when it was made
             return
@@ -93,7 +99,8 @@ class DataSet:
             return
         low, high = WINDOW_HU
         way_out = f'set the file\'s attribute `alignment` to "{TRUSTED}"'
-        hu = sample.image.astype(np.float32) * (high - low) + low
+        channel = with_channels(sample.image, 3)[rules.index("ct")]
+        hu = channel.astype(np.float32) * (high - low) + low
         check_alignment(path, hu, sample.label, is_organ_ct=self.is_organ_ct, way_out=way_out)
 
     def preprocessing_of(self, paths: Sequence[Path]) -> Preprocessing:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +22,17 @@ READERS = 4  # files checked at a time; HDF5 itself reads one after the other
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded file: image (*S) float32, label (*S) uint8 or None where the file holds none."""
+    """One decoded file.
+
+    Attributes:
+        image: (*S), or (channels, *S) of several, float32.
+        label: (*S) uint8, or None where the file holds none.
+        shape: S.
+    """
 
     image: np.ndarray
     label: np.ndarray | None
+    shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -61,14 +68,22 @@ def read_list(path: Path) -> list[str]:
     return names
 
 
-def read_sample(path: Path, *, ndim: int, num_classes: int, needs_label: bool = True) -> Sample:
+def with_channels(image: np.ndarray, ndim: int) -> np.ndarray:
+    """Return an image of ndim dimensions in space, (*S) or (channels, *S), as (channels, *S)."""
+    return image[None] if image.ndim == ndim else image
+
+
+def read_sample(
+    path: Path, *, ndim: int, num_classes: int, needs_label: bool = True, channels: Sequence[str] = ()
+) -> Sample:
     """Decode one HDF5 file and check it.
 
     Args:
         path: the file, with `image` and, if needed, `label`.
-        ndim: dimensions that the image must have, 2 or 3.
+        ndim: dimensions of space, 2 or 3.
         num_classes: labels must lie in [0, num_classes).
         needs_label: without it a file may lack `label`; one that is there is ignored.
+        channels: names of the channels that the image must have, (channels, *S); fewer than two: (*S) or (1, *S).
 
     Raises:
         UserError: what is wrong with the file; a volume, but not a slice, must hold more than one value.
@@ -76,12 +91,21 @@ def read_sample(path: Path, *, ndim: int, num_classes: int, needs_label: bool = 
     with _opened(path) as file:
         image = _read_array(path, file, "image")
         label = _read_array(path, file, "label") if needs_label else None
-    image = check_image(path, "`image`", image, ndim)
+    if len(channels) < 2:
+        image = image[0] if image.ndim == ndim + 1 and len(image) == 1 else image
+    elif image.ndim != ndim + 1 or len(image) != len(channels):
+        raise UserError(
+            f"{path}: `image` has the shape {image.shape}, it needs {len(channels)} channels ({', '.join(channels)}) "
+            f"before {ndim} dimensions: convert it again."
+        )
+    image = check_image(path, "`image`", image, ndim + (len(channels) > 1))
+    shape = image.shape[-ndim:]
     if label is not None:
-        label = check_label(path, "`label`", label, image.shape, num_classes)
+        label = check_label(path, "`label`", label, shape, num_classes)
     if ndim == 3:  # a scan's margin, or what lies beyond a stripped skull, is a slice of one value that trains as 0s do
-        check_varies(path, "`image`", image)
-    return Sample(image, label)
+        for name, channel in zip(channels or ("",), with_channels(image, ndim), strict=False):
+            check_varies(path, f"`image`, channel {name}" if len(channels) > 1 else "`image`", channel)
+    return Sample(image, label, shape)
 
 
 def has_label(path: Path) -> bool:
@@ -103,7 +127,7 @@ def read_spacing(path: Path) -> tuple[float, ...] | None:
     with _opened(path) as file:
         if "spacing" not in file.attrs:
             return None
-        ndim = file["image"].ndim
+        ndim = min(file["image"].ndim, 3)  # (channels, X, Y, Z) have three sides, too
         attribute = file.attrs.get_id("spacing")
         is_small = attribute.dtype.kind in "fiu" and attribute.shape in ((ndim,), (ndim, 1), (1, ndim))
         values = np.ravel(file.attrs["spacing"]) if is_small else attribute.dtype
@@ -183,6 +207,7 @@ class Decoding:
         cache_gb: bound of the memory for decoded arrays, in GiB.
         dtype: of the images kept: float16 takes half the memory, at 3 decimal digits.
         check: what else to refuse of a file, called once with its path and sample; raises UserError.
+        channels: see read_sample().
     """
 
     num_classes: int
@@ -190,6 +215,7 @@ class Decoding:
     cache_gb: float
     dtype: Literal["float32", "float16"] = "float32"
     check: Callable[[Path, Sample], None] | None = None
+    channels: tuple[str, ...] = ()
 
 
 class Cache:
@@ -251,8 +277,10 @@ class Cache:
 
     def _read(self, path: Path) -> Sample:
         how = self._decoding
-        sample = read_sample(path, ndim=self._ndim, num_classes=how.num_classes, needs_label=how.labelled)
-        return Sample(sample.image.astype(how.dtype, copy=False), sample.label)
+        sample = read_sample(
+            path, ndim=self._ndim, num_classes=how.num_classes, needs_label=how.labelled, channels=how.channels
+        )
+        return replace(sample, image=sample.image.astype(how.dtype, copy=False))
 
 
 def sample_rng(*numbers: int | str) -> np.random.Generator:

@@ -23,11 +23,12 @@ class Config:
     """
 
     output: Path  # the data set's folder; receives data/, data_split/ and dataset.json
-    normalise: Normalisation  # zscore or minmax over the scan (MRI); ct: [-125, 275] HU to [0, 1]
+    normalise: tuple[Normalisation, ...]  # zscore or minmax (MRI), ct ([-125, 275] HU to [0, 1]); or one a channel
     images: Path | None = None  # folder of the scans
     labels: Path | None = None  # folder of the labels; a scan without one becomes an unlabelled training case
     image_pattern: str | None = None  # of the scans below --images: "**/*_T1w.nii.gz"; its star names the case
     label_pattern: str | None = None  # of the labels below --labels: "**/*_seg.nii.gz"
+    channels: tuple[str, ...] = ()  # of several: what names end with (t1 t2), or {channel} in a pattern stands for
     table: Path | None = None  # instead of these: CSV with the columns case, image, label, patient, split
     layout: Literal["volume", "slices"] = "volume"  # volume: 3D networks; slices: 2D
     slice_axis: Axis | None = None  # x, y or z (patient's) across which slices lie; None: as the scans were sliced

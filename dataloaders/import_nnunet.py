@@ -36,7 +36,7 @@ class Config:
     seed: int = 1337  # of the choice of cases
 
     # --- preprocessing ---
-    normalise: Normalisation | None = None  # None: ct for the channel "CT", else zscore, as nnU-Net does
+    normalise: tuple[Normalisation, ...] = ()  # for all channels, or each; empty: ct for "CT", else zscore
     layout: Literal["volume", "slices"] = "volume"  # volume: 3D networks; slices: 2D
     slice_axis: Axis | None = None  # x, y or z (patient's) across which slices lie; None: as the scans were sliced
     spacing_mm: tuple[float, float, float] | None = None  # resample to these voxel sides, mm; None: each scan's own
@@ -56,7 +56,8 @@ def main(config: Config) -> None:
     fixed = {
         "images": config.dataset, "labels": config.dataset, "table": None, "by_index": False, "test_list": None,
         "pixel_spacing_mm": None, "merge": (), "ignore": (), "class_names": described.class_names,
-        "label_values": described.label_values, "normalise": config.normalise or described.normalise,
+        "label_values": described.label_values, "channels": described.channels,
+        "normalise": config.normalise or described.normalise,
     }  # fmt: skip
     settings = SimpleNamespace(**(vars(config) | fixed))
     import_cases(settings, lambda: find_cases(described, config))

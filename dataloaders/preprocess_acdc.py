@@ -39,7 +39,7 @@ def convert_frame(image_path: Path, label_path: Path, name: str, config: Config)
     on_image = label_by_index(image, label) if config.by_index else aligned_label(image, label)
     mask = prepare_label(on_image, image, PREPROCESSING)
     case = prepare(image, PREPROCESSING)
-    attributes = provenance(case, PREPROCESSING, Origin(RULE, config.raw, image_path, label_path))
+    attributes = provenance(case, PREPROCESSING, Origin(RULE, config.raw, (image_path,), label_path))
     write_slices(config.root_path, name, case.array, mask, attributes)
 
 
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
                 raise UserError(f"--raw {config.raw} holds {name} twice, once in {image.parent}: remove one of them.")
             run = lambda i=image, n=name: convert_frame(i, label_of(i), n, config)  # noqa: E731
             made_by = {"rule": RULE, "preprocessing": PREPROCESSING.to_json()}
-            jobs[name] = Job(name, [config.root_path / "data" / f"{name}.h5"], run, image, label_of(image), made_by)
+            jobs[name] = Job(name, [config.root_path / "data" / f"{name}.h5"], run, (image,), label_of(image), made_by)
     convert(list(jobs.values()), config.workers, config.overwrite, (config.root_path / "data").glob("*.h5"))
 
 

@@ -54,7 +54,7 @@ def convert_case(image_path: Path, label_path: Path, target: Path, config: Confi
     box = with_margins(box, [*draw.tolist(), (0, 0)], mask.shape)
     box = (*box[:2], (0, mask.shape[2]))  # z is never cropped
     case = prepared.cropped(box)
-    attributes = provenance(case, PREPROCESSING, Origin(RULE, config.raw, image_path, label_path), box)
+    attributes = provenance(case, PREPROCESSING, Origin(RULE, config.raw, (image_path,), label_path), box)
     attributes["crop"] = crop_of(config)
     write_case(target, case.array, mask[tuple(slice(*side) for side in box)], attributes)
 
@@ -86,7 +86,7 @@ def main(config: Config) -> None:
             raise UserError(f"--raw {config.raw} holds the case {folder.name} twice: remove one of them.")
         run = lambda i=image, m=label, t=target: convert_case(i, m, t, config)  # noqa: E731
         made_by = {"rule": RULE, "preprocessing": PREPROCESSING.to_json(), "crop": crop_of(config)}
-        jobs.append(Job(folder.name, [target], run, image, label, made_by))
+        jobs.append(Job(folder.name, [target], run, (image,), label, made_by))
     there = (config.root_path / "data" / FOLDER).glob("*/mri_norm2.h5")
     convert(jobs, config.workers, config.overwrite, there)
 

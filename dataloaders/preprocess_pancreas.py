@@ -105,7 +105,7 @@ def convert_case(image_path: Path, label_path: Path, target: Path, config: Confi
     box = with_margins(label_box(mask), [(config.margin, config.margin)] * 3, mask.shape)
     box = at_least(box, [config.min_side] * 3, mask.shape)
     case = prepared.cropped(box)
-    attributes = provenance(case, how, Origin(config.rule, config.images, image_path, label_path), box)
+    attributes = provenance(case, how, Origin(config.rule, config.images, (image_path,), label_path), box)
     attributes |= {"label_mean_hu": mean_hu, "alignment": alignment, "crop": crop_of(config)}
     if not is_placed:
         attributes = {key: value for key, value in attributes.items() if key not in ("origin", "direction")}
@@ -186,7 +186,7 @@ def main(config: Config) -> None:
     for name, image, label in pairs:
         target = DATA_SET.path_of(config.root_path, name)
         run = lambda i=image, m=label, t=target: convert_case(i, m, t, config)  # noqa: E731
-        jobs.append(Job(name, [target], run, image, label, made_by))
+        jobs.append(Job(name, [target], run, (image,), label, made_by))
     convert(jobs, config.workers, config.overwrite, (config.root_path / "data").glob("*.h5"))
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from torch import nn
 
 from dataloaders.checks import check_apart, check_dimensions
-from dataloaders.datasets import SLICE, StudyData, check_classes, find_file
-from dataloaders.files import Cache, Decoding, read_affine, read_list, read_sample, read_spacing
+from dataloaders.datasets import SLICE, DataSet, StudyData, check_classes, find_file
+from dataloaders.files import Cache, Decoding, read_affine, read_list, read_sample, read_spacing, with_channels
 from dataloaders.streams import Streams
 from dataloaders.transforms import Augmentation, apply_index, augmentation_index
 from sdcl.inference import slice_wise
@@ -75,17 +75,18 @@ class Slices:
         return self._names[index]
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return an augmented slice: image (H, W) float32 and label (H, W) uint8, or None without labels."""
+        """Return an augmented slice: image (channels, H, W) float32 and label (H, W) uint8, or None without labels."""
         case = self._cache[index]
-        view = augmentation_index(case.image.shape, self._augmentation, rng)
-        return apply_index(case.image, view), None if case.label is None else apply_index(case.label, view)
+        view = augmentation_index(case.shape, self._augmentation, rng)
+        label = None if case.label is None else apply_index(case.label, view)
+        return with_channels(apply_index(case.image, view), 2), label
 
 
-def read_volumes(root_path: Path, split: str, num_classes: int) -> list[Case]:
+def read_volumes(root_path: Path, split: str, data_set: DataSet) -> list[Case]:
     """Read the volumes of `val` or `test`.
 
     Returns:
-        Cases of shape (slices, H, W), in the list's order.
+        Cases of shape (slices, H, W), or (channels, slices, H, W), in the list's order.
 
     Raises:
         UserError: the list or a file is missing or wrong.
@@ -93,7 +94,7 @@ def read_volumes(root_path: Path, split: str, num_classes: int) -> list[Case]:
     cases = []
     for name in read_list(root_path / "data_split" / f"{split}.list"):
         path = find_file(root_path, name)
-        sample = read_sample(path, ndim=3, num_classes=num_classes)
+        sample = read_sample(path, ndim=3, num_classes=data_set.num_classes, channels=data_set.channels)
         cases.append(Case(name, sample.image, sample.label, read_spacing(path), read_affine(path)))
     return cases
 
@@ -151,7 +152,7 @@ class SliceData(StudyData):
             streams=lambda stage: Streams(labelled, unlabelled if stage == "self_train" else None, config, stage),
             lists={"labelled": names[0], "unlabelled": names[1]},
             trained_on=list(dict.fromkeys(name.rsplit(SLICE, 1)[0] for name in used)),
-            validation_cases=read_volumes(root, "val", self._data_set.num_classes) if has_val else [],
+            validation_cases=read_volumes(root, "val", self._data_set) if has_val else [],
             validated_on="val",
             facts=self._facts(used),
         )
@@ -163,14 +164,14 @@ class SliceData(StudyData):
         decision = Decision("argmax", 26 if self._config.largest_component else None)
         return Scoring(
             task=replace(self._task(trained["patch_size"]), decision=decision),
-            read_cases=lambda: read_volumes(root, split, self._data_set.num_classes),
+            read_cases=lambda: read_volumes(root, split, self._data_set),
             split=split,
             facts=self._facts(read_list(root / "data_split" / f"{split}.list")),
         )
 
     def _slices(self, names: Sequence[str], labelled: bool) -> Slices:
         config = self._config
-        decoding = Decoding(self._data_set.num_classes, labelled, config.cache_gb)
+        decoding = Decoding(self._data_set.num_classes, labelled, config.cache_gb, channels=self._data_set.channels)
         augmentation = Augmentation(config.patch_size, config.augment_probability, config.max_angle_deg)
         return Slices(config.root_path, names, decoding, augmentation)
 
@@ -186,5 +187,5 @@ class SliceData(StudyData):
 
         return Task(
             data_set.name, data_set.class_names, infer,
-            label_values=data_set.label_values, patient_of=data_set.patient_of,
+            label_values=data_set.label_values, patient_of=data_set.patient_of, channels=data_set.channels,
         )  # fmt: skip

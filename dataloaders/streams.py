@@ -32,7 +32,7 @@ class TrainingSet(Protocol):
         ...
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return image (*S) float32 and label (*S) uint8 of a case; all randomness comes from rng."""
+        """Return image (channels, *S) float32 and label (*S) uint8 of a case; all randomness comes from rng."""
         ...
 
 
@@ -121,7 +121,7 @@ class Streams:
         """Yield the batches of iterations start to stop - 1 (from 0), prepared ahead by other threads.
 
         Yields:
-            "x_a", "x_b" (and "u_a", "u_b") float32 (N, 1, *S); "y_a", "y_b" uint8 (N, *S).
+            "x_a", "x_b" (and "u_a", "u_b") float32 (N, channels, *S); "y_a", "y_b" uint8 (N, *S).
         """
         if self._workers > 1:
             yield from self._from_processes(start, stop)
@@ -162,7 +162,7 @@ class Streams:
                     cases.sample(int(index), sample_rng(*self._seed, kind + direction, iteration, place))
                     for place, index in chosen
                 ]
-                batch[f"{kind}_{direction}"] = torch.from_numpy(np.stack([image for image, _ in samples])[:, None])
+                batch[f"{kind}_{direction}"] = torch.from_numpy(np.stack([image for image, _ in samples]))
                 if kind == "x":
                     batch[f"y_{direction}"] = torch.from_numpy(np.stack([label for _, label in samples]))
         return batch

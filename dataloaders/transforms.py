@@ -40,14 +40,15 @@ def crop_corner(
 
 
 def cropped(array: np.ndarray, pads: Sequence[int], corner: Sequence[int], patch_size: Sequence[int]) -> np.ndarray:
-    """Return the crop of crop_corner(); what lies outside the volume is 0."""
-    result = np.zeros(tuple(patch_size), array.dtype)
+    """Return the crop of crop_corner() from an array (*S) or (channels, *S); what lies outside the volume is 0."""
+    before = array.shape[: array.ndim - len(patch_size)]
+    result = np.zeros((*before, *patch_size), array.dtype)
     source, target = [], []
-    for pad, start, patch, side in zip(pads, corner, patch_size, array.shape, strict=True):
+    for pad, start, patch, side in zip(pads, corner, patch_size, array.shape[len(before) :], strict=True):
         begin, end = max(start - pad, 0), min(start - pad + patch, side)
         source.append(slice(begin, end))
         target.append(slice(begin - (start - pad), end - (start - pad)))
-    result[tuple(target)] = array[tuple(source)]
+    result[(..., *target)] = array[(..., *source)]
     return result
 
 
@@ -124,5 +125,7 @@ def augmentation_index(shape: tuple[int, int], how: Augmentation, rng: np.random
 
 
 def apply_index(array: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Show a slice (H, W) through a map of augmentation_index; pixels from outside are 0."""
+    """Show a slice (H, W), or (channels, H, W), through a map of augmentation_index; pixels from outside are 0."""
+    if array.ndim == 3:
+        return np.stack([apply_index(channel, index) for channel in array])
     return np.append(array.ravel(), array.dtype.type(0)).take(index)  # OUTSIDE, -1, reads the appended 0

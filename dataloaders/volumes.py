@@ -11,7 +11,16 @@ from torch import nn
 
 from dataloaders.checks import check_apart, check_dimensions
 from dataloaders.datasets import DataSet, StudyData, check_classes
-from dataloaders.files import Cache, Decoding, has_label, read_affine, read_list, read_sample, read_spacing
+from dataloaders.files import (
+    Cache,
+    Decoding,
+    has_label,
+    read_affine,
+    read_list,
+    read_sample,
+    read_spacing,
+    with_channels,
+)
 from dataloaders.streams import Streams
 from dataloaders.transforms import Crop, crop_corner, cropped
 from sdcl.inference import sliding_window
@@ -55,11 +64,12 @@ class CroppedVolumes:
         return self._names[index]
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return a crop: image (X, Y, Z) float32 and label (X, Y, Z) uint8, or None without labels."""
+        """Return a crop: image (channels, X, Y, Z) float32 and label (X, Y, Z) uint8, or None without labels."""
         case = self._cache[index]
-        where = crop_corner(case.image.shape, self._patch_size, rng if self._crop == "random" else None)
+        where = crop_corner(case.shape, self._patch_size, rng if self._crop == "random" else None)
         image = cropped(case.image, *where, self._patch_size).astype(np.float32, copy=False)
-        return image, None if case.label is None else cropped(case.label, *where, self._patch_size)
+        label = None if case.label is None else cropped(case.label, *where, self._patch_size)
+        return with_channels(image, 3), label
 
 
 def read_volumes(
@@ -79,7 +89,7 @@ def read_volumes(
     cases = []
     for name in names:
         path = data_set.path_of(root_path, name)
-        sample = read_sample(path, ndim=3, num_classes=data_set.num_classes)
+        sample = read_sample(path, ndim=3, num_classes=data_set.num_classes, channels=data_set.channels)
         data_set.check_label(path, sample)
         sides = tuple(spacing) if spacing else read_spacing(path)
         cases.append(Case(name, sample.image, sample.label, sides, None if spacing else read_affine(path)))
@@ -230,7 +240,9 @@ class VolumeData(StudyData):
     def _volumes(self, names: Sequence[str], crop: Crop, has_labels: bool) -> CroppedVolumes:
         config, data_set = self._config, self._data_set
         check = data_set.check_label
-        decoding = Decoding(data_set.num_classes, has_labels, config.cache_gb, config.cache_dtype, check)
+        decoding = Decoding(
+            data_set.num_classes, has_labels, config.cache_gb, config.cache_dtype, check, data_set.channels
+        )
         return CroppedVolumes({name: self._path_of(name) for name in names}, decoding, config.patch_size, crop)
 
     def _facts(self, names: Sequence[str]) -> dict[str, Any]:
@@ -246,5 +258,6 @@ class VolumeData(StudyData):
 
         decision = Decision(config.decision_rule)
         return Task(
-            data_set.name, data_set.class_names, infer, decision, PLANES, data_set.label_values, data_set.patient_of
-        )
+            data_set.name, data_set.class_names, infer, decision, PLANES, data_set.label_values, data_set.patient_of,
+            data_set.channels,
+        )  # fmt: skip

@@ -41,7 +41,7 @@ def test_memory_grows_with_the_batch_and_shrinks_in_bf16(name):
 
 def test_a_stage_holds_what_its_step_trains_together():
     first, second, bcp = (
-        plan_of(header(**more), 4, stage)
+        plan_of(header(**more), (4, 1), stage)
         for stage, more in (("pre_train", {}), ("self_train", {}), ("self_train", {"method": "bcp"}))
     )
     assert first.students == ("resunet",) and first.teacher is None
@@ -82,9 +82,9 @@ def test_a_full_memory_ends_in_one_sentence(error, monkeypatch):
     monkeypatch.setattr(ahead, "free_gib", lambda device: 100.0)
     published = header(batch_size=12, patch_size=(256, 256))
     with pytest.raises(UserError, match="the memory of cpu is full in self_train: --batch_size 6 would take about"):
-        with experiment.told_of_memory(published, 4, "self_train", CPU):
+        with experiment.told_of_memory(published, (4, 1), "self_train", CPU):
             raise error
-    with pytest.raises(RuntimeError, match="another"), experiment.told_of_memory(header(), 4, "self_train", CPU):
+    with pytest.raises(RuntimeError, match="another"), experiment.told_of_memory(header(), (4, 1), "self_train", CPU):
         raise RuntimeError("another")
 
 

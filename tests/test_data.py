@@ -141,7 +141,7 @@ def test_a_missing_data_set_says_where_and_what(tmp_path):
 
 
 def test_volumes(acdc_phantom):
-    cases = read_volumes(acdc_phantom, "val", 4)
+    cases = read_volumes(acdc_phantom, "val", DATA_SET)
     assert [case.name for case in cases] == ["patient005_frame01", "patient005_frame02"]
     assert all(case.image.ndim == 3 and case.label.max() == 3 for case in cases)
 

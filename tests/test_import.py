@@ -154,7 +154,7 @@ def test_acdc_and_its_prediction_do_not_depend_on_how_a_scan_is_stored(tmp_path)
             p = np.float32(volume * ramp / 2)
             return [np.stack([1 - p, p])]
 
-        result = Scan(None, segment(scan, how, infer, [])[1], stored.affine).oriented("LPS")
+        result = Scan(None, segment([scan], how, infer, [])[1], stored.affine).oriented("LPS")
         predicted[codes] = result.array
     raw = image.T.astype(float)
     np.testing.assert_allclose(found["LPS"][0], (raw - raw.min()) / np.ptp(raw), atol=1e-6)  # nothing is turned
@@ -416,8 +416,8 @@ def touch(folder, *names):
 @pytest.mark.parametrize(
     ("images", "labels", "refused"),
     [
-        (("c1_0000", "c2_0000", "c2_0001"), ("c1",), "c2_0001.nii.gz is another channel or copy of c2_0000"),
-        (("c1_0000", "c2_0001"), ("c1",), "c2_0001.nii.gz is another channel"),
+        (("c1_0000", "c2_0000", "c2_0001"), ("c1",), "the case c1 has no channel 0001, only .*c1_0000.nii.gz: put"),
+        (("c1_0000", "c2_0001"), ("c1",), "the case c1 has no channel 0001"),
         (("c1_0000", "c2", "c2_0000"), ("c1",), "c2.nii.gz is another channel or copy of c2_0000"),
         (("s_0000", "s_0001", "s_0002"), ("s_0001",), ""),
         (("s_0001", "s_0002"), ("s_0001",), ""),
@@ -430,7 +430,7 @@ def test_channels_are_no_cases(tmp_path, images, labels, refused):
         with pytest.raises(UserError, match=refused):
             join(images, labels)
     else:
-        assert set(join(images, labels)) == {path.name.split(".")[0] for path in images.iterdir()}
+        assert set(join(images, labels).files) == {path.name.split(".")[0] for path in images.iterdir()}
 
 
 @pytest.mark.parametrize("sides", [("0", "1", "1"), ("-1", "1", "1"), ("1000", "1", "1"), ("nan", "1", "1")])

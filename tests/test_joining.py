@@ -46,7 +46,7 @@ def lists(root):
 def test_a_bids_folder_by_patterns(bids, tmp_path, said):
     said()
     config = Config(
-        tmp_path / "mine", "zscore", bids, bids, image_pattern="**/*_T1w.nii.gz", label_pattern="**/*_mask.nii.gz"
+        tmp_path / "mine", ("zscore",), bids, bids, image_pattern="**/*_T1w.nii.gz", label_pattern="**/*_mask.nii.gz"
     )
     import_nifti(config)
     found = lists(tmp_path / "mine")
@@ -111,7 +111,7 @@ def test_patients_are_never_on_both_sides(clinic, said):
     root, lines = clinic
     table = write_table(root / "cases.csv", [",".join(line) for line in lines], "case,image,label,patient")
     said()
-    import_nifti(Config(root / "mine", "zscore", table=table, test_fraction=0.34, seed=0))
+    import_nifti(Config(root / "mine", ("zscore",), table=table, test_fraction=0.34, seed=0))
     found = lists(root / "mine")
     sides = [{name[0] for name in found.get(key, [])} for key in ("test", "train_lab", "train_unlab")]
     assert len(sides[0]) == 1 and len(found["test"]) in (1, 2) and not sides[0] & (sides[1] | sides[2])
@@ -125,7 +125,7 @@ def test_patients_are_never_on_both_sides(clinic, said):
     held = sorted(sides[0])[0]
     more = [*lines, ["e1", "raw/d/1.nii.gz", "raw/d/1_gt.nii.gz", "e"], [f"{held}9", "raw/d/1.nii.gz", "", held]]
     write_table(table, [",".join(line) for line in more], "case,image,label,patient")
-    import_nifti(Config(root / "mine", "zscore", table=table, test_fraction=0.34, seed=0))
+    import_nifti(Config(root / "mine", ("zscore",), table=table, test_fraction=0.34, seed=0))
     assert lists(root / "mine")["test"] == found["test"] and "e1" in lists(root / "mine")["train_lab"]
     assert f"since their patients are held out: {held}9" in said() or held == "c"
 
@@ -138,8 +138,8 @@ def test_a_tables_splits_are_taken_as_they_are(clinic):
     with pytest.raises(
         UserError, match="has the patient c in val .c1. and in train .c2.: a patient must be on one side"
     ):
-        import_nifti(Config(root / "mine", "zscore", table=table))
-    import_nifti(Config(root / "mine", "zscore", table=write_table(root / "cases.csv", rows[:-1])))
+        import_nifti(Config(root / "mine", ("zscore",), table=table))
+    import_nifti(Config(root / "mine", ("zscore",), table=write_table(root / "cases.csv", rows[:-1])))
     assert lists(root / "mine") == {"train_lab": ["a1", "a2"], "test": ["b1", "b2"], "val": ["c1"]}
 
 
@@ -173,18 +173,18 @@ def test_too_much_and_too_little_is_refused(tmp_path):
         ({"table": tmp_path / "none.csv"}, "--table .* cannot be read"),
     ):
         with pytest.raises(UserError, match=message):
-            import_nifti(Config(output, "zscore", **given))
+            import_nifti(Config(output, ("zscore",), **given))
 
 
 def test_labels_without_geometry_lie_on_their_scans_voxel_by_voxel(tmp_path, said):
     for k in range(4):
         save(tmp_path / "images" / f"c{k}.nii.gz", k)
         save(tmp_path / "labels" / f"c{k}.nii.gz", k, label=True, affine=np.eye(4) if k else None)
-    config = Config(tmp_path / "mine", "zscore", tmp_path / "images", tmp_path / "labels")
+    config = Config(tmp_path / "mine", ("zscore",), tmp_path / "images", tmp_path / "labels")
     with pytest.raises(UserError, match="mm beside"):
         import_nifti(config)
     said()
-    import_nifti(Config(tmp_path / "mine", "zscore", tmp_path / "images", tmp_path / "labels", by_index=True))
+    import_nifti(Config(tmp_path / "mine", ("zscore",), tmp_path / "images", tmp_path / "labels", by_index=True))
     told = said()
     assert "NOTE: --by_index: the labels of 3 cases have no geometry" in told
     assert (tmp_path / "mine" / "by_index.png").read_bytes().startswith(b"\x89PNG")

@@ -83,7 +83,8 @@ def test_its_own_test_set_and_folds(raw, tmp_path, said):
 
 def test_the_first_version_is_read_and_ct_is_clipped(tmp_path):
     found = read_description(describe(tmp_path / "Task01", FIRST))
-    assert (found.class_names, found.label_values, found.normalise, found.ending) == (("liver",), (1,), "ct", ".nii.gz")
+    assert (found.class_names, found.label_values) == (("liver",), (1,))
+    assert (found.normalise, found.ending) == (("ct",), ".nii.gz")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_files_that_are_missing_or_named_otherwise(raw, tmp_path):
         import_nnunet(Config(raw, tmp_path / "x"))
     (raw / "labelsTr" / "z.nii.gz").unlink()
     save(raw / "imagesTr" / "h_000_0001.nii.gz")
-    with pytest.raises(UserError, match="h_000_0001.nii.gz has not the number _0000 of a single channel"):
+    with pytest.raises(UserError, match="h_000_0001.nii.gz has none of the channels' numbers _0000 in its name"):
         import_nnunet(Config(raw, tmp_path / "x"))
     (raw / "imagesTr" / "h_000_0001.nii.gz").unlink()
     save(tmp_path / "more" / "h_000_0000.nii.gz")

@@ -72,19 +72,19 @@ def test_no_failure_ends_a_batch(trained, tmp_path, monkeypatch):
         change(path, SamplesPerPixel=3, PhotometricInterpretation="RGB")
     import dataloaders.scans.prediction as prediction
 
-    prepare = prediction.prepare
+    prepare = prediction.prepare_channels
 
-    def failing(scan, *rest, **named):
-        if scan.path.name == "c":
+    def failing(channels, *rest, **named):
+        if channels[0].path.name == "c":
             raise RuntimeError("a library's own\nreason")
-        return prepare(scan, *rest, **named)
+        return prepare(channels, *rest, **named)
 
-    monkeypatch.setattr(prediction, "prepare", failing)
+    monkeypatch.setattr(prediction, "prepare_channels", failing)
     text = predicted(trained, tmp_path / "scans", tmp_path / "out", fails=True)
     assert "b/000.dcm holds colours" in text and "c: RuntimeError: a library's own" in text
     assert text.endswith("give the series that it was made from.") and "2 of 4 scans were refused, the first:" in text
     assert [row["scan"] for row in rows(tmp_path / "out")] == ["a", "a", "d", "d"]
-    monkeypatch.setattr(prediction, "prepare", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(prediction, "prepare_channels", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         predicted(trained, tmp_path / "scans", tmp_path / "out")
 

@@ -136,7 +136,7 @@ def test_a_prediction_lies_on_its_scan(codes, training, spacing, resampled, turn
         p = 1 / (1 + np.exp(-40 * (volume - 0.5)))
         return [np.stack([1 - p, p]).astype(np.float32)]
 
-    probabilities = segment(scan, how, infer, [])
+    probabilities = segment([scan], how, infer, [])
     assert probabilities.shape == (2, *scan.array.shape)
     np.testing.assert_allclose(probabilities.sum(axis=0), 1, atol=1e-5)
     found = probabilities[1] > 0.5
@@ -160,7 +160,7 @@ def test_a_roi_is_background_outside(codes):
         return [np.stack([np.zeros_like(volume), np.ones_like(volume)])]
 
     box = check_roi((4, 12, 6, 18, 2, 16), scan)
-    found = segment(scan, how, infer, [], box)[1] > 0.5
+    found = segment([scan], how, infer, [], box)[1] > 0.5
     expected = np.zeros(scan.array.shape, bool)
     expected[4:12, 6:18, 2:16] = True
     assert found[expected].all() and not found[~ndimage.binary_dilation(expected, iterations=2)].any()
@@ -508,16 +508,17 @@ def test_a_second_import_in_another_way_is_refused(own, changed, words):
     assert words in text and (own / "mine" / "dataset.json").read_text() == before
 
 
-def test_channels_of_one_case_are_refused_and_numbers_are_names(own, tmp_path):
+def test_numbers_are_channels_or_names(own, tmp_path):
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()
         shutil.copy(own / "raw" / folder / "case_01.nii.gz", tmp_path / folder / "case_0000.nii.gz")
         shutil.copy(own / "raw" / folder / "case_02.nii.gz", tmp_path / folder / "case_0001.nii.gz")
-    assert set(join(tmp_path / "images", tmp_path / "labels")) == {"case_0000", "case_0001"}
+    assert set(join(tmp_path / "images", tmp_path / "labels").files) == {"case_0000", "case_0001"}
     (tmp_path / "labels" / "case_0000.nii.gz").rename(tmp_path / "labels" / "case.nii.gz")
     (tmp_path / "labels" / "case_0001.nii.gz").unlink()
-    with pytest.raises(UserError, match="case_0001.nii.gz is another channel"):
-        join(tmp_path / "images", tmp_path / "labels")
+    joined = join(tmp_path / "images", tmp_path / "labels")
+    assert joined.channels == ("0000", "0001")
+    assert [path.name for path in joined.files["case"][0]] == ["case_0000.nii.gz", "case_0001.nii.gz"]
     with pytest.raises(UserError, match="--images and --labels are both"):
         join(tmp_path / "images", tmp_path / "images")
 

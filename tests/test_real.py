@@ -31,8 +31,8 @@ def test_real_acdc_reads_as_the_lists_say():
     assert (len(labelled), len(unlabelled)) == (136, 1176)
     chosen = slices.Slices(DATA / "acdc", labelled, Decoding(4, True, 1), Augmentation((256, 256)))
     image, label = chosen.sample(0, np.random.default_rng(0))
-    assert image.shape == label.shape == (256, 256) and 0 <= image.min() <= image.max() <= 1
-    assert len(slices.read_volumes(DATA / "acdc", "val", 4)) == 20
+    assert image.shape == (1, 256, 256) and label.shape == (256, 256) and 0 <= image.min() <= image.max() <= 1
+    assert len(slices.read_volumes(DATA / "acdc", "val", acdc.DATA_SET)) == 20
 
 
 def test_real_la_reads():

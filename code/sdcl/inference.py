@@ -48,8 +48,8 @@ def predict(networks: Sequence[nn.Module], images: Tensor, precision: str = "fp3
     """Run networks in eval mode without gradient.
 
     Args:
-        networks: each maps (N, 1, *S) to logits (N, C, *S).
-        images: (N, 1, *S) float32, on the networks' device.
+        networks: each maps (N, channels, *S) to logits (N, C, *S).
+        images: (N, channels, *S) float32, on the networks' device.
         precision: "fp32", "tf32" (set_arithmetic() says what it does) or "bf16".
 
     Returns:
@@ -76,7 +76,7 @@ def slice_wise(
 
     Args:
         networks: 2D networks on one device.
-        volume: (D, H, W), float32.
+        volume: (D, H, W), or (channels, D, H, W) of several, float32.
         size: (H', W') that the networks get, in pixels.
         num_classes: number of classes C.
         batch_size: slices that go through the networks together.
@@ -87,12 +87,12 @@ def slice_wise(
 
     Source: docs/method.md, "Schedule, selection, test", ACDC: order-0 zoom to the size and back.
     """
-    depth, height, width = volume.shape
-    zoomed = nearest_zoom(volume.astype(np.float32, copy=False), size)  # (D, H', W')
+    depth, height, width = volume.shape[-3:]
+    zoomed = nearest_zoom(_with_channels(volume), size).swapaxes(0, 1)  # (D, channels, H', W')
     background = np.eye(num_classes, dtype=np.float32)[0, :, None, None]
     results = [np.empty((num_classes, depth, height, width), np.float32) for _ in networks]
     for start in range(0, depth, batch_size):
-        images = torch.from_numpy(zoomed[start : start + batch_size, None]).to(device_of(networks))
+        images = torch.from_numpy(np.ascontiguousarray(zoomed[start : start + batch_size])).to(device_of(networks))
         for result, probabilities in zip(results, predict(networks, images, precision), strict=True):
             back = nearest_zoom(probabilities.cpu().numpy(), (height, width), background)  # (n, C, H, W)
             result[:, start : start + len(back)] = back.swapaxes(0, 1)
@@ -143,7 +143,7 @@ def sliding_window(
 
     Args:
         networks: 3D networks on one device.
-        volume: (X, Y, Z); padded with zeros to at least the patch, and cropped back.
+        volume: (X, Y, Z), or (channels, X, Y, Z) of several; padded with zeros to at least the patch, and cropped back.
         patch_size: the window's sides, in voxels.
         stride: between windows, in voxels; at most the patch.
         num_classes: number of classes C.
@@ -160,39 +160,46 @@ def sliding_window(
 
     Source: docs/method.md, "Schedule, selection, test", sliding window.
     """
-    if not len(volume.shape) == len(patch_size) == len(stride) == 3:
+    shape = volume.shape[volume.ndim == 4 :]
+    if not len(shape) == len(patch_size) == len(stride) == 3:
         raise ValueError(f"volume {volume.shape}, patch {patch_size} and stride {stride} need three sides each")
     if any(not 1 <= step <= patch for step, patch in zip(stride, patch_size, strict=True)):
         raise ValueError(f"stride {stride} must lie between 1 and the patch {patch_size}, or windows leave gaps")
-    pads = [max(patch - side, 0) for side, patch in zip(volume.shape, patch_size, strict=True)]
-    padded = np.pad(volume.astype(np.float32, copy=False), [(pad // 2, pad - pad // 2) for pad in pads])
+    pads = [max(patch - side, 0) for side, patch in zip(shape, patch_size, strict=True)]
+    padded = np.pad(_with_channels(volume), [(0, 0), *((pad // 2, pad - pad // 2) for pad in pads)])
     device = device_of(networks)
-    image = torch.from_numpy(padded)
-    starts = [window_starts(*axis) for axis in zip(padded.shape, patch_size, stride, strict=True)]
+    image, channels, padded_shape = torch.from_numpy(padded), len(padded), padded.shape[1:]
+    starts = [window_starts(*axis) for axis in zip(padded_shape, patch_size, stride, strict=True)]
     profiles = [window_profile(patch, weighting) for patch in patch_size]
     window_weight = torch.einsum("i,j,k->ijk", *profiles).to(device)
     run = predict_flipped if tta else predict
-    results = [np.zeros((num_classes, *padded.shape), np.float32) for _ in networks]
+    results = [np.zeros((num_classes, *padded_shape), np.float32) for _ in networks]
     for block in product(*map(_blocks, starts, patch_size)):
         corner = [axis[0] for axis in block]
         sides = [axis[-1] - axis[0] + patch for axis, patch in zip(block, patch_size, strict=True)]
         sums = [torch.zeros(num_classes, *sides, device=device) for _ in networks]
-        region = _window(image, corner, sides).to(device)  # at once: windows are cut on the device
+        region = _window(image, (0, *corner), (channels, *sides)).to(device)  # at once: windows are cut on the device
         places = [tuple(a - b for a, b in zip(place, corner, strict=True)) for place in product(*block)]
         for first in range(0, len(places), batch_size):
             chosen = places[first : first + batch_size]
-            windows = torch.stack([_window(region, place, patch_size) for place in chosen])[:, None]
+            windows = torch.stack([_window(region, (0, *place), (channels, *patch_size)) for place in chosen])
             for total, probabilities in zip(sums, run(networks, windows, precision), strict=True):
                 for place, p in zip(chosen, probabilities, strict=True):
                     _window(total, (0, *place), (num_classes, *patch_size)).add_(p * window_weight)
         for total, result in zip(sums, results, strict=True):
             _window(result, (0, *corner), total.shape)[...] += total.cpu().numpy()
-    norms = [_axis_weight(*axis).numpy() for axis in zip(padded.shape, starts, profiles, strict=True)]
+    norms = [_axis_weight(*axis).numpy() for axis in zip(padded_shape, starts, profiles, strict=True)]
     for result in results:  # the grid is a product, so the weights' sum over windows is one too
         for x, planes in enumerate(result.swapaxes(0, 1)):
             planes /= norms[0][x] * np.multiply.outer(norms[1], norms[2])
-    inside = tuple(slice(pad // 2, pad // 2 + side) for pad, side in zip(pads, volume.shape, strict=True))
+    inside = tuple(slice(pad // 2, pad // 2 + side) for pad, side in zip(pads, shape, strict=True))
     return [np.ascontiguousarray(result[(slice(None), *inside)]) for result in results]
+
+
+def _with_channels(volume: np.ndarray) -> np.ndarray:
+    """Return a volume (X, Y, Z) or (channels, X, Y, Z) as float32 (channels, X, Y, Z)."""
+    volume = volume.astype(np.float32, copy=False)
+    return volume if volume.ndim == 4 else volume[None]
 
 
 def _blocks(starts: Sequence[int], patch: int) -> list[list[int]]:

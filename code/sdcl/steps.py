@@ -177,7 +177,7 @@ def pretrain_step(learners: Learners, batch: Batch, mask: Tensor, settings: Sett
 
     Args:
         learners: changed in place.
-        batch: "x_a", "x_b" (N, 1, *S) float32; "y_a", "y_b" (N, *S) integers; on the networks' device.
+        batch: "x_a", "x_b" (N, channels, *S) float32; "y_a", "y_b" (N, *S) integers; on the networks' device.
         mask: (*S), True keeps batch a.
         settings: reads pre_dice, dice, precision.
 

@@ -35,7 +35,7 @@ class Job:
         name: of the case.
         targets: the files that make it finished, the last one written last.
         run: writes them.
-        image: the raw image that they are made of.
+        images: the raw image that they are made of, or its channels.
         label: the raw label, or None.
         made_by: attributes that say how they are made; a file that has others is made again.
     """
@@ -43,7 +43,7 @@ class Job:
     name: str
     targets: Sequence[Path]
     run: Callable[[], None]
-    image: Path
+    images: tuple[Path, ...]
     label: Path | None = None
     made_by: Mapping[str, str] = field(default_factory=dict)
 
@@ -124,7 +124,7 @@ def _waiting(jobs: Sequence[Job], workers: int) -> list[Job]:
     def reason(job: Job) -> str:
         if not all(target.exists() for target in job.targets):
             return "missing"
-        return change_since(job.targets[-1], job.image, job.label, job.made_by)
+        return change_since(job.targets[-1], job.images, job.label, job.made_by)
 
     with ThreadPoolExecutor(workers) as pool:
         reasons = list(pool.map(reason, jobs))
@@ -177,7 +177,7 @@ def write_slices(
     Args:
         root_path: the data set's folder.
         name: of the case.
-        image: (D, H, W).
+        image: (D, H, W), or (channels, D, H, W) of several.
         label: (D, H, W), or None.
         attributes: from provenance(); the slices get those that do not speak of the volume.
     """
@@ -188,7 +188,7 @@ def write_slices(
         old.unlink()  # of a conversion that gave more slices
     kept = ("source", "label_source", "orientation", "rule", "preprocessing", "version")
     of_slices = {key: attributes[key] for key in kept}
-    for k, picture in enumerate(image, start=1):
+    for k, picture in enumerate(image if image.ndim == 3 else image.swapaxes(0, 1), start=1):
         write_case(folder / f"{name}{SLICE}{k}.h5", picture, None if label is None else label[k - 1], of_slices)
     write_case(volume, image, label, attributes)
 
@@ -200,13 +200,13 @@ class Origin:
     Attributes:
         rule: by which a script made it.
         raw: the folder that image and label lie in, somewhere.
-        image: the raw image.
+        images: the raw image, or its channels.
         label: the raw label, where there is one.
     """
 
     rule: str
     raw: Path
-    image: Path
+    images: tuple[Path, ...]
     label: Path | None
 
 
@@ -222,15 +222,15 @@ def provenance(case: Prepared, how: Preprocessing, origin: Origin, box: Box | No
     steps = case.affine[:3, :3]
     sides = np.linalg.norm(steps, axis=0)
     return {
-        "source": _relative(origin.image, origin.raw),
+        "source": ", ".join(_relative(image, origin.raw) for image in origin.images),
         "label_source": "" if origin.label is None else _relative(origin.label, origin.raw),
-        "source_fingerprint": fingerprint(origin.image),
-        "label_fingerprint": fingerprint(origin.label),
+        "source_fingerprint": fingerprint(*origin.images),
+        "label_fingerprint": fingerprint(*([] if origin.label is None else [origin.label])),
         "spacing": sides,  # mm, along the array's axes
         "origin": case.affine[:3, 3],  # mm, RAS+: of the first voxel's centre
         "direction": (steps / sides).ravel(),  # row by row; column k is where the array's axis k points, RAS+
         "orientation": "".join(nibabel.aff2axcodes(case.affine)),
-        "crop_box": np.ravel(box if box is not None else [(0, side) for side in case.array.shape]),
+        "crop_box": np.ravel(box if box is not None else [(0, side) for side in case.shape]),
         "rule": origin.rule,
         "preprocessing": how.to_json(),
         "version": FORMAT_VERSION,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.scans.dicom import is_dicom
+from dataloaders.scans.pictures import PICTURES, is_picture
 from dataloaders.scans.series import LeftOut, Series, sort_out, tell_left_out
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -18,6 +19,7 @@ MGH = (".mgz", ".mgh")  # FreeSurfer's
 SUFFIXES = (*NIFTI, *ITK, *MGH)
 PIXELS_OF = {".raw": ITK, ".zraw": ITK, ".raw.gz": ITK, ".img": PAIR, ".img.gz": PAIR}  # whose header is beside them
 NO_SCAN = ("is of no format that is read here", "are of no format that is read here")
+PICTURE = ("is a picture beside scans", "are pictures beside scans")
 NO_FILE = ("cannot be opened", "cannot be opened")
 MAX_NAME = 150  # bytes; file systems allow 255, and predictions add to it
 
@@ -41,7 +43,7 @@ class _Found:
     series: Series | None = None
 
 
-def suffix_of(path: Path, suffixes: Sequence[str] = (*SUFFIXES, *PAIR)) -> str:
+def suffix_of(path: Path, suffixes: Sequence[str] = (*SUFFIXES, *PAIR, *PICTURES)) -> str:
     """Return the longest of some suffixes that a file's name ends with, in any case; "" for none."""
     name = path.name.lower()
     return next((s for s in sorted(suffixes, key=len, reverse=True) if name.endswith(s) and name != s), "")
@@ -56,6 +58,8 @@ def name_of(path: Path) -> str:
 def find_scans(folder: Path) -> dict[str, Path]:
     """Find the scans below a folder: files and DICOM series, at any depth; what is left out is logged.
 
+    Pictures (PNG, TIFF ...) are scans where there are no others, and else previews of them, left out.
+
     A file is called after its path below the folder, joined by `_`; a series after the shortest part of its path that
     holds no other scan, or after the folder itself where that is the series; several of one folder by their number.
 
@@ -68,19 +72,25 @@ def find_scans(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the one that holds the scans.")
     left: LeftOut = {}
-    files, dicoms = [], []
+    files, dicoms, pictures = [], [], []
     for path in _walk(folder, left):
-        if is_scan_file(path):
+        if is_picture(path):
+            pictures.append(path)
+        elif is_scan_file(path):
             files.append(path)
         elif is_dicom(path):
             dicoms.append(path)
         elif not _is_part(path):
             left.setdefault(NO_SCAN, []).append(path)
     series, without = sort_out(dicoms)
+    if files or series:
+        left |= {PICTURE: pictures} if pictures else {}
+    else:
+        files = pictures
     tell_left_out(folder, without | left)
     if not files and not series:
         raise UserError(
-            f"{folder} holds no scans: expected {', '.join(SUFFIXES)} files or folders of DICOM series there."
+            f"{folder} holds no scans: expected {', '.join(SUFFIXES)} files, pictures or folders of DICOM series there."
         )
     _check_twins(files)
     found = [_Found((*path.parent.relative_to(folder).parts, name_of(path)), file=path) for path in files]

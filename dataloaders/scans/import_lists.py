@@ -208,5 +208,5 @@ def write_lists(root: Path, layout: str, lists: Lists) -> None:
 def slices_of(root: Path, name: str) -> list[str]:
     """Return the names of a case's slices, in order: as many as its volume has."""
     with h5py.File(find_file(root, name), "r") as file:
-        count = len(file["image"])
+        count = file["image"].shape[-3]
     return [f"{name}{SLICE}{k}" for k in range(1, count + 1)]

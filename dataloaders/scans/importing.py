@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from dataloaders.datasets import find_file
 from dataloaders.files import read_sample
 from dataloaders.own import DESCRIPTION, is_name
 from dataloaders.scans.alignment import TRUSTED, check_alignment
+from dataloaders.scans.channels import read_channels
 from dataloaders.scans.convert import Job, Origin, check_trust, convert, provenance, write_case, write_slices
 from dataloaders.scans.import_lists import Lists, draw, keep, settings_of, write_lists
 from dataloaders.scans.joining import Cases
 from dataloaders.scans.label_values import LabelMap, choose_values, class_names
-from dataloaders.scans.preprocessing import WINDOW_HU, Preprocessing, prepare, prepare_label
-from dataloaders.scans.reading import SIDES_MM, Scan, aligned_label, label_by_index, read_label, read_scan
+from dataloaders.scans.pictures import colours_of, is_picture
+from dataloaders.scans.preprocessing import WINDOW_HU, Preprocessing, prepare_channels, prepare_label
+from dataloaders.scans.reading import SIDES_MM, Scan, aligned_label, label_by_index, read_label
 from dataloaders.scans.slicing import choose_slice_axis
 from sdcl.runs.atomic import write_text
 from sdcl.runs.errors import UserError
@@ -38,14 +41,14 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
     """
     _check(config)
     labels = LabelMap.of(config.label_values, config.merge, config.ignore)
-    found = find()
+    found = _with_colours(find(), config)
     cases = found.files
     masks = {name: label for name, (_, label) in cases.items() if label is not None}
     check_trust(config.trust, masks)
     labels = choose_values(masks, labels, config.class_names, config.workers)
     lists = draw(list(masks), [name for name in cases if name not in masks], config, found)
     there = _earlier(config)
-    how = preprocessing_of(config, {name: image for name, (image, _) in cases.items()}, there)
+    how = preprocessing_of(config, found, there)
     content = {
         "name": config.output.resolve().name,
         "class_names": list(config.class_names) or class_names(labels.values),
@@ -63,16 +66,32 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
         lists = keep(earlier, lists, config, there.get("split"), found.patients)
         content["split"] = there.get("split")
     jobs = []
-    for name, (image, label) in cases.items():
-        run = lambda n=name, i=image, m=label: convert_case(n, i, m, how, labels, config)  # noqa: E731
+    for name, (images, label) in cases.items():
+        run = lambda n=name, i=images, m=label: convert_case(n, i, m, how, labels, config)  # noqa: E731
         target = find_file(config.output, name)
-        jobs.append(Job(name, [target], run, image, label, made_by(how, labels, label)))
+        jobs.append(Job(name, [target], run, images, label, made_by(how, labels, label)))
     convert(jobs, config.workers, config.overwrite)
     write_lists(config.output, config.layout, lists)
     write_text(config.output / DESCRIPTION, json.dumps(content, indent=2) + "\n")
     if config.by_index and (laid := [name for name, path in masks.items() if says_nothing(read_label(path))]):
         draw_by_index(config, laid, content)
     tell_end(config, lists)
+
+
+def _with_colours(found: Cases, config: Any) -> Cases:
+    """Return the cases with the channels of colour pictures, if they are some.
+
+    Raises:
+        UserError: a setting is impossible for pictures, or some hold colours and some do not.
+    """
+    if not any(is_picture(paths[0]) for paths, _ in found.files.values()):
+        return found
+    if config.layout != "slices":
+        raise UserError("pictures are slices: give --layout slices.")
+    if config.spacing_mm is not None:
+        raise UserError("pictures have no voxel sides in mm, to which --spacing_mm could resample: leave it out.")
+    colours = colours_of({name: paths[0] for name, (paths, _) in found.files.items() if len(paths) == 1})
+    return replace(found, channels=found.channels or colours)
 
 
 def tell_end(config: Any, lists: Lists) -> None:
@@ -83,27 +102,29 @@ def tell_end(config: Any, lists: Lists) -> None:
 
 
 def convert_case(
-    name: str, image_path: Path, label_path: Path | None, how: Preprocessing, labels: LabelMap, config: Any
+    name: str, paths: tuple[Path, ...], label_path: Path | None, how: Preprocessing, labels: LabelMap, config: Any
 ):
     """Align, preprocess and write one case, in 2D its single slices first."""
-    image, mask, alignment = read_image(image_path, config), None, ""
-    case = prepare(
-        image, how, config.trust_hu, tell=False
-    )  # choose_slice_axis() has told; what is no CT aligns nowhere
+    channels, mask, alignment = read_channels(paths, config.pixel_spacing_mm), None, ""
+    image = channels[0]
+    # choose_slice_axis() has told; what is no CT aligns nowhere
+    case = prepare_channels(channels, how, config.trust_hu, tell=False)
     if label_path is not None:
         label = read_label(label_path)
         classes = Scan(label_path, labels.classes(label.array), label.affine)
         is_by_index = config.by_index and says_nothing(label)
         on_image = label_by_index(image, classes) if is_by_index else aligned_label(image, classes)
         alignment = TRUSTED if name in config.trust or "all" in config.trust else "checked"
-        if how.normalise == "ct" and alignment != TRUSTED:
-            clipped = np.clip(image.array, *WINDOW_HU)
+        if "ct" in how.rules and alignment != TRUSTED:
+            clipped = np.clip(channels[how.rules.index("ct")].array, *WINDOW_HU)
             check_alignment(label_path, clipped, on_image, is_organ_ct=False, way_out=f"give --trust {name}")
         mask = prepare_label(on_image, image, how)
         tell_lost(name, label_path, on_image, mask, config)
     raw = config.images if config.table is None else config.table.parent
-    attributes = provenance(case, how, Origin(RULE, raw, image_path, label_path))
+    attributes = provenance(case, how, Origin(RULE, raw, paths, label_path))
     attributes |= {"alignment": alignment} | made_by(how, labels, label_path)
+    if is_picture(paths[0]):
+        attributes = {key: value for key, value in attributes.items() if key not in ("spacing", "origin", "direction")}
     if how.layout == "slices":
         write_slices(config.output, name, case.array, mask, attributes)
     else:
@@ -122,7 +143,8 @@ def draw_by_index(config: Any, names: Sequence[str], content: dict[str, Any]) ->
 
     cases, classes = [], content["class_names"]
     for name in names[:DRAWN]:
-        sample = read_sample(find_file(config.output, name), ndim=3, num_classes=len(classes) + 1)
+        channels = content["preprocessing"].get("channels", ())
+        sample = read_sample(find_file(config.output, name), ndim=3, num_classes=len(classes) + 1, channels=channels)
         cases.append(Case(name, sample.image, sample.label))
     path = config.output / "by_index.png"
     save_label_figure(path, cases, classes, config.layout == "volume")
@@ -130,11 +152,6 @@ def draw_by_index(config: Any, names: Sequence[str], content: dict[str, Any]) ->
         "NOTE: --by_index: the labels of %d cases have no geometry and were laid on their scans voxel by voxel, which "
         "nothing but a look can check: see %s", len(names), path,
     )  # fmt: skip
-
-
-def read_image(path: Path, config: Any) -> Scan:
-    """Read a scan, with what the flags say of its geometry."""
-    return read_scan(path, **({"pixel_spacing_mm": config.pixel_spacing_mm} if config.pixel_spacing_mm else {}))
 
 
 def made_by(how: Preprocessing, labels: LabelMap, label: Path | None) -> dict[str, str]:
@@ -207,11 +224,26 @@ def _check_same(config: Any, there: dict[str, Any], content: dict[str, Any]) -> 
         )
 
 
-def preprocessing_of(config: Any, scans: dict[str, Path], there: dict[str, Any]) -> Preprocessing:
-    """Return what is done to every scan; the slicing axis once for all of them."""
-    axis = None
+def preprocessing_of(config: Any, found: Cases, there: dict[str, Any]) -> Preprocessing:
+    """Return what is done to every scan; the slicing axis once for all of them, by their first channels.
+
+    Raises:
+        UserError: --normalise gives neither one rule nor one for each channel.
+    """
+    axis, rules = None, tuple(config.normalise)
+    if len(rules) not in (1, max(len(found.channels), 1)):
+        raise UserError(
+            f"--normalise gives {len(rules)} rules for {max(len(found.channels), 1)} channels: give one for all, or "
+            "one for each."
+        )
+    for name, rule in zip(found.channels, rules if len(rules) > 1 else rules * len(found.channels), strict=True):
+        LOGGER.info("channel %s is normalised by %s", name, rule)
     if config.layout == "slices":
         earlier = (there.get("preprocessing") or {}).get("slice_axis") if not config.overwrite else None
-        reader: Callable[[Path], Scan] = lambda path: read_image(path, config)  # noqa: E731
+        reader: Callable[[Path], Scan] = lambda path: read_channels((path,), config.pixel_spacing_mm)[0]  # noqa: E731
+        scans = {name: images[0] for name, (images, _) in found.files.items()}
         axis = choose_slice_axis(scans, config.slice_axis or earlier, config.spacing_mm, config.workers, reader)
-    return Preprocessing(config.normalise, "LPS", config.spacing_mm, layout=config.layout, slice_axis=axis)
+    normalise = rules if len(set(rules)) > 1 else rules[0]
+    return Preprocessing(
+        normalise, "LPS", config.spacing_mm, layout=config.layout, slice_axis=axis, channels=found.channels
+    )

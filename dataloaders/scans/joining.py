@@ -3,20 +3,19 @@
 import csv
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dataloaders.checks import name_fault
 from dataloaders.datasets import SLICE
+from dataloaders.scans.channels import FIRST, NUMBERED, PLACE, group, numbers_of
 from dataloaders.scans.reading import find_scans
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
-CHANNEL = "_0000"  # that nnU-Net's image names end with, and its label names do not
-ANY_CHANNEL = re.compile(r"(.+)_\d{4}")
-COLUMNS = ("case", "image", "label", "patient", "split")  # of a table; the last three may be missing or empty
+FURTHER = ("label", "patient", "split")  # columns of a table that may be missing or empty
 SPLITS = ("train", "val", "test")
 MAX_TABLE_BYTES = 2**26
 
@@ -26,14 +25,16 @@ class Cases:
     """The cases of an import.
 
     Attributes:
-        files: each case's scan and its label, or None without one.
+        files: each case's scan, a file a channel, and its label, or None without one.
         patients: whose a case is, where a table says so; else each case is its own patient.
         splits: "train", "val" or "test" of each case, where a table says so.
+        channels: names of several channels, in the order of the files; empty: one.
     """
 
-    files: dict[str, tuple[Path, Path | None]]
+    files: dict[str, tuple[tuple[Path, ...], Path | None]]
     patients: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, str] = field(default_factory=dict)
+    channels: tuple[str, ...] = ()
 
 
 def find_cases(config: Any) -> Cases:
@@ -43,43 +44,53 @@ def find_cases(config: Any) -> Cases:
         UserError: too little or too much is given, or files do not belong together.
     """
     patterns = (config.image_pattern, config.label_pattern)
-    folders = (config.images, config.labels)
+    folders, channels = (config.images, config.labels), config.channels
+    if len(channels) == 1 or len(set(channels)) < len(channels):
+        raise UserError(f"--channels {' '.join(channels)} must be several different names; of one, leave it out.")
     if config.table is not None:
         if any(given is not None for given in (*folders, *patterns)):
             raise UserError("--table names every file itself: leave --images, --labels and the patterns out.")
-        return checked(read_table(config.table))
+        return checked(read_table(config.table, channels))
     if config.images is None or config.labels is None:
         raise UserError("--images and --labels are needed, the folders of the scans and of the labels; or --table.")
     if any(patterns):
         if not all(patterns):
             raise UserError("--image_pattern and --label_pattern belong together: give both.")
-        images, labels = by_pattern(config.images, patterns[0]), by_pattern(config.labels, patterns[1])
-        return checked(Cases(_paired(images, labels, config.images)))
-    return checked(Cases(join(config.images, config.labels)))
+        images = by_patterns(config.images, patterns[0], channels)
+        labels = by_pattern(config.labels, patterns[1])
+        return checked(Cases(_paired(images, labels, config.images), channels=channels))
+    return checked(join(config.images, config.labels, channels))
 
 
-def join(images: Path, labels: Path) -> dict[str, tuple[Path, Path | None]]:
+def join(images: Path, labels: Path, channels: tuple[str, ...] = ()) -> Cases:
     """Join scans and labels by name.
 
-    Returns:
-        Case name to scan and label, or None without one.
+    Args:
+        images: folder of the scans.
+        labels: folder of the labels.
+        channels: that scans' names end with; empty: one, or the numbers _0000, _0001, ... that they end with.
 
     Raises:
-        UserError: a label has no scan.
+        UserError: a label has no scan, or a scan lacks a channel.
     """
     if images.resolve() == labels.resolve():
         raise UserError(f"--images and --labels are both {images}: give the folder of each, or patterns.")
     masks, found = find_scans(labels), find_scans(images)
-    numbered = {match[1] for match in map(ANY_CHANNEL.fullmatch, masks) if match} - set(masks)
-    _check_channels(found, set(masks), numbered)
+    channels = channels or numbers_of(found, masks)
+    if channels:
+        LOGGER.info("%s: images of %d channels, %s", images, len(channels), ", ".join(channels))
+        return Cases(_paired(group(found, channels), masks, images), channels=channels)
+    numbered = {match[1] for match in map(NUMBERED.fullmatch, masks) if match} - set(masks)
     scans = {
-        name if name in masks or name.removesuffix(CHANNEL) in numbered else name.removesuffix(CHANNEL): path
+        name if name in masks or name.removesuffix(FIRST) in numbered else name.removesuffix(FIRST): path
         for name, path in found.items()
     }
-    return _paired(scans, masks, images)
+    return Cases(_paired(group(scans, ()), masks, images))
 
 
-def _paired(scans: Mapping[str, Path], masks: Mapping[str, Path], images: Path) -> dict[str, tuple[Path, Path | None]]:
+def _paired(
+    scans: Mapping[str, tuple[Path, ...]], masks: Mapping[str, Path], images: Path
+) -> dict[str, tuple[tuple[Path, ...], Path | None]]:
     """Give each scan its label.
 
     Raises:
@@ -88,15 +99,16 @@ def _paired(scans: Mapping[str, Path], masks: Mapping[str, Path], images: Path) 
     for name, path in masks.items():
         if name not in scans:
             close = difflib.get_close_matches(name, scans, n=1)
-            hint = f"the closest is {scans[close[0]].name}" if close else f"there are {', '.join(list(scans)[:3])} ..."
+            there = f"there are {', '.join(list(scans)[:3])} ..."
+            hint = f"the closest is {scans[close[0]][0].name}" if close else there
             raise UserError(f"{path} has no scan of the name {name} in {images} ({hint}): rename one of them.")
-    return {name: (path, masks.get(name)) for name, path in scans.items()}
+    return {name: (paths, masks.get(name)) for name, paths in scans.items()}
 
 
 def checked(cases: Cases) -> Cases:
     """Refuse cases whose names a list or a folder cannot hold."""
     written: dict[str, Path] = {}
-    for name, (path, _) in cases.files.items():
+    for name, ((path, *_), _) in cases.files.items():
         fault = name_fault(name) or (f"it contains {SLICE}" if SLICE in name else "")
         if fault:
             raise UserError(f"{path} cannot give a case the name {name!r} ({fault}): rename the scan and its label.")
@@ -106,32 +118,29 @@ def checked(cases: Cases) -> Cases:
     return cases
 
 
-def _check_channels(found: dict[str, Path], masks: set[str], numbered: set[str]) -> None:
-    """Refuse several channels of one case, which nnU-Net numbers _0000, _0001, ...; else each would become a case.
+# --- patterns ---
 
-    Args:
-        found: scans by their files' names.
-        masks: names of the labels.
-        numbered: what comes before such a number in labels' names, where it is part of the name.
+
+def by_patterns(folder: Path, pattern: str, channels: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+    """Do what by_pattern() does, of several channels once for each, in the place of "{channel}".
 
     Raises:
-        UserError: names the file.
+        UserError: see by_pattern(), or the place is missing, or a case lacks a channel.
     """
-    stems = {name.removesuffix(CHANNEL) for name in found if name.endswith(CHANNEL)}
-    uses_channels = any(stem in masks for stem in stems)
-    for name, path in found.items():
-        match = ANY_CHANNEL.fullmatch(name)
-        stem = match[1] if match else name
-        if name.endswith(CHANNEL) or stem in numbered:
-            continue
-        if stem in stems or (match and uses_channels):
+    if (PLACE in pattern) != bool(channels):
+        raise UserError(
+            f"--image_pattern {pattern} and --channels belong together: {PLACE} stands in the pattern for each of them."
+        )
+    if not channels:
+        return group(by_pattern(folder, pattern), ())
+    found = {channel: by_pattern(folder, pattern.replace(PLACE, channel)) for channel in channels}
+    for name in sorted(set().union(*found.values())):
+        if missing := [channel for channel, files in found.items() if name not in files]:
             raise UserError(
-                f"{path} is another channel or copy of {stem}{CHANNEL}: leave one channel of each case in the folder, "
-                "or rename them if they are cases of their own."
+                f"the case {name} has no channel {missing[0]}, which {pattern} would name: put its file there, or "
+                "leave the case out."
             )
-
-
-# --- patterns ---
+    return {name: tuple(files[name] for files in found.values()) for name in found[channels[0]]}
 
 
 def by_pattern(folder: Path, pattern: str) -> dict[str, Path]:
@@ -196,8 +205,10 @@ def _expression(pattern: str, grouped: bool, at: int) -> str:
 # --- a table ---
 
 
-def read_table(path: Path) -> Cases:
+def read_table(path: Path, channels: tuple[str, ...] = ()) -> Cases:
     """Read a table of cases: CSV with the columns case and image, and maybe label, patient and split.
+
+    Of several channels each has a column of its name in the place of image.
 
     Files are named as seen from the table's folder; a folder is a DICOM series. Where a split is given, it is for every
     case that has a label, "train", "val" or "test"; a case without a label trains.
@@ -212,23 +223,26 @@ def read_table(path: Path) -> Cases:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--table {path} cannot be read ({error}): write it as UTF-8 text, a line a case.") from None
     rows = csv.DictReader(text.splitlines())
-    unknown = [name for name in rows.fieldnames or () if name not in COLUMNS]
-    if unknown or not {"case", "image"} <= set(rows.fieldnames or ()):
+    images = channels or ("image",)
+    needed = ("case", *images)
+    unknown = [name for name in rows.fieldnames or () if name not in (*needed, *FURTHER)]
+    if unknown or not set(needed) <= set(rows.fieldnames or ()):
         raise UserError(
-            f"--table {path} has the columns {', '.join(rows.fieldnames or ()) or 'none'}: it needs case and image, "
-            "and may have label, patient and split."
+            f"--table {path} has the columns {', '.join(rows.fieldnames or ()) or 'none'}: it needs "
+            f"{', '.join(needed[:-1])} and {needed[-1]}, and may have label, patient and split (--channels names the "
+            "columns of several channels)."
         )
-    files: dict[str, tuple[Path, Path | None]] = {}
+    files: dict[str, tuple[tuple[Path, ...], Path | None]] = {}
     patients: dict[str, str] = {}
     splits: dict[str, str] = {}
     for row in rows:
-        given = {name: (row.get(name) or "").strip() for name in COLUMNS}
+        given = {name: (row.get(name) or "").strip() for name in (*needed, *FURTHER)}
         name, where = given["case"], f"--table {path}, line {rows.line_num}"
         if not name or name in files:
             raise UserError(f"{where}: {f'the case {name} is there already' if name else 'the case has no name'}.")
-        image = _file(path.parent, given["image"], where)
+        paths = tuple(_file(path.parent, given[image], where) for image in images)
         label = _file(path.parent, given["label"], where) if given["label"] else None
-        files[name] = image, label
+        files[name] = paths, label
         if given["patient"]:
             patients[name] = given["patient"]
         if given["split"]:
@@ -254,7 +268,7 @@ def read_table(path: Path) -> Cases:
                 f"--table {path} has the patient {patient} in {before} ({other}) and in {split} ({name}): a patient "
                 "must be on one side."
             )
-    return Cases(files, patients, splits)
+    return Cases(files, patients, splits, channels)
 
 
 def _file(folder: Path, text: str, where: str) -> Path:

@@ -1,13 +1,15 @@
 """nnU-Net's layout of a data set: what its dataset.json says, and which files make a case."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dataloaders.scans.channels import FIRST, group
 from dataloaders.scans.convert import few
-from dataloaders.scans.joining import CHANNEL, Cases, checked
+from dataloaders.scans.joining import Cases, checked
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
@@ -23,21 +25,23 @@ class Described:
         ending: of its files, such as ".nii.gz".
         class_names: of the labels but the background, in the order of their numbers.
         label_values: these numbers.
-        normalise: the rule for its channel.
+        normalise: the rule for each channel.
+        channels: names of several channels; empty: one.
     """
 
     folder: Path
     ending: str
     class_names: tuple[str, ...]
     label_values: tuple[int, ...]
-    normalise: str
+    normalise: tuple[str, ...]
+    channels: tuple[str, ...] = ()
 
 
 def read_description(folder: Path) -> Described:
     """Read a data set's dataset.json, of nnU-Net's second version or its first.
 
     Raises:
-        UserError: it is missing or broken, or holds what is not taken: several channels, regions, an ignored label.
+        UserError: it is missing or broken, or holds what is not taken: regions, an ignored label.
     """
     path = folder / DESCRIPTION
     try:
@@ -50,11 +54,9 @@ def read_description(folder: Path) -> Described:
         raise UserError(f"{path} does not exist: give as --dataset the folder nnUNet_raw/DatasetXXX_Name.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): restore it.") from None
-    if len(channels) != 1:
-        raise UserError(
-            f"{path} has {len(channels)} channels ({', '.join(map(str, channels.values()))}), and images of one are "
-            "taken: import one channel's files with import_nifti.py."
-        )
+    names = tuple(str(channels.get(str(k))) for k in range(len(channels)))
+    if not names or "None" in names or len(set(names)) < len(names):
+        raise UserError(f"{path}: its channels must be numbered 0, 1, ... and have different names: correct them.")
     if regions := [name for name, value in named.items() if not isinstance(value, int)]:
         raise UserError(f"{path}: the label {regions[0]} is a region of several numbers: give each number a label.")
     if "ignore" in named:
@@ -63,10 +65,11 @@ def read_description(folder: Path) -> Described:
     if not others or 0 not in named.values() or len({value for value, _ in others}) < len(others):
         raise UserError(f"{path}: its labels must be a background of 0 and different numbers: correct them.")
     ending = str(content.get("file_ending", ".nii.gz"))
-    channel = str(next(iter(channels.values())))
-    rule = "ct" if channel.upper() == "CT" else "zscore"
-    LOGGER.info("%s: channel %s, normalised by %s; labels %s", path, channel, rule, ", ".join(n for _, n in others))
-    return Described(folder, ending, tuple(name for _, name in others), tuple(value for value, _ in others), rule)
+    rules = tuple("ct" if name.upper() == "CT" else "zscore" for name in names)
+    said = ", ".join(f"channel {name}, normalised by {rule}" for name, rule in zip(names, rules, strict=True))
+    LOGGER.info("%s: %s; labels %s", path, said, ", ".join(n for _, n in others))
+    labels = tuple(name for _, name in others), tuple(value for value, _ in others)
+    return Described(folder, ending, *labels, rules, names if len(names) > 1 else ())
 
 
 def find_cases(described: Described, config: Any) -> Cases:
@@ -80,23 +83,24 @@ def find_cases(described: Described, config: Any) -> Cases:
         UserError: a file is missing, or belongs to no case.
     """
     folder, ending = described.folder, described.ending
-    images = _images(folder / "imagesTr", ending)
+    images = _images(folder / "imagesTr", described)
     labels = _labels(folder / "labelsTr", ending)
     if alone := sorted(set(labels) - set(images)):
-        raise UserError(f"{labels[alone[0]]} has no image imagesTr/{alone[0]}{CHANNEL}{ending}: put it there.")
-    files: dict[str, tuple[Path, Path | None]] = {name: (path, labels.get(name)) for name, path in images.items()}
-    tests = _images(folder / "imagesTs", ending) if (folder / "imagesTs").is_dir() else {}
+        raise UserError(f"{labels[alone[0]]} has no image imagesTr/{alone[0]}{FIRST}{ending}: put it there.")
+    files: dict[str, tuple] = {name: (paths, labels.get(name)) for name, paths in images.items()}
+    tests = _images(folder / "imagesTs", described) if (folder / "imagesTs").is_dir() else {}
     scored = _labels(folder / "labelsTs", ending) if (folder / "labelsTs").is_dir() else {}
     if bare := [name for name in tests if name not in scored]:
         LOGGER.info("images of imagesTs without a label, left out (predict.py segments them): %s", few(bare))
-    held = {name: (path, scored[name]) for name, path in tests.items() if name in scored}
-    more = _images(config.unlabelled, ending) if config.unlabelled is not None else {}
+    held = {name: (paths, scored[name]) for name, paths in tests.items() if name in scored}
+    found = _images(config.unlabelled, described) if config.unlabelled is not None else {}
+    more = {name: (paths, None) for name, paths in found.items()}
     for others, where in ((held, "imagesTs"), (more, "--unlabelled")):
         if twice := sorted(set(others) & set(files)):
             raise UserError(f"the case {twice[0]} is in imagesTr and in {where}: rename one of them.")
-        files |= {name: value if isinstance(value, tuple) else (value, None) for name, value in others.items()}
+        files |= others
     splits = _sides(files, held, config)
-    return checked(Cases(files, splits=splits))
+    return checked(Cases(files, splits=splits, channels=described.channels))
 
 
 def _sides(files: Mapping[str, tuple], held: Mapping[str, tuple], config: Any) -> dict[str, str]:
@@ -127,19 +131,23 @@ def _sides(files: Mapping[str, tuple], held: Mapping[str, tuple], config: Any) -
     return sides
 
 
-def _images(folder: Path, ending: str) -> dict[str, Path]:
-    """Return the images of a folder by case: the files that end with the first channel's number."""
-    found, others = {}, []
-    for path in _files(folder):
-        if path.name.endswith(CHANNEL + ending):
-            found[path.name.removesuffix(CHANNEL + ending)] = path
-        elif path.name.endswith(ending):
-            others.append(path)
-    if others:
-        raise UserError(f"{others[0]} has not the number {CHANNEL} of a single channel in its name: rename it.")
-    if not found:
-        raise UserError(f"{folder} holds no images <case>{CHANNEL}{ending}: look at `file_ending` in {DESCRIPTION}.")
-    return found
+def _images(folder: Path, described: Described) -> dict[str, tuple[Path, ...]]:
+    """Return the images of a folder by case, a file a channel: names end with the channel's number."""
+    ending, last = described.ending, len(described.channels or ("",)) - 1
+    files = [path for path in _files(folder) if path.name.endswith(ending)]
+    if not files:
+        raise UserError(f"{folder} holds no images <case>{FIRST}{ending}: look at `file_ending` in {DESCRIPTION}.")
+    numbers = "|".join(f"{k:04d}" for k in range(last + 1))
+    for path in files:
+        if not re.fullmatch(rf".+_({numbers})", path.name.removesuffix(ending)):
+            raise UserError(
+                f"{path} has none of the channels' numbers {FIRST}{f' to _{last:04d}' if last else ''} in its name, "
+                f"which {DESCRIPTION} gives: rename it, or move it away."
+            )
+    found = {path.name.removesuffix(ending): path for path in files}
+    if not described.channels:
+        return {name.removesuffix(FIRST): (path,) for name, path in found.items()}
+    return group(found, described.channels)
 
 
 def _labels(folder: Path, ending: str) -> dict[str, Path]:

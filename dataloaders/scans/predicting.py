@@ -1,6 +1,6 @@
 """Segmenting scans one after the other, as code/predict.py's header says: what fails is told, the others are there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,32 +8,37 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataloaders.scans.finding import SeriesPath
-from dataloaders.scans.joining import CHANNEL
+from dataloaders.scans.channels import FIRST, group, read_channels
+from dataloaders.scans.finding import SeriesPath, is_scan_file
+from dataloaders.scans.pictures import is_picture, save_mask
 from dataloaders.scans.prediction import Run, box_on_grid, check_roi, inference_of, segment
-from dataloaders.scans.reading import Scan, find_scans, name_of, read_scan
+from dataloaders.scans.preprocessing import WINDOW_HU
+from dataloaders.scans.reading import Scan, find_scans, name_of
 from dataloaders.scans.results import is_sheared, nifti_like, read_volumes, save_nifti_file, upright, write_volumes
 from dataloaders.volumes import check_windows
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 from sdcl.scoring.evaluation import Case
-from sdcl.scoring.figures import save_scan_figure
+from sdcl.scoring.figures import class_colours, save_scan_figure
 
 
-def predict(config: Any, run: Run, name: str, path: Path, model: tuple) -> list[dict]:
+def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tuple) -> list[dict]:
     """Segment one scan and write its label map, and the probabilities if asked for; return its structures' volumes.
 
     Args:
         config: the header.
         run: the trained run.
         name: of the scan.
-        path: of the scan.
+        paths: of the scan, of each channel.
         model: what infers, and the networks.
     """
-    original = scan = read_scan(path, pixel_spacing_mm=config.pixel_spacing_mm)
+    channels, path = read_channels(paths, config.pixel_spacing_mm), paths[0]
+    original = scan = channels[0]
     roi, inside = check_roi(config.roi, scan) if config.roi else None, None
     if is_sheared(scan) and scan.header is None:
-        scan, inside = upright(scan)
+        inside = upright(scan)[1]
+        channels = [upright(channel)[0] for channel in channels]
+        scan = channels[0]
         roi = box_on_grid(roi, original, scan.affine, scan.array.shape) if roi else None
         shapes = ["×".join(map(str, s.array.shape)) for s in (original, scan)]
         LOGGER.info(
@@ -42,32 +47,49 @@ def predict(config: Any, run: Run, name: str, path: Path, model: tuple) -> list[
         )  # fmt: skip
     elif is_sheared(scan):
         LOGGER.info("NOTE: %s: its axes are sheared; the prediction's are, too (qform code 0)", path)
-    probabilities = segment(scan, run.preprocessing, *model, roi, config.trust_hu)
+    probabilities = segment(channels, run.preprocessing, *model, roi, config.trust_hu)
     if inside is not None:
         probabilities *= inside
         probabilities[0][~inside] = 1
     label = run.decision(probabilities)
-    written = name.removesuffix(CHANNEL) if config.nnunet_names else f"{name}_prediction"
-    save_nifti_file(nifti_like(scan, run.in_label_values(label)), config.output / f"{written}.nii.gz")
+    written = name.removesuffix(FIRST) if config.nnunet_names else f"{name}_prediction"
+    if is_picture(path):
+        _save_mask(config.output / f"{written}.png", run, label)
+    else:
+        save_nifti_file(nifti_like(scan, run.in_label_values(label)), config.output / f"{written}.nii.gz")
     if config.save_probability:
         foreground = probabilities[1] if run.num_classes == 2 else np.moveaxis(probabilities[1:], 0, -1)
         save_nifti_file(nifti_like(scan, foreground), config.output / f"{name}_probability.nii.gz")
     if config.save_figure:
         save_figure(config, run, name, scan, label)
-    ml = abs(np.linalg.det(scan.affine[:3, :3])) / 1000
+    ml = np.nan if is_picture(path) else abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     counts = {structure: int((label == c).sum()) for c, structure in enumerate(run.class_names, start=1)}
     return [{"scan": name, "structure": s, "volume_ml": float(n * ml), "voxels": n} for s, n in counts.items()]
+
+
+def _save_mask(path: Path, run: Run, label: np.ndarray) -> None:
+    """Write a picture's label map, with the label files' numbers and the classes' colours."""
+    highest = max(run.label_values, default=0)
+    colours = np.zeros((highest + 1, 3), int)
+    colours[list(run.label_values)] = np.rint(255 * class_colours(np.arange(1, run.num_classes)))
+    save_mask(path, run.in_label_values(label), colours.tolist())
 
 
 def save_figure(config: Any, run: Run, name: str, scan: Scan, label: np.ndarray) -> None:
     """Draw a prediction over its scan; what the drawing library raises loses the figure alone."""
     turned, shown = scan.oriented("LAS"), Scan(scan.path, label, scan.affine).oriented("LAS").array
-    window = (-125.0, 275.0) if run.preprocessing.normalise == "ct" else None
+    window = WINDOW_HU if run.preprocessing.rules[0] == "ct" else None
     path = config.output / f"{name}.png"
     try:
         save_scan_figure(path, Case(name, turned.array, shown, turned.spacing_mm), run.class_names, window)
     except Exception as error:
         LOGGER.info("NOTE: %s could not be drawn (%s)", path, reason_of(error))
+
+
+def _size(row: dict[str, Any]) -> str:
+    """Return a structure and how large it is, of a picture in pixels."""
+    ml, voxels = row["volume_ml"], row["voxels"]
+    return f"{row['structure']} {f'{voxels} pixels' if np.isnan(ml) else f'{ml:.3g} ml'}"
 
 
 def reason_of(error: Exception) -> str:
@@ -80,15 +102,27 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}"
 
 
-def scans_of(path: Path) -> dict[str, Path]:
-    """Return the scans to predict by name; of one series, however deep it lies, the name of the folder given counts."""
+def scans_of(path: Path, channels: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+    """Return the scans to predict by name, a file a channel.
+
+    Of one series, however deep it lies, the name of the folder given counts; of several channels a file stands for the
+    others of its case, beside it.
+    """
     if not path.exists():
         raise UserError(f"--input {path} does not exist: check the path.")
+    if path.is_file() and not channels:
+        return {name_of(path): (path,)}
     if path.is_file():
-        return {name_of(path): path}
+        beside = {name_of(other): other for other in sorted(path.parent.iterdir()) if is_scan_file(other)}
+        cases = group(beside, channels)
+        name = next((name for name, paths in cases.items() if path in paths), None)
+        if name is None:
+            raise UserError(f"--input {path} is no channel of a case, its name ends otherwise: give the folder.")
+        return {name: cases[name]}
     scans = find_scans(path)
     only = next(iter(scans.values()))
-    return {path.resolve().name: only} if len(scans) == 1 and isinstance(only, SeriesPath) else scans
+    is_series = len(scans) == 1 and isinstance(only, SeriesPath)
+    return group({path.resolve().name: only} if is_series else scans, channels)
 
 
 def tell_limits(config: Any, run: Run) -> None:
@@ -104,7 +138,7 @@ def tell_limits(config: Any, run: Run) -> None:
         LOGGER.info("NOTE: this run fixes no slicing axis: each scan is sliced across its own longest voxel side.")
 
 
-Load = Callable[[Any, dict[str, Any], int, torch.device], list[nn.Module]]
+Load = Callable[[Any, dict[str, Any], tuple[int, int], torch.device], list[nn.Module]]
 
 
 def predict_scans(config: Any, device: torch.device, load: Load) -> None:
@@ -113,7 +147,7 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     Args:
         config: code/predict.py's header.
         device: where to compute.
-        load: gives the networks of a header, a run's settings, a number of classes and a device.
+        load: gives the networks of a header, a run's settings, the numbers of classes and of channels, and a device.
 
     Raises:
         UserError: a setting is impossible, or some scans were refused; the others are there.
@@ -123,19 +157,20 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     run = Run.read(config.run, config.largest_component)
     if config.stride and run.is_3d:
         check_windows(config.stride, run.settings["patch_size"])
-    scans = scans_of(config.input)
+    scans = scans_of(config.input, run.preprocessing.channels)
     tell_limits(config, run)
-    model = inference_of(run, config), load(config, run.settings, run.num_classes, device)
+    sizes = run.num_classes, len(run.preprocessing.rules)
+    model = inference_of(run, config), load(config, run.settings, sizes, device)
     table = config.output / "volumes.csv"
     earlier, rows, failures, kept = read_volumes(table), [], [], 0
-    for name, path in scans.items():
+    for name, paths in scans.items():
         try:
-            found = predict(config, run, name, path, model)
+            found = predict(config, run, name, paths, model)
             rows += found
             kept = write_volumes(table, earlier, rows)
-            LOGGER.info("%s: %s", name, ", ".join(f"{r['structure']} {r['volume_ml']:.3g} ml" for r in found))
+            LOGGER.info("%s: %s", name, ", ".join(map(_size, found)))
         except Exception as error:  # whatever a library raises, the other scans are predicted
-            failures.append(f"{'' if isinstance(error, UserError) else f'{path}: '}{reason_of(error)}")
+            failures.append(f"{'' if isinstance(error, UserError) else f'{paths[0]}: '}{reason_of(error)}")
             LOGGER.info("%s: REFUSED: %s", name, failures[-1])
     if rows:
         LOGGER.info("written to %s%s", config.output, f"; {kept} rows of other scans stay in {table.name}" * bool(kept))

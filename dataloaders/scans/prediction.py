@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 from torch import nn
 
-from dataloaders.scans.preprocessing import Box, Preprocessing, onto_scan, prepare
+from dataloaders.scans.preprocessing import Box, Preprocessing, onto_scan, prepare_channels
 from dataloaders.scans.reading import Scan
 from sdcl.inference import slice_wise, sliding_window, window_starts
 from sdcl.runs.errors import UserError
@@ -99,7 +99,7 @@ def inference_of(run: Run, config: Any) -> Callable[[Sequence[nn.Module], np.nda
     stride = config.stride or [max(side // 2, 1) for side in size]
 
     def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
-        sides = zip(np.maximum(volume.shape, size).tolist(), size, stride, strict=True)
+        sides = zip(np.maximum(volume.shape[-3:], size).tolist(), size, stride, strict=True)
         windows = math.prod(len(window_starts(*side)) for side in sides)
         if windows > MANY_WINDOWS:
             LOGGER.info("%d windows: --roi or a larger --stride makes them fewer", windows)
@@ -112,7 +112,7 @@ def inference_of(run: Run, config: Any) -> Callable[[Sequence[nn.Module], np.nda
 
 
 def segment(
-    scan: Scan,
+    channels: Sequence[Scan],
     how: Preprocessing,
     infer: Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]],
     networks: Sequence[nn.Module],
@@ -122,9 +122,9 @@ def segment(
     """Predict a scan and bring the probabilities back onto its own grid.
 
     Args:
-        scan: an image.
+        channels: of an image, on one grid.
         how: what the networks' training files went through.
-        infer: maps networks and a prepared volume (*S) to each network's probabilities (C, *S).
+        infer: maps networks and a prepared volume (*S), or (channels, *S), to each network's probabilities (C, *S).
         networks: their probabilities are averaged.
         roi: only this box of the scan, in its own voxels, (first, end) of each axis; outside is background.
         trust_hu: take any values of a CT for HU.
@@ -132,9 +132,9 @@ def segment(
     Returns:
         float32 (C, X, Y, Z), on the scan's grid.
     """
-    prepared = prepare(scan, how, trust_hu=trust_hu)
+    scan, prepared = channels[0], prepare_channels(channels, how, trust_hu)
     if roi is not None:
-        prepared = prepared.cropped(box_on_grid(roi, scan, prepared.affine, prepared.array.shape))
+        prepared = prepared.cropped(box_on_grid(roi, scan, prepared.affine, prepared.shape))
     outputs = infer(networks, prepared.array)
     mean = outputs[0] if len(outputs) == 1 else np.mean(outputs, axis=0)
     placed = np.stack([onto_scan(channel, prepared.affine, scan) for channel in mean])

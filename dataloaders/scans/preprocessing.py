@@ -29,7 +29,7 @@ class Preprocessing:
 
     Attributes:
         normalise: "zscore" (zero mean, unit variance over the scan), "minmax" ([0, 1] over the scan) or "ct" (HU
-            clipped to WINDOW_HU, mapped to [0, 1]).
+            clipped to WINDOW_HU, mapped to [0, 1]); of several channels one for all, or one for each.
         orientation: where the array's axes point, such as "LPS"; None: as the scan is stored.
         spacing_mm: voxel sides after resampling, in the array's axes; None: the scan's own.
         trust_slice_spacing: False resamples as if slices were as far apart as their pixels, the published way of
@@ -37,18 +37,30 @@ class Preprocessing:
         layout: "volume" (X, Y, Z), or "slices" (slices, rows, columns).
         slice_axis: of the oriented array, across which the slices lie; None, in files and runs made before there was
             such a field: across each scan's own axis with the longest voxel side.
+        channels: names of several channels, in their order; empty: one, which needs no name.
     """
 
-    normalise: Normalisation
+    normalise: Normalisation | tuple[Normalisation, ...]
     orientation: str | None = "LPS"
     spacing_mm: tuple[float, float, float] | None = None
     trust_slice_spacing: bool = True
     layout: Literal["volume", "slices"] = "volume"
     slice_axis: Axis | None = None
+    channels: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> tuple[Normalisation, ...]:
+        """Return the rule of each channel."""
+        return (self.normalise,) * max(len(self.channels), 1) if isinstance(self.normalise, str) else self.normalise
+
+    def of_channel(self, index: int) -> "Preprocessing":
+        """Return what one channel goes through."""
+        return dataclasses.replace(self, normalise=self.rules[index], channels=())
 
     def to_json(self) -> str:
-        """Return the fields as JSON, the same text for the same fields."""
-        return json.dumps(dataclasses.asdict(self))
+        """Return the fields as JSON, the same text for the same fields; of one channel without their names."""
+        fields = dataclasses.asdict(self)
+        return json.dumps(fields if self.channels else {name: v for name, v in fields.items() if name != "channels"})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Preprocessing":
@@ -58,14 +70,23 @@ class Preprocessing:
             ValueError: the fields are not these.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or not set(fields) <= names or fields.get("normalise") not in _NORMALISATIONS:
+        if not isinstance(fields, dict) or not set(fields) <= names:
             raise ValueError(f"{fields} is no preprocessing, which has {', '.join(sorted(names))}")
         if not isinstance(fields.get("orientation", "LPS"), (str, type(None))):
             raise ValueError(f"{fields['orientation']!r} is no orientation, which is three letters such as LPS")
         if fields.get("slice_axis") not in (None, *AXES):
             raise ValueError(f"{fields['slice_axis']!r} is no slicing axis, which is x, y or z")
-        spacing = fields.get("spacing_mm")
-        return cls(**fields | {"spacing_mm": None if spacing is None else tuple(spacing)})
+        spacing, channels = fields.get("spacing_mm"), tuple(fields.get("channels") or ())
+        normalise = fields.get("normalise")
+        rules = tuple(normalise) if isinstance(normalise, (list, tuple)) else normalise
+        each = rules if isinstance(rules, tuple) else (rules,)
+        if not each or not set(each) <= set(_NORMALISATIONS) or (rules is each and len(rules) != len(channels)):
+            raise ValueError(f"{normalise!r} is not {' or '.join(_NORMALISATIONS)}, for all channels or for each")
+        is_named = all(isinstance(name, str) for name in channels) and len(set(channels)) == len(channels)
+        if not is_named or len(channels) == 1:
+            raise ValueError(f"{list(channels)} are not the different names of several channels")
+        changed = {"spacing_mm": None if spacing is None else tuple(spacing), "channels": channels, "normalise": rules}
+        return cls(**fields | changed)
 
 
 @dataclass(frozen=True)
@@ -73,22 +94,45 @@ class Prepared:
     """A preprocessed scan.
 
     Attributes:
-        array: float32, (X, Y, Z) or (slices, rows, columns); or a label map, uint8.
+        array: float32, (X, Y, Z) or (slices, rows, columns), behind the channels where there are several; or a label
+            map, uint8.
         affine: (4, 4), from the array's indices to mm, RAS+.
     """
 
     array: np.ndarray
     affine: np.ndarray
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the sides of the grid in space, in voxels."""
+        return self.array.shape[-3:]
+
     def cropped(self, box: Box) -> "Prepared":
         """Return the part inside a box ((first, end) of each axis)."""
         affine = self.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ [first for first, _ in box]
-        return Prepared(self.array[tuple(slice(*side) for side in box)], affine)
+        return Prepared(self.array[(..., *(slice(*side) for side in box))], affine)
+
+
+def prepare_channels(
+    channels: Sequence[Scan], how: Preprocessing, trust_hu: bool = False, tell: bool = True
+) -> Prepared:
+    """Do what prepare() does with each channel of a case, by its own rule; they lie on one grid.
+
+    Raises:
+        UserError: see prepare(), or there are not as many channels as there should be.
+    """
+    if len(channels) != len(how.rules):
+        raise UserError(
+            f"{channels[0].path} has {len(channels)} channels where {len(how.rules)} are needed"
+            f"{f' ({_names(how.channels)})' if how.channels else ''}: give as many."
+        )
+    done = [prepare(scan, how.of_channel(k), trust_hu, tell and k == 0) for k, scan in enumerate(channels)]
+    return done[0] if len(done) == 1 else Prepared(np.stack([one.array for one in done]), done[0].affine)
 
 
 def prepare(scan: Scan, how: Preprocessing, trust_hu: bool = False, tell: bool = True) -> Prepared:
-    """Bring an image into a network's axes, voxels and range.
+    """Bring an image of one channel into a network's axes, voxels and range.
 
     Args:
         scan: as it was read.
@@ -318,6 +362,10 @@ def _axes(turned: Scan, affine: np.ndarray, shape: Sequence[int], how: Preproces
                 turned.path, AXES[across],
             )  # fmt: skip
     return (across, *(axis for axis in (2, 1, 0) if axis != across))
+
+
+def _names(channels: Sequence[str]) -> str:
+    return ", ".join(channels)
 
 
 def _times(values: Sequence[float]) -> str:

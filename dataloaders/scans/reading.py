@@ -16,6 +16,7 @@ from dataloaders.scans.finding import ITK, MGH, NIFTI, PAIR, SeriesPath, suffix_
 from dataloaders.scans.finding import SUFFIXES as SUFFIXES
 from dataloaders.scans.finding import find_scans as find_scans
 from dataloaders.scans.finding import name_of as name_of
+from dataloaders.scans.pictures import AFFINE, is_picture, read_mask, read_picture
 from dataloaders.scans.series import read_series, sort_out, tell_left_out
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -69,8 +70,8 @@ def read_scan(path: Path, *, pixel_spacing_mm: tuple[float, float] | None = None
     """Read an image.
 
     Args:
-        path: a NIfTI, NRRD, MetaImage or MGH file, a folder with a DICOM series, one of its files, or what
-            find_scans() found.
+        path: a NIfTI, NRRD, MetaImage or MGH file, a grey picture, a folder with a DICOM series, one of its files, or
+            what find_scans() found.
         pixel_spacing_mm: between rows and between columns, for DICOM files without PixelSpacing.
 
     Returns:
@@ -110,7 +111,7 @@ def read_label(
     Raises:
         UserError: it cannot be read, or holds something else than classes, or nothing but background.
     """
-    label = _read(path, pixel_spacing_mm)
+    label = Scan(path, read_mask(path), AFFINE) if is_picture(path) else _read(path, pixel_spacing_mm)
     top = num_classes or highest + 1
     values = np.unique(label.array)
     with np.errstate(invalid="ignore"):  # infinite values are refused below
@@ -195,6 +196,11 @@ def _read(path: Path, pixel_spacing_mm: tuple[float, float] | None) -> Scan:
     for suffixes, read in (((*NIFTI, *PAIR), _read_nifti), (ITK, _read_itk), (MGH, _read_mgh)):
         if suffix_of(path, suffixes):
             return _checked(guarded(path, read))
+    if is_picture(path):
+        channels = read_picture(path)
+        if len(channels) > 1:
+            raise UserError(f"{path} holds colours, and one number a pixel is needed here: save it as a grey picture.")
+        return Scan(path, channels[0], AFFINE)
     if is_dicom(path):
         return _checked(_read_dicom(path, _series_with(path), pixel_spacing_mm))
     raise UserError(f"{path} is none of {', '.join(SUFFIXES)}, nor a folder of DICOM files: convert it to NIfTI.")
@@ -240,7 +246,8 @@ def _series_with(path: Path) -> tuple[Path, ...]:
 
 
 def _volume_shape(path: Path, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the first three sides, of which no others may be longer than 1."""
+    """Return the first three sides, of which no others may be longer than 1; an image of two is one slice."""
+    shape = (*shape, 1) if len(shape) == 2 else shape
     if len(shape) < 3 or any(side != 1 for side in shape[3:]) or 0 in shape:
         raise UserError(f"{path} has the shape {_times(shape)}, it must be one volume of three dimensions: export one.")
     return tuple(shape[:3])
@@ -268,7 +275,10 @@ def _nifti_affine(path: Path, image: nibabel.Nifti1Pair) -> np.ndarray:
         unit = "unknown"
     affine = np.array(image.affine, float)
     affine[:3] *= UNITS_MM.get(unit, 1.0)
-    scan = Scan(path, np.empty(image.shape[:3], np.bool_), affine)
+    if len(image.shape) == 2 and not affine[:3, 2].any():  # a slice whose header gives it no thickness
+        normal = np.cross(affine[:3, 0], affine[:3, 1])
+        affine[:3, 2] = normal / max(np.linalg.norm(normal), 1e-12)
+    scan = Scan(path, np.empty(_volume_shape(path, image.shape), np.bool_), affine)
     if unit in ("meter", "micron") and not _is_plausible(scan):
         raise UserError(
             f"{path}: its header gives voxels of {_times(scan.spacing_mm)} mm, its unit being the {unit}, which no "
@@ -307,9 +317,9 @@ def _read_itk(path: Path) -> Scan:
     check_declared(path, "its header", reader.GetSize(), 1, stored)
     image = reader.Execute()
     image = image[(slice(None),) * 3 + (0,) * (image.GetDimension() - 3)] if image.GetDimension() > 3 else image
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
+    affine, sides = np.eye(4), image.GetDimension()
+    affine[:sides, :sides] = np.reshape(image.GetDirection(), (sides, sides)) * image.GetSpacing()
+    affine[:sides, 3] = image.GetOrigin()
     return Scan(path, sitk.GetArrayFromImage(image).T.reshape(shape), LPS_TO_RAS @ affine)
 
 

@@ -111,6 +111,13 @@ def read_volumes(path: Path) -> list[dict[str, str]]:
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows[1:]]
 
 
+def _cell(value: Any) -> Any:
+    """Return what stands in a table: six digits of a length, nothing for one that nobody knows."""
+    if not isinstance(value, float):
+        return value
+    return "" if np.isnan(value) else f"{value:.6g}"
+
+
 def write_volumes(path: Path, earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> int:
     """Write a table of volumes: the earlier rows of other scans, then these; return how many earlier ones stay."""
     now = {row["scan"] for row in rows}
@@ -119,6 +126,6 @@ def write_volumes(path: Path, earlier: Sequence[dict[str, Any]], rows: Sequence[
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in (*kept, *rows):
-        writer.writerow(f"{row[key]:.6g}" if isinstance(row[key], float) else row[key] for key in COLUMNS)
+        writer.writerow(_cell(row[key]) for key in COLUMNS)
     write_text(path, text.getvalue())
     return len(kept)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,12 @@ DETACHED = (".nhdr", ".mhd")  # headers whose voxels lie in a file beside them
 BLOCK = 2**20  # bytes
 
 
-def files_of(path: Path) -> list[Path]:
-    """Return the files that a scan or label consists of, in an order that does not depend on the system."""
+def files_of(*paths: Path) -> list[Path]:
+    """Return the files that a scan's channels or a label consist of, in an order that does not depend on the system."""
+    return [file for path in paths for file in _files_of(path)]
+
+
+def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.relative_to(path).as_posix())
     if path.suffix.lower() in DETACHED:
@@ -23,42 +27,42 @@ def files_of(path: Path) -> list[Path]:
     return [path]
 
 
-def size_of(path: Path) -> int:
-    """Return the bytes that a scan or label takes."""
-    return sum(file.stat().st_size for file in files_of(path))
+def size_of(*paths: Path) -> int:
+    """Return the bytes that a scan's channels or a label take."""
+    return sum(file.stat().st_size for file in files_of(*paths))
 
 
-def hash_of(path: Path) -> str:
-    """Return the SHA-256 of a scan's or label's content, of a folder file by file."""
+def hash_of(*paths: Path) -> str:
+    """Return the SHA-256 of a scan's or label's content, of a folder file by file, of channels one after the other."""
     whole = hashlib.sha256()
-    for file in files_of(path):
+    for file in files_of(*paths):
         with file.open("rb") as opened:
             while block := opened.read(BLOCK):
                 whole.update(block)
     return whole.hexdigest()
 
 
-def fingerprint(path: Path | None) -> str:
+def fingerprint(*paths: Path) -> str:
     """Return size and hash as one text, "" without a path, as a converted file's attributes keep it."""
-    return "" if path is None else f"{size_of(path)} bytes, sha256 {hash_of(path)}"
+    return f"{size_of(*paths)} bytes, sha256 {hash_of(*paths)}" if paths else ""
 
 
-def is_same(path: Path | None, kept: str) -> bool:
+def is_same(paths: Sequence[Path], kept: str) -> bool:
     """Tell whether a scan or label is still the one of a fingerprint; a hash is only taken where the size agrees."""
-    if path is None or not kept:
-        return path is None and not kept
+    if not paths or not kept:
+        return not paths and not kept
     try:
-        return kept.startswith(f"{size_of(path)} bytes,") and kept == fingerprint(path)
+        return kept.startswith(f"{size_of(*paths)} bytes,") and kept == fingerprint(*paths)
     except OSError:  # its conversion will say what is the matter
         return False
 
 
-def change_since(target: Path, image: Path, label: Path | None, made_by: Mapping[str, Any]) -> str:
+def change_since(target: Path, images: Sequence[Path], label: Path | None, made_by: Mapping[str, Any]) -> str:
     """Say in what a converted file differs from what would be made now.
 
     Args:
         target: the converted file.
-        image: its raw image.
+        images: its raw image, or its channels.
         label: its raw label.
         made_by: attributes that it would get, those that say how it is made.
 
@@ -77,9 +81,9 @@ def change_since(target: Path, image: Path, label: Path | None, made_by: Mapping
             return "the way of making it"
     if of_image is None or of_label is None:
         return "unknown"
-    if not is_same(image, of_image):
+    if not is_same(images, of_image):
         return "the image"
-    return "" if is_same(label, of_label) else "the label"
+    return "" if is_same(() if label is None else (label,), of_label) else "the label"
 
 
 def _agree(name: str, there: str, wanted: str) -> bool:

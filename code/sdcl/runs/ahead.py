@@ -107,14 +107,20 @@ def parameters(name: str, num_classes: int, shape: tuple[int, ...]) -> int:
         return sum(p.numel() for p in build_network(name, num_classes, shape[1]).parameters())
 
 
-def plan_of(config: Any, num_classes: int, stage: str) -> Plan:
+def plan_of(config: Any, sizes: tuple[int, int], stage: str) -> Plan:
     """Return what a stage's memory depends on, by a training script's header.
 
     Stage 1 moves one student after the other; stage 2 holds what both keep, where the method trains two.
+
+    Args:
+        config: the header.
+        sizes: number of classes C, and of the images' channels.
+        stage: "pre_train" or "self_train".
     """
+    num_classes, channels = sizes
     method = get(config.method)
     names = [getattr(config, role) for role in ("student_a", "student_b")]
-    shape = (config.batch_size // ranks.count(), 1, *config.patch_size)
+    shape = (config.batch_size // ranks.count(), channels, *config.patch_size)
     if stage == "pre_train":
         heaviest = max(names, key=lambda name: kept_bytes(name, num_classes, shape, config.precision == "bf16"))
         return Plan((heaviest,), None, num_classes, shape, config.precision)
@@ -194,9 +200,9 @@ def what_fits(plan: Plan, free: float, device: torch.device) -> str:
     return "no batch or patch of these networks fits: use another device."
 
 
-def out_of_memory(config: Any, num_classes: int, stage: str, device: torch.device) -> str:
+def out_of_memory(config: Any, sizes: tuple[int, int], stage: str, device: torch.device) -> str:
     """Return what a user is told whose training ran out of memory, the settings that would fit included."""
-    plan = plan_of(config, num_classes, stage)
+    plan = plan_of(config, sizes, stage)
     total = torch.cuda.mem_get_info(device)[1] / GIB if device.type == "cuda" else free_gib(device) or 0.0
     at_most = min(0.7 * plan.gib, total)  # what it took was too much, whatever was computed
     return f"the memory of {device} is full in {stage}: {what_fits(plan, at_most, device)}"

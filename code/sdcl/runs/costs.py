@@ -9,7 +9,7 @@ from typing import Any
 
 from sdcl.methods import get
 from sdcl.networks import build_network
-from sdcl.runs.folder import commits_of, known_task, read_config
+from sdcl.runs.folder import commits_of, known_task, read_config, sizes_of
 from sdcl.runs.matrix import Run, pace
 
 PEAK = re.compile(r"peak memory (?P<gib>[\d.]+) GiB")
@@ -72,8 +72,8 @@ def said_of(config: Any, tested: Sequence[Run], results: str, split: str) -> lis
 
 
 def _parameters(folder: Path, config: dict[str, Any], students: Sequence[str]) -> int:
-    classes = len((known_task(folder) or {}).get("class_names", ("foreground",))) + 1
-    networks = [build_network(config[role], classes) for role in students]
+    sizes = sizes_of(known_task(folder) or {})
+    networks = [build_network(config[role], *sizes) for role in students]
     return sum(p.numel() for network in networks for p in network.parameters())
 
 

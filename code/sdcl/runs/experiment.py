@@ -92,7 +92,7 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     LOGGER.info("method: %s", get(config.method).title)
     given = data.training(get(config.method).needs_unlabelled)
     torch.manual_seed(config.seed)
-    students = [place(build_network(getattr(config, role), given.task.num_classes), device) for role in STUDENTS]
+    students = [place(build_network(getattr(config, role), *given.task.sizes), device) for role in STUDENTS]
     learners = make_learners(*students, config.base_lr)
     del students  # so that a stage which trains one of them does not keep the other in memory
     folder = run_folder(config.models_path, given.task.name, config.exp, config.labelnum)
@@ -101,7 +101,7 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     _check_same(config, given)
     share_weights(learners.networks.values())
     pretrained = first(lambda: _check_stages(config, folder, given.facts))
-    plans = [(stage, plan_of(config, given.task.num_classes, stage)) for stage in stages]
+    plans = [(stage, plan_of(config, given.task.sizes, stage)) for stage in stages]
     tell_memory(plans, device)
     common = {"settings": config, "validate": validator(given.validation_cases, given.task)}
     common |= {"validated_on": given.validated_on, "config": resolved(config)}
@@ -113,12 +113,12 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
         if seen := [name for name in validation if name in known]:
             LOGGER.warning("NOTE: training reads %d of the cases it is validated on (%s).", len(seen), _few(seen))
         if "pre_train" in streams:
-            with told_of_memory(config, given.task.num_classes, "pre_train", device):
+            with told_of_memory(config, given.task.sizes, "pre_train", device):
                 at = validate_at(config, "pre_train")
                 pretrain(learners, streams["pre_train"], folder, validate_at=at, **common)
         if "self_train" in streams:
             common |= {"start_from": "last" if config.select == "last" else "best", "pretrained": config.pretrained}
-            with told_of_memory(config, given.task.num_classes, "self_train", device):
+            with told_of_memory(config, given.task.sizes, "self_train", device):
                 at = validate_at(config, "self_train")
                 self_train(learners, streams["self_train"], folder, validate_at=at, **common)
     _tell_end(config, folder)
@@ -160,7 +160,7 @@ def _check_processes(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def told_of_memory(config: Any, num_classes: int, stage: Stage, device: torch.device) -> Iterator[None]:
+def told_of_memory(config: Any, sizes: tuple[int, int], stage: Stage, device: torch.device) -> Iterator[None]:
     """Turn a device's lack of memory into a sentence with the settings that would fit.
 
     Raises:
@@ -169,11 +169,11 @@ def told_of_memory(config: Any, num_classes: int, stage: Stage, device: torch.de
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(out_of_memory(config, num_classes, stage, device)) from error
+        raise UserError(out_of_memory(config, sizes, stage, device)) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # what PyTorch says on a CPU
             raise
-        raise UserError(out_of_memory(config, num_classes, stage, device)) from error
+        raise UserError(out_of_memory(config, sizes, stage, device)) from error
 
 
 @contextlib.contextmanager
@@ -287,11 +287,11 @@ def test(config: Any, data: Data) -> None:
     if elsewhere and selected_on:
         selected_on += " of the run's own data"
     name = f"{weights.name}_on_{elsewhere}" if elsewhere else weights.name
-    predictors = weights.load(scored.task.num_classes, device)
+    predictors = weights.load(scored.task.sizes, device)
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     cases = scored.read_cases()
-    voxels = max((case.image.size for case in cases), default=0)
+    voxels = max((case.label.size for case in cases), default=0)
     tell_memory_of_test(len(predictors.networks), len(predictors.members), scored.task.num_classes, voxels, device)
     results = weights.folder / "test" / results_name(name, scored.split, config)
     names = [case.name for case in cases]

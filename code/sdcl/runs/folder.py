@@ -351,6 +351,12 @@ def read_task(folder: Path) -> dict[str, Any]:
     return task
 
 
+def sizes_of(task: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the number of classes, background included, and of channels of the data that config.json tells of."""
+    channels = (task.get("preprocessing") or {}).get("channels") or ("image",)
+    return len(task.get("class_names") or ("foreground",)) + 1, len(channels)
+
+
 def known_task(folder: Path) -> dict[str, Any] | None:
     """Return what read_task() does; None of a run of an earlier version, which kept nothing of the kind."""
     task = _read_content(folder / "config.json").get("task")

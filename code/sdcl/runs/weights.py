@@ -89,21 +89,21 @@ class Weights:
             return "given weights"
         return self.settings.get("method", "sdcl") if self.stage == "self_train" else self.stage
 
-    def load(self, num_classes: int, device: torch.device) -> Predictors:
-        """Load what is scored, on the device.
+    def load(self, sizes: tuple[int, int], device: torch.device) -> Predictors:
+        """Load what is scored, on the device; sizes: as Task has them.
 
         Raises:
             UserError: a checkpoint is missing or does not fit.
         """
         if self.files:
-            networks = {role: make_network(self.settings, role, num_classes, device) for role in STUDENTS}
+            networks = {role: make_network(self.settings, role, sizes, device) for role in STUDENTS}
             for role, path in self.files.items():
                 LOGGER.info("%s", load_weights(networks[role], path, prefer=role))
             return Predictors.of(networks, chosen(PREDICTORS, self.asked, PREDICTORS, "given weights"))
         own = predictors_of(self.folder, self.stage, self.settings)
         return load_predictors(
             self.folder / self.stage,
-            lambda role: make_network(self.settings, role, num_classes, device),
+            lambda role: make_network(self.settings, role, sizes, device),
             str(self.selected_on),
             chosen(own, self.asked, known_predictors(own, self.stage, self.settings), self.label),
             self.settings["select"] == "last",
@@ -180,14 +180,14 @@ class Loaded:
     networks: list[nn.Module]
 
 
-def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, device: torch.device) -> Loaded:
+def load_predictor(config: Any, settings: dict[str, Any], sizes: tuple[int, int], device: torch.device) -> Loaded:
     """Load a run's networks for prediction: a predictor's best, or its last where --select was last or nothing was.
 
     Args:
         config: code/predict.py's header: the run, the stage, and the predictor; None: the method's own answer, such as
             the mean of both students.
         settings: that the run was trained with.
-        num_classes: number of classes C.
+        sizes: number of classes C, and of the images' channels.
         device: where to.
 
     Returns:
@@ -206,7 +206,7 @@ def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, devi
     path = config.checkpoint or path
     networks, iteration = [], None
     for role in roles_of[predictor]:
-        network = make_network(settings, role, num_classes, device)
+        network = make_network(settings, role, sizes, device)
         report = load_weights(network, path, role)
         LOGGER.info("%s: %s", role, report)
         networks.append(network)
@@ -214,9 +214,9 @@ def load_predictor(config: Any, settings: dict[str, Any], num_classes: int, devi
     return Loaded(predictor, path, iteration, networks)
 
 
-def make_network(settings: dict[str, Any], role: str, num_classes: int, device: torch.device) -> nn.Module:
-    """Build the network of a role, as a run's settings name it, on the device."""
-    return place(build_network(settings["student_a" if role == TEACHER else role], num_classes), device)
+def make_network(settings: dict[str, Any], role: str, sizes: tuple[int, int], device: torch.device) -> nn.Module:
+    """Build the network of a role, as a run's settings name it, on the device; sizes: see load_predictor()."""
+    return place(build_network(settings["student_a" if role == TEACHER else role], *sizes), device)
 
 
 def predictors_of(folder: Path, stage: str, settings: dict[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -30,7 +30,7 @@ class Case:
 
     Attributes:
         name: as in the list.
-        image: (*S) float32.
+        image: (*S) float32, or (channels, *S) of several.
         label: (*S) uint8, the reference.
         spacing: voxel sides in mm, where known.
         affine: (4, 4), from indices to mm (RAS+), where known.
@@ -41,6 +41,11 @@ class Case:
     label: np.ndarray
     spacing: tuple[float, ...] | None = None
     affine: np.ndarray | None = None
+
+    @property
+    def shown(self) -> np.ndarray:
+        """Return what figures show, (*S): the image, or its first channel."""
+        return self.image if self.image.ndim == self.label.ndim else self.image[0]
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,12 @@ class Task:
     Attributes:
         name: of the data set, in the run folder's name.
         class_names: of the foreground classes 1 to C - 1.
-        infer: maps networks and a volume (*S) to each network's probabilities (C, *S).
+        infer: maps networks and a volume (*S), or (channels, *S), to each network's probabilities (C, *S).
         decision: how probabilities become a label map.
         planes: axes across which slices are shown, the most familiar one first.
         label_values: the classes 1 to C - 1 in the original label files and in what is written; empty: the same.
         patient_of: maps a volume's name to its patient's, the unit of intervals and tests.
+        channels: names of the images' channels; empty: one, which needs no name.
     """
 
     name: str
@@ -84,6 +90,12 @@ class Task:
     planes: tuple[int, ...] = (0,)
     label_values: tuple[int, ...] = ()
     patient_of: Callable[[str], str] = str
+    channels: tuple[str, ...] = ()
+
+    @property
+    def in_channels(self) -> int:
+        """Count the images' channels."""
+        return max(len(self.channels), 1)
 
     def original(self, label_map: np.ndarray) -> np.ndarray:
         """Return a label map (*S) with the original files' values instead of classes: uint8, or uint16 where needed."""
@@ -94,6 +106,11 @@ class Task:
     def num_classes(self) -> int:
         """Count the classes, background included."""
         return len(self.class_names) + 1
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Return what networks are built for: the number of classes, and of the images' channels."""
+        return self.num_classes, self.in_channels
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def views(case: Case, label_maps: Mapping[str, np.ndarray], axis: int, is_xyz: b
         The image, the reference, each label map, and of two where they disagree.
     """
     k = fullest_slice(case.label, axis)
-    image, reference = (slice_of(v, k, axis, is_xyz) for v in (case.image, case.label))
+    image, reference = (slice_of(v, k, axis, is_xyz) for v in (case.shown, case.label))
     maps = {name: slice_of(label, k, axis, is_xyz) for name, label in label_maps.items()}
     shown = {
         f"{case.name}, {PLANE_NAMES[axis] if is_xyz else 'slice'} {k + 1}": overlay(image, np.zeros_like(reference)),
@@ -150,7 +150,7 @@ def save_label_figure(path: Path, cases: Sequence[Case], class_names: Sequence[s
 
     Args:
         path: PNG to write; its folder is there.
-        cases: volumes (*S) of three dimensions.
+        cases: volumes of three dimensions; of several channels the first is shown.
         class_names: of the foreground classes.
         is_xyz: the axes are x, y, z; else slices, rows, columns, of which three slices are shown.
     """
@@ -158,11 +158,11 @@ def save_label_figure(path: Path, cases: Sequence[Case], class_names: Sequence[s
     figure = Figure(figsize=(10, 3.2 * len(cases) + 0.4), dpi=FIGURE_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, case in zip(figure.subplots(len(cases), 3, squeeze=False), cases, strict=True):
-        depth = len(case.image)
+        depth = len(case.label)
         places = [(0, depth * k // 4) for k in (1, 2, 3)]
         places = [(axis, fullest_slice(case.label, axis)) for axis in (2, 1, 0)] if is_xyz else places
         for plot, (axis, k) in zip(axes, places, strict=True):
-            image, label = (slice_of(array, k, axis, is_xyz) for array in (case.image, case.label))
+            image, label = (slice_of(array, k, axis, is_xyz) for array in (case.shown, case.label))
             plot.imshow(overlay(image, np.zeros_like(label)))
             for c in range(1, len(class_names) + 1):
                 if (label == c).any():
@@ -180,6 +180,8 @@ def save_scan_figure(
 ) -> None:
     """Draw a label map over a scan in three planes, each through the slice with most foreground, else the middle.
 
+    A scan of one slice is drawn in its own plane alone.
+
     Args:
         path: PNG to write; its folder is there.
         case: image and classes (X, Y, Z), axes to the patient's left, front and top: left is shown on the right, as
@@ -187,10 +189,12 @@ def save_scan_figure(
         class_names: of the foreground classes.
         window: intensities shown as black and white; None: the slice's own.
     """
-    image, label = case.image, case.label
-    figure = Figure(figsize=(13, 4.8), dpi=FIGURE_DPI, layout="constrained")
+    image, label = case.shown, case.label
+    planes = [axis for axis in (2, 1, 0) if image.shape[axis] == 1]
+    planes = planes if len(planes) == 1 else [2, 1, 0]  # across a single slice there is nothing to see
+    figure = Figure(figsize=(13 if len(planes) == 3 else 5, 4.8), dpi=FIGURE_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    for plot, axis in zip(figure.subplots(1, 3), (2, 1, 0), strict=True):
+    for plot, axis in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes, strict=True):
         k = fullest_slice(label, axis) if label.any() else image.shape[axis] // 2
         picture, mask = np.take(image, k, axis).T, np.take(label, k, axis).T
         across, up = (case.spacing[a] for a in range(3) if a != axis)

@@ -237,16 +237,17 @@ def save_nifti(
 
     Args:
         folder: where to.
-        case: a volume (*S).
+        case: a volume; its image is written as (*S), or (*S, channels).
         label_map: (*S).
         probabilities: (C, *S); written as (*S, C - 1), the foreground classes, or (*S) for one.
         task: for the label files' own values; None: label maps hold classes.
     """
-    affine = np.diag([*(case.spacing or (1.0,) * case.image.ndim), 1.0]) if case.affine is None else case.affine
+    affine = np.diag([*(case.spacing or (1.0,) * case.label.ndim), 1.0]) if case.affine is None else case.affine
     foreground = probabilities[1] if len(probabilities) == 2 else np.moveaxis(probabilities[1:], 0, -1)
     label, prediction = (array if task is None else task.original(array) for array in (case.label, label_map))
+    image = case.image if case.image.ndim == case.label.ndim else np.moveaxis(case.image, 0, -1)
     for name, array in (
-        ("image", case.image), ("label", label), ("prediction", prediction), ("probability", foreground),
+        ("image", image), ("label", label), ("prediction", prediction), ("probability", foreground),
     ):  # fmt: skip
         picture = nibabel.Nifti1Image(array, affine)
         picture.header.set_xyzt_units("mm")

@@ -47,10 +47,10 @@ def write_run_page(
     ]  # fmt: skip
     page = Page(
         title=f"{method} on {task.name}: {facts['split']}, {len(shown)} volumes",
-        head=_head(facts, trained, answer, f"{method}/{answer}"),
+        head=_head(facts, task, answer, f"{method}/{answer}"),
         entries=entries,
         rows=make_rows(entries, task.patient_of, f"{method}/{answer}"),
-        viewer=viewer(shown, task, pair) if all(one.case.image.ndim == 3 for one in shown) else None,
+        viewer=viewer(shown, task, pair) if all(one.case.label.ndim == 3 for one in shown) else None,
         curves=curves,
         further=[Section("settings", "Settings and environment", tables=settings)],
         order=[one.case.name for one in shown],
@@ -58,9 +58,12 @@ def write_run_page(
     return write_page(folder, page)
 
 
-def _head(facts: dict[str, Any], trained: dict[str, Any], answer: str, reference: str) -> list[str]:
+def _head(facts: dict[str, Any], task: Task, answer: str, reference: str) -> list[str]:
     """Return the sentences at the page's top."""
+    trained = facts.get("trained_with", {})
     lines = []
+    if task.channels:
+        lines.append(f"Pictures show the channel {task.channels[0]} of {', '.join(task.channels)}.")
     if trained:
         lines.append(
             f"{trained.get('labelnum', '?')} labelled cases, seed {trained.get('seed', '?')}; the answer is {answer}."

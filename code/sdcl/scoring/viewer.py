@@ -56,7 +56,7 @@ def viewer(cases: Sequence[Shown], task: Task, pair: Sequence[str], budget: int 
     Returns:
         The cases, "said" of what was left out or made smaller, and how to draw.
     """
-    voxels = sum(one.case.image.size for one in cases)
+    voxels = sum(one.case.label.size for one in cases)
     labels: dict[tuple[int, int], dict[str, str]] = {}  # by case and step: they do not depend on the quality
     for quality, step in (*SIZES, *SMALLER):
         may_leave_out = (quality, step) in (SIZES[-1], *SMALLER)
@@ -67,7 +67,7 @@ def viewer(cases: Sequence[Shown], task: Task, pair: Sequence[str], budget: int 
             if (k, step) not in labels:
                 labels[k, step] = _label_mosaics(one, task, step)
             content, size = _encoded(one, task, (quality, step), labels[k, step])
-            if total + size > budget or (not may_leave_out and size * voxels > 1.2 * budget * one.case.image.size):
+            if total + size > budget or (not may_leave_out and size * voxels > 1.2 * budget * one.case.label.size):
                 break
             encoded.append(content)
             total += size
@@ -145,7 +145,7 @@ def _turned(volume: np.ndarray, task: Task, step: int) -> np.ndarray:
 
 def _fits_a_picture(one: Shown, task: Task, step: int) -> bool:
     """Tell whether a case's slices fit beside and below each other into one picture."""
-    depth, rows, columns = _turned(one.case.image, task, step).shape
+    depth, rows, columns = _turned(one.case.label, task, step).shape
     beside = _columns((depth, rows, columns))
     return columns <= MAX_SIDE and math.ceil(depth / beside) * rows <= MAX_SIDE
 
@@ -162,7 +162,7 @@ def _label_mosaics(one: Shown, task: Task, step: int) -> dict[str, str]:
 def _encoded(one: Shown, task: Task, size: tuple[int, int], labels: Mapping[str, str]) -> tuple[dict[str, Any], int]:
     """Return a case's content and the bytes of its mosaics; size: the scan's quality, and every how many voxels."""
     quality, step = size
-    image = _turned(one.case.image, task, step).astype(np.float32)
+    image = _turned(one.case.shown, task, step).astype(np.float32)
     spacing = one.case.spacing[::-1] if is_xyz(task) and one.case.spacing else one.case.spacing
     finite = image[np.isfinite(image)]
     low, high = map(float, np.percentile(finite, PERCENTILES)) if finite.size else (0.0, 1.0)
