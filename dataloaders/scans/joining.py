@@ -3,13 +3,16 @@
 import csv
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dataloaders.checks import name_fault
 from dataloaders.datasets import SLICE
+from dataloaders.scans.choosing import check_one_each, listing
+from dataloaders.scans.dicom_labels import holds_segmentation, segmentation_in
+from dataloaders.scans.finding import SeriesPath, find_labels
 from dataloaders.scans.reading import find_scans
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -47,29 +50,40 @@ def find_cases(config: Any) -> Cases:
     if config.table is not None:
         if any(given is not None for given in (*folders, *patterns)):
             raise UserError("--table names every file itself: leave --images, --labels and the patterns out.")
-        return checked(read_table(config.table))
+        return checked(read_table(config.table, config.series))
     if config.images is None or config.labels is None:
         raise UserError("--images and --labels are needed, the folders of the scans and of the labels; or --table.")
     if any(patterns):
         if not all(patterns):
             raise UserError("--image_pattern and --label_pattern belong together: give both.")
         images, labels = by_pattern(config.images, patterns[0]), by_pattern(config.labels, patterns[1])
+        if config.series is not None:
+            images = {name: _one_series(path, config.series) for name, path in images.items()}
         return checked(Cases(_paired(images, labels, config.images)))
-    return checked(Cases(join(config.images, config.labels)))
+    return checked(Cases(join(config.images, config.labels, config.series)))
 
 
-def join(images: Path, labels: Path) -> dict[str, tuple[Path, Path | None]]:
+def join(images: Path, labels: Path, series: str | None = None) -> dict[str, tuple[Path, Path | None]]:
     """Join scans and labels by name.
+
+    Args:
+        images: folder of the scans.
+        labels: folder of the labels; the same one where these are DICOM segmentations beside their series.
+        series: which DICOM series of each patient (what lies in one folder below `images`) is the case.
 
     Returns:
         Case name to scan and label, or None without one.
 
     Raises:
-        UserError: a label has no scan.
+        UserError: a label has no scan, or a patient several series that are meant.
     """
-    if images.resolve() == labels.resolve():
+    is_one_folder = images.resolve() == labels.resolve()
+    masks = find_labels(labels) if not is_one_folder or holds_segmentation(labels) else {}
+    if is_one_folder and not (masks and all(segmentation_in(path) for path in masks.values())):
         raise UserError(f"--images and --labels are both {images}: give the folder of each, or patterns.")
-    masks, found = find_scans(labels), find_scans(images)
+    found = find_scans(images, series)
+    if series is not None:
+        check_one_each(images, found, series)
     numbered = {match[1] for match in map(ANY_CHANNEL.fullmatch, masks) if match} - set(masks)
     _check_channels(found, set(masks), numbered)
     scans = {
@@ -77,6 +91,23 @@ def join(images: Path, labels: Path) -> dict[str, tuple[Path, Path | None]]:
         for name, path in found.items()
     }
     return _paired(scans, masks, images)
+
+
+def _one_series(path: Path, series: str) -> Path:
+    """Return the one series of a folder that is meant.
+
+    Raises:
+        UserError: it is none, or several, or the path is no folder.
+    """
+    if path.is_file():
+        raise UserError(f"--series chooses among the series of folders, and --image_pattern names the file {path}.")
+    found = list(find_scans(path, series).values())
+    if len(found) > 1:
+        lines = listing([one.about for one in found])
+        raise UserError(
+            f"--series {series} fits {len(found)} series of {path}: give one that fits a single one:{lines}"
+        )
+    return found[0]
 
 
 def _paired(scans: Mapping[str, Path], masks: Mapping[str, Path], images: Path) -> dict[str, tuple[Path, Path | None]]:
@@ -196,11 +227,15 @@ def _expression(pattern: str, grouped: bool, at: int) -> str:
 # --- a table ---
 
 
-def read_table(path: Path) -> Cases:
+def read_table(path: Path, series: str | None = None) -> Cases:
     """Read a table of cases: CSV with the columns case and image, and maybe label, patient and split.
 
     Files are named as seen from the table's folder; a folder is a DICOM series. Where a split is given, it is for every
     case that has a label, "train", "val" or "test"; a case without a label trains.
+
+    Args:
+        path: of the table.
+        series: which DICOM series of an image's folder is meant, where it holds several.
 
     Raises:
         UserError: names the line that is wrong.
@@ -226,8 +261,8 @@ def read_table(path: Path) -> Cases:
         name, where = given["case"], f"--table {path}, line {rows.line_num}"
         if not name or name in files:
             raise UserError(f"{where}: {f'the case {name} is there already' if name else 'the case has no name'}.")
-        image = _file(path.parent, given["image"], where)
-        label = _file(path.parent, given["label"], where) if given["label"] else None
+        image = _file(path.parent, given["image"], where, lambda folder: find_scans(folder, series))
+        label = _file(path.parent, given["label"], where, find_labels) if given["label"] else None
         files[name] = image, label
         if given["patient"]:
             patients[name] = given["patient"]
@@ -239,6 +274,8 @@ def read_table(path: Path) -> Cases:
             splits[name] = given["split"]
     if not files:
         raise UserError(f"--table {path} has no lines: write one a case.")
+    if series is not None and not any(isinstance(image, SeriesPath) for image, _ in files.values()):
+        raise UserError(f"--series chooses among the series of folders, and --table {path} names files alone.")
     for column, known in (("patient", patients), ("split", splits)):
         if without := [
             name for name, (_, label) in files.items() if name not in known and (label or column == "patient")
@@ -257,16 +294,16 @@ def read_table(path: Path) -> Cases:
     return Cases(files, patients, splits)
 
 
-def _file(folder: Path, text: str, where: str) -> Path:
-    """Return the file, or the series of a folder, that a table names."""
+def _file(folder: Path, text: str, where: str, find: Callable[[Path], dict[str, Path]]) -> Path:
+    """Return the file, or what `find` finds in a folder, that a table names."""
     path = folder / text
     if not text or not path.exists():
         raise UserError(f"{where}: the file {text or '(none)'} does not exist, seen from {folder}: correct the path.")
     if path.is_dir():
-        series = find_scans(path)
-        if len(series) > 1:
+        found = find(path)
+        if len(found) > 1:
             raise UserError(
-                f"{where}: {path} holds {len(series)} scans ({', '.join(list(series)[:3])}): name one of them."
+                f"{where}: {path} holds {len(found)} scans ({', '.join(list(found)[:3])}): name one of them."
             )
-        return next(iter(series.values()))
+        return next(iter(found.values()))
     return path

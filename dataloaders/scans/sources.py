@@ -16,6 +16,8 @@ BLOCK = 2**20  # bytes
 
 def files_of(path: Path) -> list[Path]:
     """Return the files that a scan or label consists of, in an order that does not depend on the system."""
+    if files := getattr(path, "files", ()):  # of a DICOM series, which others may lie beside
+        return sorted(files, key=lambda p: p.as_posix())
     if path.is_dir():
         return sorted((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.relative_to(path).as_posix())
     if path.suffix.lower() in DETACHED:
