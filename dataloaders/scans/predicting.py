@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dataloaders.scans.dicom_output import check_are_series, read_sources, save_segmentation
 from dataloaders.scans.finding import SeriesPath
 from dataloaders.scans.joining import CHANNEL
 from dataloaders.scans.prediction import Run, box_on_grid, check_roi, inference_of, segment
@@ -31,6 +32,7 @@ def predict(config: Any, run: Run, name: str, path: Path, model: tuple) -> list[
         model: what infers, and the networks.
     """
     original = scan = read_scan(path, pixel_spacing_mm=config.pixel_spacing_mm)
+    sources = read_sources(scan) if config.dicom_seg else None
     roi, inside = check_roi(config.roi, scan) if config.roi else None, None
     if is_sheared(scan) and scan.header is None:
         scan, inside = upright(scan)
@@ -54,6 +56,8 @@ def predict(config: Any, run: Run, name: str, path: Path, model: tuple) -> list[
         save_nifti_file(nifti_like(scan, foreground), config.output / f"{name}_probability.nii.gz")
     if config.save_figure:
         save_figure(config, run, name, scan, label)
+    if sources is not None:
+        save_segmentation(config.output / f"{written}.dcm", scan, label, sources, run)
     ml = abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     counts = {structure: int((label == c).sum()) for c, structure in enumerate(run.class_names, start=1)}
     return [{"scan": name, "structure": s, "volume_ml": float(n * ml), "voxels": n} for s, n in counts.items()]
@@ -80,13 +84,15 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}"
 
 
-def scans_of(path: Path) -> dict[str, Path]:
+def scans_of(path: Path, series: str | None = None) -> dict[str, Path]:
     """Return the scans to predict by name; of one series, however deep it lies, the name of the folder given counts."""
     if not path.exists():
         raise UserError(f"--input {path} does not exist: check the path.")
     if path.is_file():
+        if series is not None:
+            raise UserError(f"--series chooses among the DICOM series of a folder, and --input {path} is a file.")
         return {name_of(path): path}
-    scans = find_scans(path)
+    scans = find_scans(path, series)
     only = next(iter(scans.values()))
     return {path.resolve().name: only} if len(scans) == 1 and isinstance(only, SeriesPath) else scans
 
@@ -123,7 +129,9 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     run = Run.read(config.run, config.largest_component)
     if config.stride and run.is_3d:
         check_windows(config.stride, run.settings["patch_size"])
-    scans = scans_of(config.input)
+    scans = scans_of(config.input, config.series)
+    if config.dicom_seg:
+        check_are_series(scans)
     tell_limits(config, run)
     model = inference_of(run, config), load(config, run.settings, run.num_classes, device)
     table = config.output / "volumes.csv"
