@@ -17,7 +17,7 @@ from sdcl.runs.folder import start_logging
 
 @dataclass
 class Config:
-    """Import scans (NIfTI, NRRD or DICOM folders) and the labels of some of them as a data set.
+    """Import scans (NIfTI, NRRD or DICOM folders) and the labels of some of them (DICOM SEG, too) as a data set.
 
     They are joined by name, from two folders or by patterns in these, or a table names the files of each case.
     """
@@ -30,6 +30,7 @@ class Config:
     label_pattern: str | None = None  # of the labels below --labels: "**/*_seg.nii.gz"
     channels: tuple[str, ...] = ()  # of several: what names end with (t1 t2), or {channel} in a pattern stands for
     table: Path | None = None  # instead of these: CSV with the columns case, image, label, patient, split
+    series: str | None = None  # each patient's DICOM series of this UID, its beginning or description ("T1*")
     layout: Literal["volume", "slices"] = "volume"  # volume: 3D networks; slices: 2D
     slice_axis: Axis | None = None  # x, y or z (patient's) across which slices lie; None: as the scans were sliced
     spacing_mm: tuple[float, float, float] | None = None  # resample to these voxel sides, mm; None: each scan's own

@@ -9,6 +9,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 PROMISED = [f"3.{minor}" for minor in range(10, 15)]
+OPTIONAL = {"highdicom"}  # for one flag, which says so where the package is missing
 
 
 def pins():
@@ -27,7 +28,7 @@ def test_the_promised_pythons_are_those_of_the_project():
 def test_every_package_is_pinned_once_for_each_python(version):
     names = [pin.name for pin in pins() if pin.marker is None or pin.marker.evaluate({"python_version": version})]
     assert len(set(names)) == len(names)
-    assert {pin.name for pin in pins()} == set(names)
+    assert {pin.name for pin in pins()} - OPTIONAL == set(names) - OPTIONAL
 
 
 @pytest.mark.parametrize("pin", [pin for pin in pins() if pin.marker is None or pin.marker.evaluate()], ids=str)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pydicom
+from pydicom import uid as uids
 
 from dataloaders.checks import check_declared
 from sdcl.runs.errors import UserError
@@ -22,10 +23,17 @@ TAGS = [
     "SOPClassUID", "SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber",
     "SeriesDescription", "ImageType", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
     "PhotometricInterpretation", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
-    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "BitsAllocated", "BitsStored",
 ]  # fmt: skip
+LABEL_MAP, HEIGHT_MAP = "1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.66.8"  # segmentations too
 DERIVED = ("Segmentation Storage", "Surface", "RT Dose", "Parametric Map", "Real World Value")  # made from images
 AXES_TOLERANCE = 0.01  # of a direction's length and of two directions' product
+# What the pixels' reader decodes, as tests compare it with other decoders; it does not know other ones.
+JPEG_2000, JPEG_LS = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"), uids.JPEGLSTransferSyntaxes
+JPEG = (uids.JPEGBaseline8Bit, uids.JPEGExtended12Bit, uids.JPEGLossless, uids.JPEGLosslessSV1)
+PLAIN = (uids.ImplicitVRLittleEndian, uids.ExplicitVRLittleEndian, uids.DeflatedExplicitVRLittleEndian)
+DECODED = (*PLAIN, uids.ExplicitVRBigEndian, uids.RLELossless, *JPEG, *JPEG_LS, *JPEG_2000)
+UNCOMPRESSED = "export the series again uncompressed (Explicit VR Little Endian)"
 Result = TypeVar("Result")
 
 
@@ -62,6 +70,7 @@ class Header:
         count: of its pictures.
         frames: its pictures, in the file's order; none where there is a problem.
         problem: why it cannot be part of a scan, to follow the file's name; "" if it can.
+        syntax: how its pixels are stored (transfer syntax).
     """
 
     path: Path
@@ -76,6 +85,7 @@ class Header:
     count: int
     frames: tuple[Frame, ...]
     problem: str
+    syntax: pydicom.uid.UID
 
 
 def is_dicom(path: Path) -> bool:
@@ -154,6 +164,13 @@ def guarded(path: Path, read: Callable[[Path], Result]) -> Result:
         raise UserError(f"{path} cannot be read ({reason}): it is damaged or no such file; copy it again.") from None
 
 
+def undecodable(path: Path, syntax: uids.UID) -> UserError:
+    """Return what is said of pixels that their decoder refuses, which a library says in its own words."""
+    return UserError(
+        f"{path}: its pixels, stored as {syntax.name}, cannot be decoded: copy the file again, or {UNCOMPRESSED}."
+    )
+
+
 def read_header(path: Path) -> Header | None:
     """Read an image file's header; None for a file that holds no image: a report, a presentation state, a plan.
 
@@ -170,21 +187,23 @@ def _read_header(path: Path) -> Header | None:
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # else it warns of each odd character
     data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
     kind = pydicom.uid.UID(str(data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID") or ""))
-    if any(word in kind.name for word in DERIVED) or (kind and not data.get("Rows") and "Image" not in kind.name):
+    is_derived = kind in (LABEL_MAP, HEIGHT_MAP) or any(word in kind.name for word in DERIVED)
+    if is_derived or (kind and not data.get("Rows") and "Image" not in kind.name):
         return None
     shape, count = (int(data.Columns), int(data.Rows)), int(data.get("NumberOfFrames") or 1)
     check_declared(path, "its header", (*shape, count), 1, path.stat().st_size)
-    frames, problem = (), _colours(data) or _scalings(data)
+    syntax = uids.UID(str(data.file_meta.get("TransferSyntaxUID") or uids.ImplicitVRLittleEndian))
+    frames, problem = (), _storage(data, syntax) or _colours(data) or _scalings(data)
     if not problem:
         try:
-            frames = tuple(_frame(path, data, number, count) for number in range(count))
+            frames = tuple(frame_of(path, data, number, count) for number in range(count))
         except (KeyError, AttributeError, IndexError) as error:
             problem = _unplaced(count, error)
     text = {name: str(data.get(tag) or "").strip("\0 ") for name, tag in _TEXTS.items()}
     number = str(data.get("SeriesNumber") or "")
     return Header(
         path, **text, number=int(number) if number.isdecimal() else None, shape=shape, count=count, frames=frames,
-        is_localiser="LOCALIZER" in str(data.get("ImageType", "")).upper(), problem=problem,
+        is_localiser="LOCALIZER" in str(data.get("ImageType", "")).upper(), problem=problem, syntax=syntax,
     )  # fmt: skip
 
 
@@ -192,6 +211,17 @@ _TEXTS = {
     "series": "SeriesInstanceUID", "study": "StudyInstanceUID", "patient": "PatientID", "instance": "SOPInstanceUID",
     "description": "SeriesDescription",
 }  # fmt: skip
+
+
+def _storage(data: pydicom.Dataset, syntax: uids.UID) -> str:
+    """Say why the pixels' reader would not decode a picture, or wrongly without a word; "" if it does it right."""
+    if syntax not in DECODED:
+        return f"is stored as {syntax.name} ({syntax}), which is not read here: {UNCOMPRESSED}"
+    bits = int(data.get("BitsAllocated") or 16)
+    used = int(data.get("BitsStored") or bits)
+    if bits not in (8, 16, 32) or (bits != 16 and (used != bits or syntax == uids.ExplicitVRBigEndian)):
+        return f"stores {used} of {bits} bits a pixel as {syntax.name}, which is not read here: {UNCOMPRESSED}"
+    return ""
 
 
 def _colours(data: pydicom.Dataset) -> str:
@@ -222,27 +252,34 @@ def _unplaced(count: int, error: Exception) -> str:
     return f"does not say where its picture lies ({attribute}): export the series again, or move the file away"
 
 
-def _frame(path: Path, data: pydicom.Dataset, number: int, count: int) -> Frame:
-    """Return one picture's place, from its own functional group, the file's shared one, or the header itself.
+def frame_attribute(data: pydicom.Dataset, number: int, sequence: str, name: str) -> Any:
+    """Return an attribute of one picture, from its own functional group, the file's shared one, or the header itself.
 
-    Source: DICOM PS3.3 C.7.6.2 (image plane) and C.7.6.16 (multi-frame functional groups).
+    Source: DICOM PS3.3 C.7.6.16 (multi-frame functional groups).
+    """
+    groups, shared = data.get("PerFrameFunctionalGroupsSequence"), data.get("SharedFunctionalGroupsSequence")
+    places = [groups[number]] if groups is not None else []
+    places += [shared[0]] if shared else []
+    return next((place[sequence].value[0] for place in places if sequence in place), data).get(name)
+
+
+def frame_of(path: Path, data: pydicom.Dataset, number: int, count: int) -> Frame:
+    """Return the place of one of a file's pictures.
+
+    Raises:
+        KeyError: the header does not say it.
+        ValueError: it says what cannot be.
+
+    Source: DICOM PS3.3 C.7.6.2 (image plane).
     """
     groups = data.get("PerFrameFunctionalGroupsSequence")
     if groups is not None and len(groups) != count:
         raise ValueError(f"{len(groups)} groups for {count} frames")
     if groups is None and count > 1:
         raise KeyError("PerFrameFunctionalGroupsSequence")
-    shared = data.get("SharedFunctionalGroupsSequence")
-    places = [groups[number]] if groups is not None else []
-    places += [shared[0]] if shared else []
-
-    def value(sequence: str, attribute: str) -> Any:
-        inside = next((place[sequence].value[0] for place in places if sequence in place), data)
-        return inside.get(attribute)
-
-    position = value("PlanePositionSequence", "ImagePositionPatient")
-    axes = value("PlaneOrientationSequence", "ImageOrientationPatient")
-    spacing = value("PixelMeasuresSequence", "PixelSpacing")
+    position = frame_attribute(data, number, "PlanePositionSequence", "ImagePositionPatient")
+    axes = frame_attribute(data, number, "PlaneOrientationSequence", "ImageOrientationPatient")
+    spacing = frame_attribute(data, number, "PixelMeasuresSequence", "PixelSpacing")
     for found, attribute in ((position, "ImagePositionPatient"), (axes, "ImageOrientationPatient")):
         if not found:
             raise KeyError(attribute)

@@ -16,7 +16,7 @@ from dataloaders.scans.channels import read_channels
 from dataloaders.scans.convert import Job, Origin, check_trust, convert, provenance, write_case, write_slices
 from dataloaders.scans.import_lists import Lists, draw, keep, settings_of, write_lists
 from dataloaders.scans.joining import Cases
-from dataloaders.scans.label_values import LabelMap, choose_values, class_names
+from dataloaders.scans.label_values import LabelMap, choose_values, name_classes
 from dataloaders.scans.pictures import colours_of, is_picture
 from dataloaders.scans.preprocessing import WINDOW_HU, Preprocessing, prepare_channels, prepare_label
 from dataloaders.scans.reading import SIDES_MM, Scan, aligned_label, label_by_index, read_label
@@ -46,12 +46,13 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
     masks = {name: label for name, (_, label) in cases.items() if label is not None}
     check_trust(config.trust, masks)
     labels = choose_values(masks, labels, config.class_names, config.workers)
+    names = name_classes(masks, labels, config.class_names)
     lists = draw(list(masks), [name for name in cases if name not in masks], config, found)
     there = _earlier(config)
     how = preprocessing_of(config, found, there)
     content = {
         "name": config.output.resolve().name,
-        "class_names": list(config.class_names) or class_names(labels.values),
+        "class_names": names,
         "preprocessing": json.loads(how.to_json()),
         "label_values": list(labels.values),
         "merge": {str(first): second for first, second in labels.merge},
@@ -110,7 +111,7 @@ def convert_case(
     # choose_slice_axis() has told; what is no CT aligns nowhere
     case = prepare_channels(channels, how, config.trust_hu, tell=False)
     if label_path is not None:
-        label = read_label(label_path)
+        label = read_label(label_path, onto=image)
         classes = Scan(label_path, labels.classes(label.array), label.affine)
         is_by_index = config.by_index and says_nothing(label)
         on_image = label_by_index(image, classes) if is_by_index else aligned_label(image, classes)

@@ -3,7 +3,7 @@
 import csv
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,9 @@ from typing import Any
 from dataloaders.checks import name_fault
 from dataloaders.datasets import SLICE
 from dataloaders.scans.channels import FIRST, NUMBERED, PLACE, group, numbers_of
+from dataloaders.scans.choosing import check_one_each, listing
+from dataloaders.scans.dicom_labels import holds_segmentation, segmentation_in
+from dataloaders.scans.finding import SeriesPath, find_labels
 from dataloaders.scans.reading import find_scans
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -50,32 +53,39 @@ def find_cases(config: Any) -> Cases:
     if config.table is not None:
         if any(given is not None for given in (*folders, *patterns)):
             raise UserError("--table names every file itself: leave --images, --labels and the patterns out.")
-        return checked(read_table(config.table, channels))
+        return checked(read_table(config.table, channels, config.series))
     if config.images is None or config.labels is None:
         raise UserError("--images and --labels are needed, the folders of the scans and of the labels; or --table.")
     if any(patterns):
         if not all(patterns):
             raise UserError("--image_pattern and --label_pattern belong together: give both.")
         images = by_patterns(config.images, patterns[0], channels)
+        if config.series is not None:
+            images = {name: tuple(_one_series(path, config.series) for path in paths) for name, paths in images.items()}
         labels = by_pattern(config.labels, patterns[1])
         return checked(Cases(_paired(images, labels, config.images), channels=channels))
-    return checked(join(config.images, config.labels, channels))
+    return checked(join(config.images, config.labels, channels, config.series))
 
 
-def join(images: Path, labels: Path, channels: tuple[str, ...] = ()) -> Cases:
+def join(images: Path, labels: Path, channels: tuple[str, ...] = (), series: str | None = None) -> Cases:
     """Join scans and labels by name.
 
     Args:
         images: folder of the scans.
-        labels: folder of the labels.
+        labels: folder of the labels; the same one where these are DICOM segmentations beside their series.
         channels: that scans' names end with; empty: one, or the numbers _0000, _0001, ... that they end with.
+        series: which DICOM series of each patient (what lies in one folder below `images`) is the case.
 
     Raises:
-        UserError: a label has no scan, or a scan lacks a channel.
+        UserError: a label has no scan, a scan lacks a channel, or a patient has several series that are meant.
     """
-    if images.resolve() == labels.resolve():
+    is_one_folder = images.resolve() == labels.resolve()
+    masks = find_labels(labels) if not is_one_folder or holds_segmentation(labels) else {}
+    if is_one_folder and not (masks and all(segmentation_in(path) for path in masks.values())):
         raise UserError(f"--images and --labels are both {images}: give the folder of each, or patterns.")
-    masks, found = find_scans(labels), find_scans(images)
+    found = find_scans(images, series)
+    if series is not None:
+        check_one_each(images, found, series)
     channels = channels or numbers_of(found, masks)
     if channels:
         LOGGER.info("%s: images of %d channels, %s", images, len(channels), ", ".join(channels))
@@ -86,6 +96,23 @@ def join(images: Path, labels: Path, channels: tuple[str, ...] = ()) -> Cases:
         for name, path in found.items()
     }
     return Cases(_paired(group(scans, ()), masks, images))
+
+
+def _one_series(path: Path, series: str) -> Path:
+    """Return the one series of a folder that is meant.
+
+    Raises:
+        UserError: it is none, or several, or the path is no folder.
+    """
+    if path.is_file():
+        raise UserError(f"--series chooses among the series of folders, and --image_pattern names the file {path}.")
+    found = list(find_scans(path, series).values())
+    if len(found) > 1:
+        lines = listing([one.about for one in found])
+        raise UserError(
+            f"--series {series} fits {len(found)} series of {path}: give one that fits a single one:{lines}"
+        )
+    return found[0]
 
 
 def _paired(
@@ -205,13 +232,17 @@ def _expression(pattern: str, grouped: bool, at: int) -> str:
 # --- a table ---
 
 
-def read_table(path: Path, channels: tuple[str, ...] = ()) -> Cases:
+def read_table(path: Path, channels: tuple[str, ...] = (), series: str | None = None) -> Cases:
     """Read a table of cases: CSV with the columns case and image, and maybe label, patient and split.
 
     Of several channels each has a column of its name in the place of image.
 
     Files are named as seen from the table's folder; a folder is a DICOM series. Where a split is given, it is for every
     case that has a label, "train", "val" or "test"; a case without a label trains.
+
+    Args:
+        path: of the table.
+        series: which DICOM series of an image's folder is meant, where it holds several.
 
     Raises:
         UserError: names the line that is wrong.
@@ -240,8 +271,9 @@ def read_table(path: Path, channels: tuple[str, ...] = ()) -> Cases:
         name, where = given["case"], f"--table {path}, line {rows.line_num}"
         if not name or name in files:
             raise UserError(f"{where}: {f'the case {name} is there already' if name else 'the case has no name'}.")
-        paths = tuple(_file(path.parent, given[image], where) for image in images)
-        label = _file(path.parent, given["label"], where) if given["label"] else None
+        find = lambda folder: find_scans(folder, series)  # noqa: E731
+        paths = tuple(_file(path.parent, given[image], where, find) for image in images)
+        label = _file(path.parent, given["label"], where, find_labels) if given["label"] else None
         files[name] = paths, label
         if given["patient"]:
             patients[name] = given["patient"]
@@ -253,6 +285,8 @@ def read_table(path: Path, channels: tuple[str, ...] = ()) -> Cases:
             splits[name] = given["split"]
     if not files:
         raise UserError(f"--table {path} has no lines: write one a case.")
+    if series is not None and not any(isinstance(image, SeriesPath) for image, _ in files.values()):
+        raise UserError(f"--series chooses among the series of folders, and --table {path} names files alone.")
     for column, known in (("patient", patients), ("split", splits)):
         if without := [
             name for name, (_, label) in files.items() if name not in known and (label or column == "patient")
@@ -271,16 +305,16 @@ def read_table(path: Path, channels: tuple[str, ...] = ()) -> Cases:
     return Cases(files, patients, splits, channels)
 
 
-def _file(folder: Path, text: str, where: str) -> Path:
-    """Return the file, or the series of a folder, that a table names."""
+def _file(folder: Path, text: str, where: str, find: Callable[[Path], dict[str, Path]]) -> Path:
+    """Return the file, or what `find` finds in a folder, that a table names."""
     path = folder / text
     if not text or not path.exists():
         raise UserError(f"{where}: the file {text or '(none)'} does not exist, seen from {folder}: correct the path.")
     if path.is_dir():
-        series = find_scans(path)
-        if len(series) > 1:
+        found = find(path)
+        if len(found) > 1:
             raise UserError(
-                f"{where}: {path} holds {len(series)} scans ({', '.join(list(series)[:3])}): name one of them."
+                f"{where}: {path} holds {len(found)} scans ({', '.join(list(found)[:3])}): name one of them."
             )
-        return next(iter(series.values()))
+        return next(iter(found.values()))
     return path

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataloaders.scans.dicom_labels import segment_names, segmentation_in
 from dataloaders.scans.reading import read_label
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -131,6 +132,37 @@ def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str
 def class_names(values: Sequence[int]) -> list[str]:
     """Return the names of classes that have none."""
     return [f"class{k}" for k in range(1, len(values) + 1)]
+
+
+def name_classes(labels: Mapping[str, Path], how: LabelMap, given: Sequence[str]) -> list[str]:
+    """Return the classes' names: those given, else what DICOM segmentations call the segments, else class1, class2, ...
+
+    Args:
+        labels: case to label file.
+        how: with the values that become the classes.
+        given: from the command line, or ().
+
+    Raises:
+        UserError: none are given, and segmentations call the same number differently.
+    """
+    called: dict[int, dict[str, tuple[str, Path]]] = {}  # number, name in small letters: name and its first file
+    for path in filter(None, map(segmentation_in, labels.values())):
+        for number, name in segment_names(path).items():
+            called.setdefault(number, {}).setdefault(name.casefold(), (name, path))
+    for number in (*how.values, *(first for first, _ in how.merge)):
+        if len(names := list(called.get(number, {}).values())) > 1:
+            (one, path), (other, where), *_ = names
+            told = f"the segment {number} is {one or 'unnamed'} in {path}, {other or 'unnamed'} in {where}"
+            if not given:
+                raise UserError(f"{told}: number them alike, or give --class_names if they are the same structure.")
+            LOGGER.info("NOTE: %s; --class_names says that they are the same structure", told)
+    if given:
+        return list(given)
+    found = [next(iter(called.get(value, {"": ("", None)}).values()))[0] for value in how.values]
+    if not all(found) or len(set(found)) < len(found):
+        return class_names(how.values)
+    LOGGER.info("the classes are called as the segmentations call them: %s", ", ".join(found))
+    return found
 
 
 def _values(array: np.ndarray) -> set[int]:

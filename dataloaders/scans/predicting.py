@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dataloaders.scans.channels import FIRST, group, read_channels
+from dataloaders.scans.dicom_output import check_are_series, read_sources, save_segmentation
 from dataloaders.scans.finding import SeriesPath, is_scan_file
 from dataloaders.scans.pictures import is_picture, save_mask
 from dataloaders.scans.prediction import Run, box_on_grid, check_roi, inference_of, segment
@@ -34,6 +35,7 @@ def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tu
     """
     channels, path = read_channels(paths, config.pixel_spacing_mm), paths[0]
     original = scan = channels[0]
+    sources = read_sources(scan) if config.dicom_seg else None
     roi, inside = check_roi(config.roi, scan) if config.roi else None, None
     if is_sheared(scan) and scan.header is None:
         inside = upright(scan)[1]
@@ -62,6 +64,8 @@ def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tu
         save_nifti_file(nifti_like(scan, foreground), config.output / f"{name}_probability.nii.gz")
     if config.save_figure:
         save_figure(config, run, name, scan, label)
+    if sources is not None:
+        save_segmentation(config.output / f"{written}.dcm", scan, label, sources, run)
     ml = np.nan if is_picture(path) else abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     counts = {structure: int((label == c).sum()) for c, structure in enumerate(run.class_names, start=1)}
     return [{"scan": name, "structure": s, "volume_ml": float(n * ml), "voxels": n} for s, n in counts.items()]
@@ -102,7 +106,7 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}"
 
 
-def scans_of(path: Path, channels: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+def scans_of(path: Path, channels: Sequence[str], series: str | None = None) -> dict[str, tuple[Path, ...]]:
     """Return the scans to predict by name, a file a channel.
 
     Of one series, however deep it lies, the name of the folder given counts; of several channels a file stands for the
@@ -110,6 +114,8 @@ def scans_of(path: Path, channels: Sequence[str]) -> dict[str, tuple[Path, ...]]
     """
     if not path.exists():
         raise UserError(f"--input {path} does not exist: check the path.")
+    if path.is_file() and series is not None:
+        raise UserError(f"--series chooses among the DICOM series of a folder, and --input {path} is a file.")
     if path.is_file() and not channels:
         return {name_of(path): (path,)}
     if path.is_file():
@@ -119,7 +125,7 @@ def scans_of(path: Path, channels: Sequence[str]) -> dict[str, tuple[Path, ...]]
         if name is None:
             raise UserError(f"--input {path} is no channel of a case, its name ends otherwise: give the folder.")
         return {name: cases[name]}
-    scans = find_scans(path)
+    scans = find_scans(path, series)
     only = next(iter(scans.values()))
     is_series = len(scans) == 1 and isinstance(only, SeriesPath)
     return group({path.resolve().name: only} if is_series else scans, channels)
@@ -157,7 +163,9 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     run = Run.read(config.run, config.largest_component)
     if config.stride and run.is_3d:
         check_windows(config.stride, run.settings["patch_size"])
-    scans = scans_of(config.input, run.preprocessing.channels)
+    scans = scans_of(config.input, run.preprocessing.channels, config.series)
+    if config.dicom_seg:
+        check_are_series(paths[0] for paths in scans.values())
     tell_limits(config, run)
     sizes = run.num_classes, len(run.preprocessing.rules)
     model = inference_of(run, config), load(config, run.settings, sizes, device)

@@ -12,6 +12,7 @@ from nibabel import orientations
 
 from dataloaders.checks import check_declared
 from dataloaders.scans.dicom import dicom_files, guarded, is_dicom
+from dataloaders.scans.dicom_labels import read_segmentation, segmentation_in
 from dataloaders.scans.finding import ITK, MGH, NIFTI, PAIR, SeriesPath, suffix_of
 from dataloaders.scans.finding import SUFFIXES as SUFFIXES
 from dataloaders.scans.finding import find_scans as find_scans
@@ -96,14 +97,16 @@ def read_label(
     *,
     highest: int = 65535,
     pixel_spacing_mm: tuple[float, float] | None = None,
+    onto: Scan | None = None,
 ) -> Scan:
     """Read a label map; values a rounding error off a whole number are that number.
 
     Args:
-        path: see read_scan().
+        path: see read_scan(); or a DICOM segmentation, or a folder with one, whose segments' numbers are the labels.
         num_classes: labels must lie in [0, num_classes); None: in [0, highest].
         highest: the largest label that counts as one, below 2**31.
         pixel_spacing_mm: see read_scan().
+        onto: the image; a DICOM segmentation, which may lack slices, is then completed to its grid.
 
     Returns:
         The label map; array (X, Y, Z), uint8, or uint16 or int32 where a label needs it.
@@ -111,7 +114,12 @@ def read_label(
     Raises:
         UserError: it cannot be read, or holds something else than classes, or nothing but background.
     """
-    label = Scan(path, read_mask(path), AFFINE) if is_picture(path) else _read(path, pixel_spacing_mm)
+    path = path if isinstance(path, SeriesPath) else Path(path)
+    segmentation = segmentation_in(path) if path.exists() else None
+    if is_picture(path):
+        label = Scan(path, read_mask(path), AFFINE)
+    else:
+        label = _read(path, pixel_spacing_mm) if segmentation is None else _read_segmentation(segmentation, onto)
     top = num_classes or highest + 1
     values = np.unique(label.array)
     with np.errstate(invalid="ignore"):  # infinite values are refused below
@@ -209,6 +217,15 @@ def _read(path: Path, pixel_spacing_mm: tuple[float, float] | None) -> Scan:
 def _read_dicom(path: Path, files: Sequence[Path], pixel_spacing_mm: tuple[float, float] | None) -> Scan:
     array, affine, names = read_series(path, files, pixel_spacing_mm)
     return Scan(path, array, LPS_TO_RAS @ affine, slice_names=names)
+
+
+def _read_segmentation(path: Path, onto: Scan | None) -> Scan:
+    segmentation = read_segmentation(path)
+    if onto is None:
+        array, affine = segmentation.stacked()
+        return Scan(path, array, LPS_TO_RAS @ affine)
+    array = segmentation.on_grid(onto.path, onto.array.shape, LPS_TO_RAS @ onto.affine)
+    return Scan(path, array, onto.affine)
 
 
 def _only_series(folder: Path) -> tuple[Path, ...]:

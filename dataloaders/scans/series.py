@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from pydicom.pixels import pixel_array
+from pydicom.uid import RLELossless
 
-from dataloaders.scans.dicom import Frame, Header, guarded, read_header
+from dataloaders.scans.dicom import Frame, Header, guarded, read_header, undecodable
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
@@ -278,7 +280,14 @@ def _in_plane(vectors: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
 def _pixels(path: Path, header: Header) -> np.ndarray:
     """Return a file's pictures (X, Y, count), rescaled to HU for a CT."""
-    array = sitk.GetArrayFromImage(sitk.ReadImage(os.fspath(path))).T
+    try:
+        if header.syntax == RLELossless:
+            pixel_array(path, raw=True)  # it refuses a cut stream, of which the other reader makes up the rest
+        array = sitk.GetArrayFromImage(sitk.ReadImage(os.fspath(path))).T
+    except (RuntimeError, ValueError):
+        if header.syntax.is_compressed:
+            raise undecodable(path, header.syntax) from None
+        raise
     if array.shape != (*header.shape, header.count):
         raise UserError(
             f"{path} holds {'×'.join(map(str, array.shape))} pixels where its header says "

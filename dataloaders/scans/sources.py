@@ -20,6 +20,8 @@ def files_of(*paths: Path) -> list[Path]:
 
 
 def _files_of(path: Path) -> list[Path]:
+    if files := getattr(path, "files", ()):  # of a DICOM series, which others may lie beside
+        return sorted(files, key=lambda p: p.as_posix())
     if path.is_dir():
         return sorted((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.relative_to(path).as_posix())
     if path.suffix.lower() in DETACHED:
