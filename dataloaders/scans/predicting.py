@@ -10,7 +10,9 @@ from torch import nn
 
 from dataloaders.scans.finding import SeriesPath
 from dataloaders.scans.joining import CHANNEL
-from dataloaders.scans.prediction import Run, box_on_grid, check_roi, inference_of, segment
+from dataloaders.scans.locating import roi_finder
+from dataloaders.scans.prediction import Run, box_on_grid, inference_of, segment
+from dataloaders.scans.preprocessing import Box
 from dataloaders.scans.reading import Scan, find_scans, name_of, read_scan
 from dataloaders.scans.results import is_sheared, nifti_like, read_volumes, save_nifti_file, upright, write_volumes
 from dataloaders.volumes import check_windows
@@ -19,8 +21,10 @@ from sdcl.runs.folder import LOGGER
 from sdcl.scoring.evaluation import Case
 from sdcl.scoring.figures import save_scan_figure
 
+FindRoi = Callable[[Scan], Box | None]
 
-def predict(config: Any, run: Run, name: str, path: Path, model: tuple) -> list[dict]:
+
+def predict(config: Any, run: Run, name: str, path: Path, model: tuple, find_roi: FindRoi) -> list[dict]:
     """Segment one scan and write its label map, and the probabilities if asked for; return its structures' volumes.
 
     Args:
@@ -29,9 +33,10 @@ def predict(config: Any, run: Run, name: str, path: Path, model: tuple) -> list[
         name: of the scan.
         path: of the scan.
         model: what infers, and the networks.
+        find_roi: gives the box to segment, or None for the whole scan.
     """
     original = scan = read_scan(path, pixel_spacing_mm=config.pixel_spacing_mm)
-    roi, inside = check_roi(config.roi, scan) if config.roi else None, None
+    roi, inside = find_roi(scan), None
     if is_sheared(scan) and scan.header is None:
         scan, inside = upright(scan)
         roi = box_on_grid(roi, original, scan.affine, scan.array.shape) if roi else None
@@ -121,6 +126,7 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     if config.pixel_spacing_mm and not all(0 < side < np.inf for side in config.pixel_spacing_mm):
         raise UserError(f"--pixel_spacing_mm {config.pixel_spacing_mm} must be two numbers above 0.")
     run = Run.read(config.run, config.largest_component)
+    find_roi = roi_finder(config, device)
     if config.stride and run.is_3d:
         check_windows(config.stride, run.settings["patch_size"])
     scans = scans_of(config.input)
@@ -130,7 +136,7 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     earlier, rows, failures, kept = read_volumes(table), [], [], 0
     for name, path in scans.items():
         try:
-            found = predict(config, run, name, path, model)
+            found = predict(config, run, name, path, model, find_roi)
             rows += found
             kept = write_volumes(table, earlier, rows)
             LOGGER.info("%s: %s", name, ", ".join(f"{r['structure']} {r['volume_ml']:.3g} ml" for r in found))
