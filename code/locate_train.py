@@ -107,13 +107,14 @@ def main(config: Config) -> None:
         told = held_out.summary(judged, config.margin_mm)
         margin_mm = held_out.margin_of(judged, config.margin_mm)
         write_csv(config.output / "held_out.csv", [one.row() for one in judged])
+        if margin_mm > config.margin_mm:
+            LOGGER.info(
+                "NOTE: %g mm was too little for %s; the locator's margin is raised to %g mm, which holds them, but "
+                "which no case held out has tested", config.margin_mm,
+                ", ".join(one.name for one in judged if one.least_mm is not None and one.least_mm < 0), margin_mm,
+            )  # fmt: skip
     else:
         LOGGER.info("NOTE: --folds 0 holds nothing out: nothing says whether new scans' structures are held.")
-    if margin_mm > config.margin_mm:
-        LOGGER.info(
-            "NOTE: %g mm was too little for %s; the locator's margin is raised to %g mm, which holds them, but which "
-            "no case held out has tested", config.margin_mm, ", ".join(told["not_held"]), margin_mm
-        )  # fmt: skip
     facts = held_out.facts_of(cases, config, margin_mm)
     save_locator(
         config.output, facts, fit(cases, "all cases"), NETWORK,

@@ -132,7 +132,7 @@ def labelled(name, patient=None, box=((20, 40), (25, 40), (30, 40)), codes="LPS"
     return held_out.LabelledScan(name, patient or name, coarsely(scan, COARSE), mask, box, scan)
 
 
-def test_margins_by_hand():
+def test_margins_by_hand(said):
     case = labelled("a", box=((20, 40), (25, 40), (30, 40)))
     found = Located(((12, 45), (26, 80), (0, 40)), (), 1.0)
     expected = {"right": 8, "left": 5, "front": -1, "back": None, "bottom": None, "top": 0}
@@ -144,6 +144,10 @@ def test_margins_by_hand():
     assert held_out.margin_of([judged], 10.0) == 11 and held_out.margin_of([], 10.0) == 10
     lost = held_out.Judged("b", {}, refused="nothing")
     assert not lost.holds and held_out.margin_of([lost], 10.0) == 10
+    whole = held_out.Judged("c", dict.fromkeys(expected), 9.0)
+    assert (
+        held_out.summary([whole], 10.0)["whole_scan"] == ["c"] and "NOTE: of 1 of these the box is the whole" in said()
+    )
     told = held_out.summary([judged, lost], 10.0)
     assert (told["held"], told["cases"], told["not_held"], told["least_margin_mm"]) == (0, 2, ["a", "b"], -1)
 

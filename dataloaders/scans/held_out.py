@@ -262,16 +262,19 @@ def summary(judged: Sequence[Judged], margin_mm: float) -> dict[str, Any]:
     """Return what the cases held out say of a locator, in numbers, and log it."""
     least = [one for one in judged if one.least_mm is not None]
     held, unsure = [one for one in judged if one.holds], [one.name for one in judged if one.doubts or one.refused]
+    whole = [one.name for one in held if one.least_mm is None]
     worst = min(least, key=lambda one: one.least_mm, default=None)
     content = {
         "cases": len(judged), "held": len(held), "margin_mm": margin_mm,
         "least_margin_mm": worst and worst.least_mm, "least_margin_case": worst and worst.name,
         "median_margin_mm": float(np.median([one.least_mm for one in least])) if least else None,
         "median_box_share": float(np.median([one.box_share for one in held])) if held else None,
-        "not_held": [one.name for one in judged if not one.holds], "unsure": unsure,
+        "whole_scan": whole, "not_held": [one.name for one in judged if not one.holds], "unsure": unsure,
     }  # fmt: skip
     LOGGER.info("held out: with a margin of %g mm the box holds the structure in %d of %d cases",
                 margin_mm, len(held), len(judged))  # fmt: skip
+    if whole:
+        LOGGER.info("NOTE: of %d of these the box is the whole scan, which says nothing: %s", len(whole), few(whole))
     if worst:
         LOGGER.info("the smallest margin left is %.1f mm (%s), the median case's %.1f mm; the boxes are %.1f times the "
                     "structures' own (median); unsure of %d cases%s", worst.least_mm, worst.name,
