@@ -17,7 +17,8 @@ class Config:
     """Segment raw scans with a trained run: labels as NIfTI on each scan's own grid, volumes in ml, a figure.
 
     Training crops LA and Pancreas around the label. A whole scan shows the networks places that they never saw:
-    give the structure's surroundings as --roi, or expect false findings far from it.
+    give the structure's surroundings as --roi, let a locator find them (--roi auto; code/locate_train.py trains it), or
+    expect false findings far from it.
     """
 
     run: Path  # a run's folder, models/<data set>_<exp>_<labelnum>_labeled
@@ -31,7 +32,8 @@ class Config:
     predictor: str | None = None  # student_a, student_b, mean or teacher; None: the method's own answer
 
     # --- where and how ---
-    roi: tuple[int, int, int, int, int, int] | None = None  # x0 x1 y0 y1 z0 z1: only these voxels of the scan
+    roi: tuple[int, int, int, int, int, int] | Literal["auto"] | None = None  # x0 x1 y0 y1 z0 z1: these voxels alone
+    locator: Path | None = None  # with --roi auto: the folder of the locator that finds each scan's box
     stride: tuple[int, int, int] | None = None  # between windows, voxels; None: half a window (3D)
     window_weighting: Literal["constant", "gaussian"] = "constant"  # gaussian trusts a window's centre more (3D)
     tta: bool = False  # average over the eight flips of each window (3D)

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,6 +20,9 @@ from dataloaders.scans.reading import SUFFIXES, Scan, aligned_label, label_by_in
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, start_logging
+
+if TYPE_CHECKING:
+    from dataloaders.scans.unlabelled import Cropping
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPROCESSING = DATA_SET.preprocessing
@@ -36,6 +40,7 @@ class Config:
     min_side: int = 112  # voxels in x and y that a crop holds, where the scan has them
     margin: tuple[int, int] = (10, 20)  # voxels beyond that on each side, drawn from [first, second)
     by_index: bool = False  # lay labels on by index, whatever their headers say
+    locator: Path | None = None  # of code/locate_train.py: crops the cases without a label; None: they are refused
     workers: int = 2  # cases at a time; each takes up to 2 GiB
     overwrite: bool = False  # convert cases that are there, too
 
@@ -59,6 +64,12 @@ def convert_case(image_path: Path, label_path: Path, target: Path, config: Confi
     write_case(target, case.array, mask[tuple(slice(*side) for side in box)], attributes)
 
 
+def convert_unlabelled(image_path: Path, target: Path, config: Config, cropping: "Cropping") -> None:
+    """Normalise the whole scan, crop it round what the locator finds, and write the case without a label."""
+    origin = Origin(RULE, config.raw, (image_path,), None)
+    cropping.convert(read_scan(image_path), PREPROCESSING, origin, target)
+
+
 def crop_of(config: Config) -> str:
     """Return what chooses the crops, as the files' attributes keep it."""
     return json.dumps({"seed": config.seed, "min_side": config.min_side, "margin": list(config.margin)})
@@ -76,19 +87,30 @@ def main(config: Config) -> None:
     alone = sorted(folder.name for folder in labels - set(images))
     if alone:
         LOGGER.info("labels without a scan (%s), left out: %s", IMAGE, few(alone))
+    cropping = None
+    if config.locator is not None:
+        from dataloaders.scans.unlabelled import WHOLE, Cropping, tell_unlabelled  # with PyTorch, for it alone
+
+        cropping = Cropping.of(config.locator, (config.min_side, config.min_side, WHOLE))  # z is never cropped
     jobs = []
     for folder, image in images.items():
-        label = next((path for s in SUFFIXES if (path := folder / f"{LABEL}{s}").exists()), folder / f"{LABEL}.nrrd")
+        expected = None if cropping else folder / f"{LABEL}.nrrd"
+        label = next((path for s in SUFFIXES if (path := folder / f"{LABEL}{s}").exists()), expected)
         if name_fault(folder.name):
             raise UserError(f"{folder} cannot give a case its name ({name_fault(folder.name)}): rename the folder.")
         target = DATA_SET.path_of(config.root_path, folder.name)
         if any(target in job.targets for job in jobs):
             raise UserError(f"--raw {config.raw} holds the case {folder.name} twice: remove one of them.")
         run = lambda i=image, m=label, t=target: convert_case(i, m, t, config)  # noqa: E731
-        made_by = {"rule": RULE, "preprocessing": PREPROCESSING.to_json(), "crop": crop_of(config)}
+        if label is None:
+            run = lambda i=image, t=target: convert_unlabelled(i, t, config, cropping)  # noqa: E731
+        crop = cropping.rule if label is None else crop_of(config)
+        made_by = {"rule": RULE, "preprocessing": PREPROCESSING.to_json(), "crop": crop}
         jobs.append(Job(folder.name, [target], run, (image,), label, made_by))
     there = (config.root_path / "data" / FOLDER).glob("*/mri_norm2.h5")
     convert(jobs, config.workers, config.overwrite, there)
+    if cropping:
+        tell_unlabelled([job.name for job in jobs if job.label is None], config.root_path)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,6 +30,9 @@ from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, start_logging, write_csv
 
+if TYPE_CHECKING:
+    from dataloaders.scans.unlabelled import Cropping
+
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = replace(DATA_SET.preprocessing, orientation=None, trust_slice_spacing=False)
 
@@ -46,6 +49,7 @@ class Config:
     trust: tuple[str, ...] = ()  # cases whose label somebody has looked at and found right, or "all"
     trust_hu: bool = False  # scans are CT in HU though they look otherwise, such as soft tissue alone
     pixel_spacing_mm: tuple[float, float] | None = None  # of DICOM files that do not say it: between rows, columns
+    locator: Path | None = None  # of code/locate_train.py: crops the scans without a label; None: they are refused
     margin: int = 25  # voxels (mm) beyond the label's box on each side
     min_side: int = 96  # voxels that a crop holds, where the scan has them
     workers: int = 2  # cases at a time; each takes up to 3 GiB
@@ -117,6 +121,13 @@ def convert_case(image_path: Path, label_path: Path, target: Path, config: Confi
     )
 
 
+def convert_unlabelled(image_path: Path, target: Path, config: Config, cropping: "Cropping") -> None:
+    """Resample a scan, crop it round what the locator finds, and write the case without a label."""
+    geometry = {"pixel_spacing_mm": config.pixel_spacing_mm} if config.pixel_spacing_mm else {}
+    origin = Origin(config.rule, config.images, (image_path,), None)
+    cropping.convert(read_scan(image_path, **geometry), preprocessing_of(config), origin, target, config.trust_hu)
+
+
 def preprocessing_of(config: Config) -> Preprocessing:
     """Return what the rule does to a scan."""
     return PUBLISHED if config.rule == "published" else DATA_SET.preprocessing
@@ -128,8 +139,13 @@ def crop_of(config: Config) -> str:
     return json.dumps(crop)
 
 
-def pair(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
+def pair(images: Path, labels: Path, needs_label: bool = True) -> list[tuple[str, Path, Path | None]]:
     """Join scans and labels by their numbers.
+
+    Args:
+        images: folder of the scans.
+        labels: folder of the labels.
+        needs_label: refuse a scan without a label; else it is paired with None.
 
     Returns:
         Case name (data0001 ...), image and label, in the order of the numbers; without the duplicate cases.
@@ -150,14 +166,14 @@ def pair(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
         number = case_number(name)
         if number in LEFT_OUT:
             left_out.append(name)
-        elif number not in label_of:
+        elif number not in label_of and (needs_label or number is None):
             raise UserError(
                 f"--labels {labels} has no label of the number {number} of {path}: add it, or move the scan away."
             )
         elif f"data{number:04d}" in [case for case, *_ in pairs]:
             raise UserError(f"--images {images} holds two scans of the number {number}: move one of them away.")
         else:
-            pairs.append((f"data{number:04d}", path, label_of[number]))
+            pairs.append((f"data{number:04d}", path, label_of.get(number)))
     used = {label for _, _, label in pairs} | {label_of[n] for n in LEFT_OUT if n in label_of}
     alone = [path.name for path in label_of.values() if path not in used]
     if alone:
@@ -166,28 +182,38 @@ def pair(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
         LOGGER.info("left out %s: duplicates of other cases, named in no published list", ", ".join(left_out))
     if not pairs:
         raise UserError(f"--images {images} holds no other cases than these duplicates: give the whole collection.")
-    return sorted(pairs)
+    return sorted(pairs, key=lambda one: one[0])
 
 
 def main(config: Config) -> None:
     """Find the cases, write the table of their names, convert them."""
     start_logging()
-    pairs = pair(config.images, config.labels)
-    check_trust(config.trust, [name for name, *_ in pairs])
-    table = [{"case": name, "image": image.name, "label": label.name} for name, image, label in pairs]
+    if config.locator is not None and config.rule == "published":
+        raise UserError("--locator goes by headers: give --rule header, too, or leave --locator out.")
+    pairs = pair(config.images, config.labels, config.locator is None)
+    check_trust(config.trust, [name for name, _, label in pairs if label])
+    cropping = None
+    if config.locator is not None:
+        from dataloaders.scans.unlabelled import Cropping, tell_unlabelled  # with PyTorch, for it alone
+
+        cropping = Cropping.of(config.locator, [config.min_side] * 3)
+    table = [{"case": name, "image": image.name, "label": label.name if label else ""} for name, image, label in pairs]
     write_csv(config.root_path / "data" / "cases.csv", table)
     LOGGER.info(
         "%d cases by the rule '%s'; names: %s", len(pairs), config.rule, config.root_path / "data" / "cases.csv"
     )
-    made_by = {
-        "rule": config.rule, "preprocessing": preprocessing_of(config).to_json(), "crop": crop_of(config)
-    }  # fmt: skip
+    made_by = {"rule": config.rule, "preprocessing": preprocessing_of(config).to_json()}
     jobs = []
     for name, image, label in pairs:
         target = DATA_SET.path_of(config.root_path, name)
         run = lambda i=image, m=label, t=target: convert_case(i, m, t, config)  # noqa: E731
-        jobs.append(Job(name, [target], run, (image,), label, made_by))
+        if label is None:
+            run = lambda i=image, t=target: convert_unlabelled(i, t, config, cropping)  # noqa: E731
+        crop = crop_of(config) if label else cropping.rule
+        jobs.append(Job(name, [target], run, (image,), label, made_by | {"crop": crop}))
     convert(jobs, config.workers, config.overwrite, (config.root_path / "data").glob("*.h5"))
+    if cropping:
+        tell_unlabelled([job.name for job in jobs if job.label is None], config.root_path)
 
 
 if __name__ == "__main__":

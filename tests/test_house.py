@@ -9,6 +9,7 @@ SCRIPTS = {path.stem for path in (ROOT / "dataloaders").glob("*.py") if "run_scr
 TRAINS = (
     "sdcl.training",
     "sdcl.steps",
+    "sdcl.locating",
     "sdcl.methods",
     "sdcl.runs.experiment",
     "sdcl.runs.resume",

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 Weighting = Literal["constant", "gaussian"]
 GAUSSIAN_SIGMA = 1 / 8  # of the window's side
 BLOCK_SIDE = 256  # voxels; an LA or Pancreas volume is one block
+HALVINGS = 4  # of every network
+LEAST_BOTTOM = 4  # voxels at the networks' deepest stage, whose norms need several
 
 
 @lru_cache(maxsize=1024)
@@ -97,6 +99,34 @@ def slice_wise(
             back = nearest_zoom(probabilities.cpu().numpy(), (height, width), background)  # (n, C, H, W)
             result[:, start : start + len(back)] = back.swapaxes(0, 1)
     return results
+
+
+def whole_window(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the sides of the smallest window that holds a volume and that networks can take, in voxels."""
+    unit = 2**HALVINGS
+    sides = [unit * math.ceil(side / unit) for side in shape]
+    while math.prod(side // unit for side in sides) < LEAST_BOTTOM:
+        sides[sides.index(min(sides))] += unit
+    return tuple(sides)
+
+
+def one_window(network: nn.Module, volume: np.ndarray, precision: str = "fp32") -> np.ndarray:
+    """Predict a small volume at once: padded with its least value to whole_window(), and cropped back.
+
+    Args:
+        network: a 3D network.
+        volume: (X, Y, Z), float32.
+        precision: see predict().
+
+    Returns:
+        The probabilities, float32 (C, X, Y, Z).
+    """
+    pads = [a - b for a, b in zip(whole_window(volume.shape), volume.shape, strict=True)]
+    padded = np.pad(volume, [(pad // 2, pad - pad // 2) for pad in pads], constant_values=volume.min())
+    image = torch.from_numpy(padded.astype(np.float32, copy=False))[None, None].to(device_of([network]))
+    found = predict([network], image, precision)[0][0].cpu().numpy()  # (C, *padded)
+    inside = tuple(slice(pad // 2, pad // 2 + side) for pad, side in zip(pads, volume.shape, strict=True))
+    return np.ascontiguousarray(found[(slice(None), *inside)])
 
 
 def window_starts(side: int, patch: int, stride: int) -> list[int]:

@@ -11,9 +11,10 @@ from torch import nn
 from dataloaders.scans.channels import FIRST, group, read_channels
 from dataloaders.scans.dicom_output import check_are_series, read_sources, save_segmentation
 from dataloaders.scans.finding import SeriesPath, is_scan_file
+from dataloaders.scans.locating import roi_finder
 from dataloaders.scans.pictures import is_picture, save_mask
-from dataloaders.scans.prediction import Run, box_on_grid, check_roi, inference_of, segment
-from dataloaders.scans.preprocessing import WINDOW_HU
+from dataloaders.scans.prediction import Run, box_on_grid, inference_of, segment
+from dataloaders.scans.preprocessing import WINDOW_HU, Box
 from dataloaders.scans.reading import Scan, find_scans, name_of
 from dataloaders.scans.results import is_sheared, nifti_like, read_volumes, save_nifti_file, upright, write_volumes
 from dataloaders.volumes import check_windows
@@ -22,8 +23,10 @@ from sdcl.runs.folder import LOGGER
 from sdcl.scoring.evaluation import Case
 from sdcl.scoring.figures import class_colours, save_scan_figure
 
+FindRoi = Callable[[Scan], Box | None]
 
-def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tuple) -> list[dict]:
+
+def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tuple, find_roi: FindRoi) -> list[dict]:
     """Segment one scan and write its label map, and the probabilities if asked for; return its structures' volumes.
 
     Args:
@@ -32,11 +35,12 @@ def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tu
         name: of the scan.
         paths: of the scan, of each channel.
         model: what infers, and the networks.
+        find_roi: gives the box to segment, or None for the whole scan.
     """
     channels, path = read_channels(paths, config.pixel_spacing_mm), paths[0]
     original = scan = channels[0]
     sources = read_sources(scan) if config.dicom_seg else None
-    roi, inside = check_roi(config.roi, scan) if config.roi else None, None
+    roi, inside = find_roi(scan), None
     if is_sheared(scan) and scan.header is None:
         inside = upright(scan)[1]
         channels = [upright(channel)[0] for channel in channels]
@@ -161,6 +165,7 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     if config.pixel_spacing_mm and not all(0 < side < np.inf for side in config.pixel_spacing_mm):
         raise UserError(f"--pixel_spacing_mm {config.pixel_spacing_mm} must be two numbers above 0.")
     run = Run.read(config.run, config.largest_component)
+    find_roi = roi_finder(config, device)
     if config.stride and run.is_3d:
         check_windows(config.stride, run.settings["patch_size"])
     scans = scans_of(config.input, run.preprocessing.channels, config.series)
@@ -173,7 +178,7 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     earlier, rows, failures, kept = read_volumes(table), [], [], 0
     for name, paths in scans.items():
         try:
-            found = predict(config, run, name, paths, model)
+            found = predict(config, run, name, paths, model, find_roi)
             rows += found
             kept = write_volumes(table, earlier, rows)
             LOGGER.info("%s: %s", name, ", ".join(map(_size, found)))

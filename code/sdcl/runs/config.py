@@ -170,6 +170,7 @@ def _sentence(box: str) -> str:
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     end = next((i for i, line in enumerate(lines) if line and not line.strip("─")), len(lines))  # a rule ends it
     text = " ".join(line for line in lines[:end] if line).replace("Error parsing ", "")
+    text = text.split(" Got errors:")[0]  # what each of several types of a flag says
     return f"{text[:1].lower()}{text[1:].rstrip('.')}: see --help for what it takes."
 
 
