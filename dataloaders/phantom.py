@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import nibabel
 import numpy as np
+from PIL import Image
 
 from dataloaders.phantoms.anatomy import draw_atrium, draw_heart, draw_pancreas
 from dataloaders.scans.convert import write_case
@@ -32,10 +33,9 @@ CASE_ALPHABET = [*string.ascii_uppercase, *string.digits]
 class Config:
     """Write a synthetic data set in the real files' format, for the demo and for trying things out."""
 
-    dataset: Literal[
-        "acdc", "la", "pancreas", "nifti"
-    ]  # which data set's format; nifti: raw scans, as your own would be
-    root_path: Path  # folder that receives data/ and data_split/ (nifti: images/ and labels/)
+    # Which data set's format; or raw files, as your own: nifti, channels (t1 and t2 of each scan), pictures (RGB).
+    dataset: Literal["acdc", "la", "pancreas", "nifti", "channels", "pictures"]
+    root_path: Path  # folder that receives data/ and data_split/, of raw files images/ and labels/
     seed: int = 0  # the same seed gives the same data
 
 
@@ -162,6 +162,7 @@ def write_nifti(
     cases: int = 8,
     labelled_cases: int = 5,
     size: tuple[int, int, int] = (56, 48, 40),
+    channels: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Path:
     """Write atria as raw scans and labels in NIfTI, with voxels of 1.25 mm, as somebody's own data might be.
@@ -171,6 +172,8 @@ def write_nifti(
         cases: how many there are.
         labelled_cases: how many of them have a label.
         size: voxels along x, y and z.
+        channels: of several, each in a file of its name, `case_01_t1.nii.gz`; every second one is dark where the first
+            is bright.
         seed: any non-negative integer; case k depends on `seed`, k and `size` alone.
 
     Returns:
@@ -184,9 +187,47 @@ def write_nifti(
     affine = np.diag([-1.25, -1.25, 1.25, 1.0])
     for case in range(cases):
         image, label = draw_atrium(_case_rng(seed, case), size, 2)
-        for folder, array in (("images", image), ("labels", label))[: 1 + (case < labelled_cases)]:
+        name = f"case_{case + 1:02d}"
+        files = {f"images/{name}": image}
+        if channels:
+            files = {f"images/{name}_{c}": image if k % 2 == 0 else -image for k, c in enumerate(channels)}
+        files |= {f"labels/{name}": label} if case < labelled_cases else {}
+        for path, array in files.items():
+            (root / path).parent.mkdir(exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(array, affine), root / f"{path}.nii.gz")
+    return root
+
+
+def write_pictures(
+    root_path: Path | str, *, cases: int = 20, labelled_cases: int = 12, side: int = 64, seed: int = 0
+) -> Path:
+    """Write slices through atria as RGB pictures and palette masks, as somebody's own true 2D data might be.
+
+    Args:
+        root_path: folder that receives `images/case_01.png` and so on, and `labels/` of the first ones.
+        cases: how many there are.
+        labelled_cases: how many of them have a mask.
+        side: of the pictures, in pixels.
+        seed: any non-negative integer; case k depends on `seed`, k and `side` alone.
+
+    Returns:
+        `root_path`; pictures are RGB (side, side), masks hold 0 and 1.
+
+    Raises:
+        UserError: `root_path` holds files that this module did not write.
+        ValueError: more labelled cases than cases.
+    """
+    root = _claim(root_path, labelled_cases, cases)
+    for case in range(cases):
+        image, label = draw_atrium(_case_rng(seed, case), (side, side, side // 2), 2)
+        k = int(np.argmax(label.sum(axis=(0, 1))))
+        grey = np.clip(255 * (image[:, :, k].T - image.min()) / np.ptp(image), 0, 255)
+        colours = np.stack([grey, 0.6 * grey, 255 - grey], -1).round().astype(np.uint8)  # (side, side, 3)
+        mask = Image.fromarray(label[:, :, k].T.copy(), "L")
+        mask.putpalette([0, 0, 0, 214, 39, 40])
+        for folder, picture in (("images", Image.fromarray(colours)), ("labels", mask))[: 1 + (case < labelled_cases)]:
             (root / folder).mkdir(exist_ok=True)
-            nibabel.save(nibabel.Nifti1Image(array, affine), root / folder / f"case_{case + 1:02d}.nii.gz")
+            picture.save(root / folder / f"case_{case + 1:02d}.png")
     return root
 
 
@@ -239,8 +280,12 @@ def _write_lists(root: Path, suffix: str, lists: dict[str, list[str]]) -> None:
 
 def main(config: Config) -> None:
     """Write the data set that the command line names and say so in one line."""
-    if config.dataset == "nifti":
-        root = write_nifti(config.root_path, seed=config.seed)
+    if config.dataset in ("nifti", "channels", "pictures"):
+        if config.dataset == "pictures":
+            root = write_pictures(config.root_path, seed=config.seed)
+        else:
+            channels = ("t1", "t2") if config.dataset == "channels" else ()
+            root = write_nifti(config.root_path, channels=channels, seed=config.seed)
         print(f"Wrote synthetic scans and labels (seed {config.seed}) to {root}/images and {root}/labels.")
         return
     write = {"acdc": write_acdc, "la": write_la, "pancreas": write_pancreas}[config.dataset]
