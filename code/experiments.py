@@ -116,7 +116,8 @@ def show(config: Config, runs: list[Run]) -> None:
         state = state_of(run, results)
         left = seconds_left(run, state, runs)
         total, is_known = total + (left or 0.0), is_known and left is not None
-        time = "" if is_finished(run, state) else ", time unknown" if left is None else f", {duration(left)} left"
+        time = ", time unknown" if left is None else f", {duration(left)} left" if left else ", its test is left"
+        time = "" if is_finished(run, state) else time
         LOGGER.info("%-60s %s%s", run.title, state.text, time)
     known = f"{duration(total)} of training" if is_known or total else "an unknown time, since no run has begun"
     LOGGER.info("left: %s%s", "" if is_known or not total else "at least ", known)
@@ -154,13 +155,14 @@ def run(config: Config, runs: list[Run]) -> None:
     LOGGER.info("nothing is missing: python code/experiments.py table, with the same flags, shows it")
 
 
-def patient_of(data_set: str) -> Callable[[str], str]:
-    """Return what maps a volume's name to its patient's: of ACDC two volumes are one patient's."""
-    if data_set != "acdc":
-        return lambda name: name
-    from dataloaders.acdc import DATA_SET
+def patient_of(config: Config) -> Callable[[str], str]:
+    """Return what maps a volume's name to its patient's, as the data set has it: of ACDC two volumes are one's."""
+    from dataloaders import acdc, la, pancreas
+    from dataloaders.own import read_data_set
 
-    return DATA_SET.patient_of
+    known = {"acdc": acdc, "la": la, "pancreas": pancreas}
+    own = config.data_set == "own"
+    return (read_data_set(config.root_path) if own else known[config.data_set].DATA_SET).patient_of
 
 
 def compare(config: Config, runs: list[Run]) -> None:
@@ -177,7 +179,7 @@ def compare(config: Config, runs: list[Run]) -> None:
         )
     entries = entries_of(tested, results, config)
     reference = reference_of(entries, config.reference)
-    rows = make_rows(entries, patient_of(config.data_set), reference)
+    rows = make_rows(entries, patient_of(config), reference)
     folder = config.models_path / config.name
     head = [*said_of(config, tested, results, split), f"Differences are to {reference}."]
     compared = Compared(entries, rows, head, costs_of(runs), reference)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers import ROOT
 from scipy import stats
+from test_scripts import load
 
 from sdcl import checkpoints
 from sdcl.runs import matrix, slurm
@@ -336,3 +337,14 @@ def test_best_and_last_are_found_where_one_row_says_both(tmp_path):
         )
         assert math.isnan(scores["hd95_mm", "mean"]["c1"]) and empty == {"x": 0, "y": 1, "mean": 1}
     assert read_cases(path, "teacher", "last") is None
+
+
+def test_patients_of_ones_own_data_are_the_unit_too(tmp_path):
+    content = {
+        "name": "mine", "class_names": ["x"], "preprocessing": {"normalise": "zscore"},
+        "patients": {"day1": "anna", "day2": "anna", "day3": "bert"},
+    }  # fmt: skip
+    (tmp_path / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+    script = load("experiments.py")
+    of = script.patient_of(script.Config(action="table", data_set="own", root_path=tmp_path))
+    assert [of(name) for name in ("day1", "day2", "day3")] == ["anna", "anna", "bert"]
