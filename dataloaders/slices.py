@@ -14,7 +14,7 @@ from dataloaders.datasets import SLICE, DataSet, StudyData, check_classes, find_
 from dataloaders.files import Cache, Decoding, read_affine, read_list, read_sample, read_spacing, with_channels
 from dataloaders.streams import Streams
 from dataloaders.transforms import Augmentation, apply_index, augmentation_index
-from sdcl.inference import slice_wise
+from sdcl.inference import Slabs, slice_slabs
 from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
 from sdcl.scoring.evaluation import Case, Decision, Task
@@ -182,8 +182,8 @@ class SliceData(StudyData):
         """Return what the data set fixes, predicting at a size (H, W) of the networks' input."""
         config, data_set = self._config, self._data_set
 
-        def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
-            return slice_wise(networks, volume, size, data_set.num_classes, config.batch_size, config.precision)
+        def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> Slabs:
+            return slice_slabs(networks, volume, size, data_set.num_classes, config.batch_size, config.precision)
 
         return Task(
             data_set.name, data_set.class_names, infer,

@@ -23,7 +23,7 @@ from dataloaders.files import (
 )
 from dataloaders.streams import Streams
 from dataloaders.transforms import Crop, crop_corner, cropped
-from sdcl.inference import sliding_window
+from sdcl.inference import Slabs, Windows, window_slabs
 from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
 from sdcl.scoring.evaluation import Case, Decision, Task
@@ -252,9 +252,10 @@ class VolumeData(StudyData):
         """Return what the data set fixes, predicting by windows of a size and stride; how: see sliding_window()."""
         config, data_set = self._config, self._data_set
 
-        def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
-            classes, batch = data_set.num_classes, config.window_batch
-            return sliding_window(networks, volume, size, stride, classes, batch, config.precision, *how)
+        windows = Windows(size, stride, data_set.num_classes, config.window_batch, config.precision, *how)
+
+        def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> Slabs:
+            return window_slabs(networks, volume, windows)
 
         decision = Decision(config.decision_rule)
         return Task(

@@ -12,6 +12,17 @@ GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def in_slabs(infer, planes=2):
+    """Return what yields, some planes at a time, what infer(networks, volume) finds in a whole volume."""
+
+    def slabs(networks, volume):
+        outputs = infer(networks, volume)
+        for first in range(0, outputs[0].shape[1], planes):
+            yield slice(first, first + planes), [p[:, first : first + planes] for p in outputs]
+
+    return slabs
+
+
 def fill(network, seed):
     """Give a network the golden figures' weights: each drawn from a generator seeded by its name."""
     state = {}

@@ -23,8 +23,7 @@ from dataloaders.files import Decoding, read_list, sample_rng
 from dataloaders.phantom import write_la
 from dataloaders.transforms import crop_corner, cropped
 from dataloaders.volumes import CroppedVolumes, read_volumes, split_labelled
-from sdcl import inference
-from sdcl.inference import sliding_window, window_starts
+from sdcl.inference import Windows, sliding_window, window_slabs, window_starts
 from sdcl.runs.config import parse
 from sdcl.runs.data import Training
 from sdcl.runs.errors import UserError
@@ -143,24 +142,26 @@ def plain_window(network, volume, patch, stride):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(3, 20), min_size=3, max_size=3), st.lists(st.integers(1, 8), min_size=3, max_size=3),
-       st.integers(1, 7), st.sampled_from([1, 13, 256]))  # fmt: skip
-def test_windows_of_volumes_larger_than_equal_to_and_smaller_than_the_patch(shape, stride, batch_size, block_side):
+       st.integers(1, 7))  # fmt: skip
+def test_windows_of_volumes_larger_than_equal_to_and_smaller_than_the_patch(shape, stride, batch_size):
     volume = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     network = golden_network(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "BLOCK_SIDE", block_side)
-        (result,) = sliding_window([network], volume, (8, 8, 10), stride, 2, batch_size)
+    (result,) = sliding_window([network], volume, (8, 8, 10), stride, 2, batch_size)
     assert result.shape == (2, *shape) and result.dtype == np.float32
     np.testing.assert_allclose(result, plain_window(network, volume, (8, 8, 10), stride), atol=1e-5)
 
 
 def test_what_the_device_sums_is_bounded(monkeypatch):
-    """Of a volume three times as long on every side the device holds sums of 20 voxels a side at most."""
-    sides, zeros = [], torch.zeros
-    monkeypatch.setattr(inference, "BLOCK_SIDE", 20)
-    monkeypatch.setattr(torch, "zeros", lambda *size, **how: sides.extend(size[1:]) or zeros(*size, **how))
-    sliding_window([golden_network(1)], np.zeros((60, 60, 60), np.float32), (8, 8, 8), (4, 4, 4), 2)
-    assert len(sides) >= 3 * 27 and max(sides) <= 20
+    """However long a volume is, the device holds the sums of the planes that a few windows reach."""
+    shapes, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **how: shapes.append(size) or zeros(*size, **how))
+    volume = np.random.default_rng(0).random((100, 12, 9)).astype(np.float32)
+    slabs = list(window_slabs([golden_network(1)], volume, Windows((8, 8, 8), (4, 4, 4), 2, 3)))
+    assert max(size[1] for size in shapes if len(size) == 4) <= 12
+    assert [where.start for where, _ in slabs] == [0, *(where.stop for where, _ in slabs[:-1])]
+    assert slabs[-1][0].stop == 100 and max(one[0].shape[1] for _, one in slabs) <= 12
+    whole = sliding_window([golden_network(1)], volume, (8, 8, 8), (4, 4, 4), 2, 3)[0]
+    np.testing.assert_array_equal(np.concatenate([one[0] for _, one in slabs], axis=1), whole)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +419,7 @@ def test_three_classes_from_data_to_table(tmp_path):
     config = dataclass_of(config)
 
     def infer(networks, volume):
-        return sliding_window(networks, volume, (32, 16, 16), (16, 16, 16), 3)
+        return window_slabs(networks, volume, Windows((32, 16, 16), (16, 16, 16), 3))
 
     three = dataclasses.replace(la.DATA_SET, class_names=("body", "veins"))
     cases = read_volumes(read_list(root / "data_split" / "test.txt"), root, three)

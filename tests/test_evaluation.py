@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import in_slabs
 from torch import nn
 
 from sdcl.checkpoints import save
@@ -62,7 +63,7 @@ def test_one_pass_scores_students_and_their_mean():
     rows = evaluate(
         predictors,
         cases(),
-        Task("t", ("x", "y"), counted),
+        Task("t", ("x", "y"), in_slabs(counted)),
         on_case=lambda case, maps, _: seen.append((case.name, set(maps))),
     )
     assert calls == [2, 2, 2] and len(rows) == 3 * 3 * 2
@@ -123,7 +124,7 @@ def test_case_lines():
 
 
 def test_validator_scores_without_distances_and_draws_the_first_case():
-    validation = validator(cases(), Task("t", ("x", "y"), infer))(
+    validation = validator(cases(), Task("t", ("x", "y"), in_slabs(infer)))(
         Predictors.of({r: nn.Identity() for r in STUDENTS}, PREDICTORS)
     )
     assert set(validation.dice) == {"student_a", "student_b", "mean"}
@@ -148,7 +149,11 @@ def test_best_median_worst():
 def test_files_of_a_test(tmp_path):
     predictors = Predictors([nn.Identity(), nn.Identity()], {"a": (0,), "b": (1,), "mean": (0, 1)})
     report.test_report(
-        tmp_path / "t", predictors, cases(), Task("t", ("x", "y"), infer), {"split": "val", "protocol": "default"}
+        tmp_path / "t",
+        predictors,
+        cases(),
+        Task("t", ("x", "y"), in_slabs(infer)),
+        {"split": "val", "protocol": "default"},
     )
     content = json.loads((tmp_path / "t" / "summary.json").read_text())
     assert content["split"] == "val" and content["protocol"] == "default" and len(content["summary"]) == 9
@@ -223,7 +228,7 @@ def test_distances_in_mm_where_the_spacing_is_known():
     label = np.zeros((1, 1, 8), np.uint8)
     label[..., 2] = 1
     case = Case("c", np.roll(label, 3, axis=2).astype(np.float32), label, spacing=(1.0, 1.0, 0.5))
-    task = Task("t", ("x",), lambda networks, volume: [np.stack([1 - volume, volume])])
+    task = Task("t", ("x",), in_slabs(lambda networks, volume: [np.stack([1 - volume, volume])]))
     (row,) = evaluate(Predictors([nn.Identity()], {"a": (0,)}), [case], task)
     assert (row.hd95, row.hd95_mm, row.asd, row.asd_mm) == (3, 1.5, 3, 1.5)
     assert "95HD [mm]" in format_table(summarise([row])) and "95HD [mm]" in format_cases([row])
@@ -254,14 +259,14 @@ def test_decisions_are_bytes_while_bytes_can_count_the_classes(classes, dtype):
      ((256, 3), [0, 256, 3], np.uint16)],
 )  # fmt: skip
 def test_label_values_are_those_of_the_original_files(given, expected, dtype):
-    values = Task("t", ("x", "y"), infer, label_values=given).original(np.array([0, 1, 2], np.uint8))
+    values = Task("t", ("x", "y"), in_slabs(infer), label_values=given).original(np.array([0, 1, 2], np.uint8))
     assert values.tolist() == expected and values.dtype == dtype
 
 
 def test_distances_are_nan_where_they_are_not_known_or_not_asked_for():
     (case,) = cases(1)
     spaced = Case(case.name, case.image, case.label, spacing=(5.0, 1.0, 1.0))
-    predictors, task = Predictors([nn.Identity()], {"a": (0,)}), Task("t", ("x", "y"), infer)
+    predictors, task = Predictors([nn.Identity()], {"a": (0,)}, kept=("a",)), Task("t", ("x", "y"), in_slabs(infer))
     given = []
     rows = {}
     for name, one, wanted in (("unknown", case, True), ("known", spaced, True), ("without", spaced, False)):

@@ -6,6 +6,7 @@ import h5py
 import nibabel
 import numpy as np
 import pytest
+from helpers import in_slabs
 from test_raw import attributes, run
 from test_scans import affine_of, write_nifti
 
@@ -154,7 +155,7 @@ def test_acdc_and_its_prediction_do_not_depend_on_how_a_scan_is_stored(tmp_path)
             p = np.float32(volume * ramp / 2)
             return [np.stack([1 - p, p])]
 
-        result = Scan(None, segment([scan], how, infer, [])[1], stored.affine).oriented("LPS")
+        result = Scan(None, segment([scan], how, in_slabs(infer), [])[1], stored.affine).oriented("LPS")
         predicted[codes] = result.array
     raw = image.T.astype(float)
     np.testing.assert_allclose(found["LPS"][0], (raw - raw.min()) / np.ptp(raw), atol=1e-6)  # nothing is turned

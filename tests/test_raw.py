@@ -15,7 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from helpers import ROOT
+from helpers import ROOT, in_slabs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -26,12 +26,12 @@ from dataloaders.files import read_affine, read_list
 from dataloaders.phantom import write_nifti as write_nifti_phantom
 from dataloaders.scans.alignment import FLIPS, border_contrast, check_alignment, measure_alignment
 from dataloaders.scans.joining import join
-from dataloaders.scans.prediction import box_on_grid, check_roi, segment
+from dataloaders.scans.prediction import box_on_grid, check_roi, planes_on_scan, segment
 from dataloaders.scans.preprocessing import (
+    Prepared,
     Preprocessing,
     at_least,
     label_box,
-    onto_scan,
     prepare,
     prepare_label,
     with_margins,
@@ -136,7 +136,7 @@ def test_a_prediction_lies_on_its_scan(codes, training, spacing, resampled, turn
         p = 1 / (1 + np.exp(-40 * (volume - 0.5)))
         return [np.stack([1 - p, p]).astype(np.float32)]
 
-    probabilities = segment([scan], how, infer, [])
+    probabilities = segment([scan], how, in_slabs(infer), [])
     assert probabilities.shape == (2, *scan.array.shape)
     np.testing.assert_allclose(probabilities.sum(axis=0), 1, atol=1e-5)
     found = probabilities[1] > 0.5
@@ -160,7 +160,7 @@ def test_a_roi_is_background_outside(codes):
         return [np.stack([np.zeros_like(volume), np.ones_like(volume)])]
 
     box = check_roi((4, 12, 6, 18, 2, 16), scan)
-    found = segment([scan], how, infer, [], box)[1] > 0.5
+    found = segment([scan], how, in_slabs(infer), [], box)[1] > 0.5
     expected = np.zeros(scan.array.shape, bool)
     expected[4:12, 6:18, 2:16] = True
     assert found[expected].all() and not found[~ndimage.binary_dilation(expected, iterations=2)].any()
@@ -546,6 +546,8 @@ def test_a_structure_cut_by_the_scans_border_is_not_faded():
     scan = Scan(None, np.zeros((13, 12, 12), np.int16), affine_of("LPS", (1.0, 1.0, 1.0)))
     grid = np.diag([-3.0, -3.0, 3.0, 1.0])
     grid[:3, 3] = (scan.affine @ [1, 1, 1, 1])[:3]  # its first voxel covers the scan's first three
-    found = onto_scan(np.full((4, 4, 4), 0.8, np.float32), grid, scan)
+    values = np.full((2, 4, 4, 4), 0.2, np.float32)
+    values[1] = 0.8
+    found = np.concatenate([placed for _, placed in planes_on_scan(Prepared(values, grid), scan)], axis=1)[1]
     np.testing.assert_allclose(found[:12], 0.8, rtol=1e-6)
     assert (found[12] == 0).all()  # beyond the grid

@@ -1,7 +1,8 @@
 """From a volume to each network's class probabilities: slice by slice, or window by window."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, product
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 Weighting = Literal["constant", "gaussian"]
 GAUSSIAN_SIGMA = 1 / 8  # of the window's side
-BLOCK_SIDE = 256  # voxels; an LA or Pancreas volume is one block
+# Some planes of a volume, and what each network finds there, float32 (C, planes, ...), one after the other.
+Slabs = Iterable[tuple[slice, list[np.ndarray]]]
 HALVINGS = 4  # of every network
 LEAST_BOTTOM = 4  # voxels at the networks' deepest stage, whose norms need several
 
@@ -89,15 +91,49 @@ def slice_wise(
 
     Source: docs/method.md, "Schedule, selection, test", ACDC: order-0 zoom to the size and back.
     """
+    return put_together(slice_slabs(networks, volume, size, num_classes, batch_size, precision), volume.shape[-3:])
+
+
+def slice_slabs(
+    networks: Sequence[nn.Module],
+    volume: np.ndarray,
+    size: Sequence[int],
+    num_classes: int,
+    batch_size: int = 16,
+    precision: str = "fp32",
+) -> Slabs:
+    """Do what slice_wise() does, some slices at a time: yield them, as first and end, and each network's probabilities.
+
+    Yields:
+        A slice of the first axis, and for each network float32 (C, slices, H, W).
+    """
     depth, height, width = volume.shape[-3:]
-    zoomed = nearest_zoom(_with_channels(volume), size).swapaxes(0, 1)  # (D, channels, H', W')
+    channels = _with_channels(volume)
     background = np.eye(num_classes, dtype=np.float32)[0, :, None, None]
-    results = [np.empty((num_classes, depth, height, width), np.float32) for _ in networks]
     for start in range(0, depth, batch_size):
-        images = torch.from_numpy(np.ascontiguousarray(zoomed[start : start + batch_size])).to(device_of(networks))
-        for result, probabilities in zip(results, predict(networks, images, precision), strict=True):
-            back = nearest_zoom(probabilities.cpu().numpy(), (height, width), background)  # (n, C, H, W)
-            result[:, start : start + len(back)] = back.swapaxes(0, 1)
+        zoomed = nearest_zoom(channels[:, start : start + batch_size], size).swapaxes(0, 1)  # (n, channels, H', W')
+        images = torch.from_numpy(np.ascontiguousarray(zoomed)).to(device_of(networks))
+        backs = [
+            nearest_zoom(p.cpu().numpy(), (height, width), background) for p in predict(networks, images, precision)
+        ]
+        yield slice(start, start + len(images)), [back.swapaxes(0, 1) for back in backs]
+
+
+def put_together(slabs: Slabs, shape: Sequence[int]) -> list[np.ndarray]:
+    """Return what slabs hold as whole volumes.
+
+    Args:
+        slabs: from slice_slabs() or window_slabs().
+        shape: S of the volume.
+
+    Returns:
+        For each network its probabilities, float32 (C, *S).
+    """
+    results: list[np.ndarray] = []
+    for where, outputs in slabs:
+        results = results or [np.empty((len(one), *shape), np.float32) for one in outputs]
+        for result, one in zip(results, outputs, strict=True):
+            result[:, where] = one
     return results
 
 
@@ -167,10 +203,6 @@ def sliding_window(
 ) -> list[np.ndarray]:
     """Predict a volume window by window with 3D networks; one pass over the windows serves all of them.
 
-    The windows are summed in float32 on the networks' device, a block of them at a time, and the blocks on the host. So
-    the device holds the block's voxels and for each network at most C * BLOCK_SIDE**3 sums (a window's, where that is
-    larger), whatever the volume's size; the host holds the results and one padded copy of the volume.
-
     Args:
         networks: 3D networks on one device.
         volume: (X, Y, Z), or (channels, X, Y, Z) of several; padded with zeros to at least the patch, and cropped back.
@@ -190,57 +222,101 @@ def sliding_window(
 
     Source: docs/method.md, "Schedule, selection, test", sliding window.
     """
-    shape = volume.shape[volume.ndim == 4 :]
-    if not len(shape) == len(patch_size) == len(stride) == 3:
-        raise ValueError(f"volume {volume.shape}, patch {patch_size} and stride {stride} need three sides each")
-    if any(not 1 <= step <= patch for step, patch in zip(stride, patch_size, strict=True)):
-        raise ValueError(f"stride {stride} must lie between 1 and the patch {patch_size}, or windows leave gaps")
-    pads = [max(patch - side, 0) for side, patch in zip(shape, patch_size, strict=True)]
-    padded = np.pad(_with_channels(volume), [(0, 0), *((pad // 2, pad - pad // 2) for pad in pads)])
-    device = device_of(networks)
-    image, channels, padded_shape = torch.from_numpy(padded), len(padded), padded.shape[1:]
-    starts = [window_starts(*axis) for axis in zip(padded_shape, patch_size, stride, strict=True)]
-    profiles = [window_profile(patch, weighting) for patch in patch_size]
-    window_weight = torch.einsum("i,j,k->ijk", *profiles).to(device)
-    run = predict_flipped if tta else predict
-    results = [np.zeros((num_classes, *padded_shape), np.float32) for _ in networks]
-    for block in product(*map(_blocks, starts, patch_size)):
-        corner = [axis[0] for axis in block]
-        sides = [axis[-1] - axis[0] + patch for axis, patch in zip(block, patch_size, strict=True)]
-        sums = [torch.zeros(num_classes, *sides, device=device) for _ in networks]
-        region = _window(image, (0, *corner), (channels, *sides)).to(device)  # at once: windows are cut on the device
-        places = [tuple(a - b for a, b in zip(place, corner, strict=True)) for place in product(*block)]
-        for first in range(0, len(places), batch_size):
-            chosen = places[first : first + batch_size]
-            windows = torch.stack([_window(region, (0, *place), (channels, *patch_size)) for place in chosen])
-            for total, probabilities in zip(sums, run(networks, windows, precision), strict=True):
-                for place, p in zip(chosen, probabilities, strict=True):
-                    _window(total, (0, *place), (num_classes, *patch_size)).add_(p * window_weight)
-        for total, result in zip(sums, results, strict=True):
-            _window(result, (0, *corner), total.shape)[...] += total.cpu().numpy()
-    norms = [_axis_weight(*axis).numpy() for axis in zip(padded_shape, starts, profiles, strict=True)]
-    for result in results:  # the grid is a product, so the weights' sum over windows is one too
-        for x, planes in enumerate(result.swapaxes(0, 1)):
-            planes /= norms[0][x] * np.multiply.outer(norms[1], norms[2])
-    inside = tuple(slice(pad // 2, pad // 2 + side) for pad, side in zip(pads, shape, strict=True))
-    return [np.ascontiguousarray(result[(slice(None), *inside)]) for result in results]
+    windows = Windows(patch_size, stride, num_classes, batch_size, precision, weighting, tta)
+    return put_together(window_slabs(networks, volume, windows), volume.shape[volume.ndim == 4 :])
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a volume is predicted window by window; see sliding_window()."""
+
+    patch_size: Sequence[int]
+    stride: Sequence[int]
+    num_classes: int
+    batch_size: int = 4
+    precision: str = "fp32"
+    weighting: Weighting = "constant"
+    tta: bool = False
+
+
+def window_slabs(networks: Sequence[nn.Module], volume: np.ndarray, how: Windows) -> Slabs:
+    """Do what sliding_window() does, and yield the planes across the first axis that no further window reaches.
+
+    Windows are summed in float32 on the networks' device, over as many planes as they reach: beside the volume, memory
+    holds for each network the C sums of little more than a window's planes, however long the volume is.
+
+    Yields:
+        A slice of the first axis, and for each network its probabilities there, float32 (C, planes, Y, Z).
+
+    Raises:
+        ValueError: see sliding_window().
+    """
+    shape, patch = volume.shape[volume.ndim == 4 :], tuple(how.patch_size)
+    if not len(shape) == len(patch) == len(how.stride) == 3:
+        raise ValueError(f"volume {volume.shape}, patch {patch} and stride {how.stride} need three sides each")
+    if any(not 1 <= step <= side for step, side in zip(how.stride, patch, strict=True)):
+        raise ValueError(f"stride {how.stride} must lie between 1 and the patch {patch}, or windows leave gaps")
+    pads = [max(patch_side - side, 0) for side, patch_side in zip(shape, patch, strict=True)]
+    padded = _with_channels(volume)
+    if any(pads):
+        padded = np.pad(padded, [(0, 0), *((pad // 2, pad - pad // 2) for pad in pads)])
+    starts = [window_starts(*axis) for axis in zip(padded.shape[1:], patch, how.stride, strict=True)]
+    profiles = [window_profile(side, how.weighting) for side in patch]
+    # The grid is a product, so the weights' sum over windows is one too.
+    norms = [_axis_weight(*axis).numpy() for axis in zip(padded.shape[1:], starts, profiles, strict=True)]
+    across = np.multiply.outer(norms[1], norms[2])
+    inside = [slice(pad // 2, pad // 2 + side) for pad, side in zip(pads, shape, strict=True)]
+    for first, sums in _summed(networks, padded, starts, profiles, how):
+        ready = []
+        for total in sums:
+            for k, planes in enumerate(total.swapaxes(0, 1)):
+                planes /= norms[0][first + k] * across
+            begin, end = max(inside[0].start - first, 0), inside[0].stop - first
+            ready.append(total[:, begin:end, inside[1], inside[2]])
+        start = max(first, inside[0].start) - inside[0].start
+        if ready[0].shape[1]:
+            yield slice(start, start + ready[0].shape[1]), ready
+
+
+def _summed(
+    networks: Sequence[nn.Module],
+    padded: np.ndarray,
+    starts: Sequence[Sequence[int]],
+    profiles: Sequence[Tensor],
+    how: Windows,
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Yield the windows' weighted sums, (C, planes, Y, Z) for each network, with the first plane's number."""
+    device, patch = device_of(networks), tuple(how.patch_size)
+    weight = torch.einsum("i,j,k->ijk", *profiles).to(device)
+    run = predict_flipped if how.tta else predict
+    places = list(product(*starts))
+    groups = [places[k : k + how.batch_size] for k in range(0, len(places), how.batch_size)]
+    depth = max(group[-1][0] - group[0][0] for group in groups) + patch[0]  # planes that the windows of a group reach
+    sides = (depth, *padded.shape[2:])
+    sums = [torch.zeros(how.num_classes, *sides, device=device) for _ in networks]
+    base, region = 0, None
+    for number, group in enumerate(groups):
+        if region is None:  # at once: windows are cut on the device
+            region = torch.from_numpy(padded[:, base : base + depth]).to(device)
+        local = [(x - base, y, z) for x, y, z in group]
+        windows = torch.stack([_window(region, (0, *place), (len(padded), *patch)) for place in local])
+        for total, probabilities in zip(sums, run(networks, windows, how.precision), strict=True):
+            for place, p in zip(local, probabilities, strict=True):
+                _window(total, (0, *place), (how.num_classes, *patch)).add_(p * weight)
+        then = groups[number + 1][0][0] if number + 1 < len(groups) else padded.shape[1]
+        if then > base:
+            yield base, [total[:, : then - base].cpu().numpy().copy() for total in sums]
+            for total in sums:
+                kept = total[:, then - base :].clone()
+                total[:, : kept.shape[1]] = kept
+                total[:, kept.shape[1] :] = 0
+            base, region = then, None
 
 
 def _with_channels(volume: np.ndarray) -> np.ndarray:
     """Return a volume (X, Y, Z) or (channels, X, Y, Z) as float32 (channels, X, Y, Z)."""
     volume = volume.astype(np.float32, copy=False)
     return volume if volume.ndim == 4 else volume[None]
-
-
-def _blocks(starts: Sequence[int], patch: int) -> list[list[int]]:
-    """Group the windows' starts along one axis so that the windows of a group span at most BLOCK_SIDE voxels."""
-    groups: list[list[int]] = []
-    for start in starts:
-        if groups and start + patch - groups[-1][0] <= BLOCK_SIDE:
-            groups[-1].append(start)
-        else:
-            groups.append([start])
-    return groups
 
 
 def _axis_weight(side: int, starts: Sequence[int], profile: Tensor) -> Tensor:

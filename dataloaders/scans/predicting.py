@@ -13,8 +13,8 @@ from dataloaders.scans.dicom_output import check_are_series, read_sources, save_
 from dataloaders.scans.finding import SeriesPath, is_scan_file
 from dataloaders.scans.locating import roi_finder
 from dataloaders.scans.pictures import is_picture, save_mask
-from dataloaders.scans.prediction import Run, box_on_grid, inference_of, segment
-from dataloaders.scans.preprocessing import WINDOW_HU, Box
+from dataloaders.scans.prediction import Run, box_on_grid, found_in, inference_of, planes_on_scan
+from dataloaders.scans.preprocessing import WINDOW_HU, Box, Prepared
 from dataloaders.scans.reading import Scan, find_scans, name_of
 from dataloaders.scans.results import is_sheared, nifti_like, read_volumes, save_nifti_file, upright, write_volumes
 from dataloaders.volumes import check_windows
@@ -53,18 +53,14 @@ def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tu
         )  # fmt: skip
     elif is_sheared(scan):
         LOGGER.info("NOTE: %s: its axes are sheared; the prediction's are, too (qform code 0)", path)
-    probabilities = segment(channels, run.preprocessing, *model, roi, config.trust_hu)
-    if inside is not None:
-        probabilities *= inside
-        probabilities[0][~inside] = 1
-    label = run.decision(probabilities)
+    found = found_in(channels, run.preprocessing, *model, roi, config.trust_hu)
+    label, foreground = _decided(found, scan, inside, run, config.save_probability)
     written = name.removesuffix(FIRST) if config.nnunet_names else f"{name}_prediction"
     if is_picture(path):
         _save_mask(config.output / f"{written}.png", run, label)
     else:
         save_nifti_file(nifti_like(scan, run.in_label_values(label)), config.output / f"{written}.nii.gz")
     if config.save_probability:
-        foreground = probabilities[1] if run.num_classes == 2 else np.moveaxis(probabilities[1:], 0, -1)
         save_nifti_file(nifti_like(scan, foreground), config.output / f"{name}_probability.nii.gz")
     if config.save_figure:
         save_figure(config, run, name, scan, label)
@@ -73,6 +69,37 @@ def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tu
     ml = np.nan if is_picture(path) else abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     counts = {structure: int((label == c).sum()) for c, structure in enumerate(run.class_names, start=1)}
     return [{"scan": name, "structure": s, "volume_ml": float(n * ml), "voxels": n} for s, n in counts.items()]
+
+
+def _decided(
+    found: Prepared, scan: Scan, inside: np.ndarray | None, run: Run, keeps: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Decide a scan's labels some planes at a time, so that no whole scan's probabilities are in memory unasked.
+
+    Args:
+        found: on the networks' grid.
+        scan: gives the grid.
+        inside: where the scan was, (X, Y, Z), of one that was resampled; None: everywhere.
+        run: for its decision.
+        keeps: the probabilities are asked for.
+
+    Returns:
+        The labels (X, Y, Z), and, where asked for, the foreground's probabilities (X, Y, Z), or (X, Y, Z, C - 1).
+    """
+    label: np.ndarray | None = None
+    foreground = np.empty((run.num_classes - 1, *scan.array.shape), np.float32) if keeps else None
+    for planes, probabilities in planes_on_scan(found, scan):
+        if inside is not None:
+            probabilities *= inside[planes]
+            probabilities[0][~inside[planes]] = 1
+        labels = run.decision.labels(probabilities)
+        label = np.zeros(scan.array.shape, labels.dtype) if label is None else label
+        label[planes] = labels
+        if keeps:
+            foreground[:, planes] = probabilities[1:]
+    if keeps:
+        foreground = foreground[0] if run.num_classes == 2 else np.moveaxis(foreground, 0, -1)
+    return run.decision.cleaned(label), foreground
 
 
 def _save_mask(path: Path, run: Run, label: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """A trained run as something that segments scans: preprocessing, networks, and the way back onto the scan's grid."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,15 @@ import nibabel
 import numpy as np
 from torch import nn
 
-from dataloaders.scans.preprocessing import Box, Preprocessing, onto_scan, prepare_channels
+from dataloaders.scans.preprocessing import Box, Prepared, Preprocessing, prepare_channels, resampled
 from dataloaders.scans.reading import Scan
-from sdcl.inference import slice_wise, sliding_window, window_starts
+from sdcl.inference import Slabs, Windows, slice_slabs, window_slabs, window_starts
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, read_config, read_task
-from sdcl.scoring.evaluation import Decision
+from sdcl.scoring.evaluation import Decision, Infer
 
 MANY_WINDOWS = 500
+PLANES = 32  # of a scan that are decided at a time
 
 
 @dataclass(frozen=True)
@@ -89,57 +90,89 @@ def _label_values(values: Any, count: int) -> tuple[int, ...]:
     return values
 
 
-def inference_of(run: Run, config: Any) -> Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]]:
-    """Return what maps networks and a prepared volume to each network's probabilities; see code/predict.py's header."""
+def inference_of(run: Run, config: Any) -> Infer:
+    """Return what maps networks and a prepared volume to their probabilities, slab by slab; see code/predict.py."""
     size = run.settings["patch_size"]
     if not run.is_3d:
-        return lambda networks, volume: slice_wise(
+        return lambda networks, volume: slice_slabs(
             networks, volume, size, run.num_classes, config.batch_size, config.precision
         )
     stride = config.stride or [max(side // 2, 1) for side in size]
 
-    def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
+    windows = Windows(
+        size, stride, run.num_classes, config.window_batch, config.precision, config.window_weighting, config.tta
+    )
+
+    def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> Slabs:
         sides = zip(np.maximum(volume.shape[-3:], size).tolist(), size, stride, strict=True)
-        windows = math.prod(len(window_starts(*side)) for side in sides)
-        if windows > MANY_WINDOWS:
-            LOGGER.info("%d windows: --roi or a larger --stride makes them fewer", windows)
-        return sliding_window(
-            networks, volume, size, stride, run.num_classes, config.window_batch, config.precision,
-            config.window_weighting, config.tta,
-        )  # fmt: skip
+        count = math.prod(len(window_starts(*side)) for side in sides)
+        if count > MANY_WINDOWS:
+            LOGGER.info("%d windows: --roi or a larger --stride makes them fewer", count)
+        return window_slabs(networks, volume, windows)
 
     return infer
 
 
-def segment(
+def found_in(
     channels: Sequence[Scan],
     how: Preprocessing,
-    infer: Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]],
+    infer: Infer,
     networks: Sequence[nn.Module],
     roi: Box | None = None,
     trust_hu: bool = False,
-) -> np.ndarray:
-    """Predict a scan and bring the probabilities back onto its own grid.
+) -> Prepared:
+    """Predict a scan on the networks' own grid.
 
     Args:
         channels: of an image, on one grid.
         how: what the networks' training files went through.
-        infer: maps networks and a prepared volume (*S), or (channels, *S), to each network's probabilities (C, *S).
+        infer: maps networks and a prepared volume (*S), or (channels, *S), to slabs of each network's probabilities.
         networks: their probabilities are averaged.
-        roi: only this box of the scan, in its own voxels, (first, end) of each axis; outside is background.
+        roi: only this box of the scan, in its own voxels, (first, end) of each axis.
         trust_hu: take any values of a CT for HU.
 
     Returns:
-        float32 (C, X, Y, Z), on the scan's grid.
+        The mean probabilities, float32 (C, *S), and where their grid lies.
     """
-    scan, prepared = channels[0], prepare_channels(channels, how, trust_hu)
+    prepared = prepare_channels(channels, how, trust_hu)
     if roi is not None:
-        prepared = prepared.cropped(box_on_grid(roi, scan, prepared.affine, prepared.shape))
-    outputs = infer(networks, prepared.array)
-    mean = outputs[0] if len(outputs) == 1 else np.mean(outputs, axis=0)
-    placed = np.stack([onto_scan(channel, prepared.affine, scan) for channel in mean])
-    placed[0] += 1 - placed.sum(axis=0)  # beyond the grid everything is background
-    return placed
+        prepared = prepared.cropped(box_on_grid(roi, channels[0], prepared.affine, prepared.shape))
+    mean = None
+    for where, outputs in infer(networks, prepared.array):
+        found = outputs[0] if len(outputs) == 1 else np.mean(outputs, axis=0)
+        if mean is None:
+            mean = np.empty((len(found), *prepared.shape), np.float32)
+        mean[:, where] = found
+    return Prepared(mean, prepared.affine)
+
+
+def planes_on_scan(found: Prepared, scan: Scan) -> Iterator[tuple[slice, np.ndarray]]:
+    """Bring probabilities back onto a scan's own grid, some planes at a time; beyond theirs is background.
+
+    Args:
+        found: from found_in().
+        scan: gives shape (X, Y, Z) and geometry.
+
+    Yields:
+        A slice of the scan's first axis, and the probabilities there, float32 (C, planes, Y, Z).
+    """
+    ones, sides = np.ones(found.shape, np.uint8), scan.array.shape
+    for first in range(0, sides[0], PLANES):
+        planes = slice(first, min(first + PLANES, sides[0]))
+        there = scan.affine @ nibabel.affines.from_matvec(np.eye(3), (first, 0, 0))
+        grid = (found.affine, (planes.stop - first, *sides[1:]), there)
+        # An outermost voxel counts to its own border, undiminished.
+        inside = resampled(ones, *grid, order=0, mode="grid-constant")
+        placed = np.stack([resampled(channel, *grid, order=1) * inside for channel in found.array])
+        placed[0] += 1 - placed.sum(axis=0)
+        yield planes, placed
+
+
+def segment(*given: Any, **named: Any) -> np.ndarray:
+    """Do what found_in() does, of the same arguments, and return the probabilities on the scan's grid, (C, X, Y, Z)."""
+    channels = named.get("channels") or given[0]
+    planes = planes_on_scan(found_in(*given, **named), channels[0])
+    return np.concatenate([placed for _, placed in planes], axis=1)
 
 
 def box_on_grid(roi: Box, scan: Scan, affine: np.ndarray, shape: Sequence[int]) -> Box:

@@ -210,22 +210,6 @@ def check_slicing(turned: Scan, how: Preprocessing, tell: bool) -> None:
         )  # fmt: skip
 
 
-def onto_scan(values: np.ndarray, affine: np.ndarray, scan: Scan) -> np.ndarray:
-    """Bring a map of a network's grid back onto a scan's, linearly between voxels; 0 beyond the grid.
-
-    Args:
-        values: (*S), float32, such as one class's probability.
-        affine: (4, 4), of that grid.
-        scan: gives shape (X, Y, Z) and geometry.
-
-    Returns:
-        float32 (X, Y, Z).
-    """
-    there = (affine, scan.array.shape, scan.affine)
-    inside = resampled(np.ones(values.shape, np.float32), *there, order=0, mode="grid-constant")
-    return resampled(values, *there, order=1) * inside  # an outermost voxel counts to its own border, undiminished
-
-
 def resampled(
     array: np.ndarray,
     affine: np.ndarray,
@@ -251,8 +235,11 @@ def resampled(
         offset, offset.round(), atol=1e-4
     ):
         array, matrix, offset = _turned(array, matrix.round(), offset.round())
-        if tuple(array.shape) == tuple(shape) and (offset == 0).all():
-            return array
+        corner = offset.astype(int)
+        if (corner >= 0).all() and (corner + shape <= array.shape).all():
+            part = tuple(slice(first, first + n) for first, n in zip(corner, shape, strict=True))
+            return np.ascontiguousarray(array[part])
+        array = np.ascontiguousarray(array)
     if np.allclose(matrix, np.diag(np.diag(matrix)), atol=1e-9):
         matrix = np.diag(matrix)  # scipy then works axis by axis
     return ndimage.affine_transform(array, matrix, offset, output_shape=tuple(shape), order=order, mode=mode)
@@ -264,7 +251,7 @@ def _turned(array: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> tuple[
     signs = matrix[source, range(3)]
     start = np.where(signs < 0, [array.shape[axis] - 1 for axis in source], 0)
     turned = np.flip(array.transpose(source), [k for k in range(3) if signs[k] < 0])
-    return np.ascontiguousarray(turned), np.eye(3), (offset[source] - start) * signs
+    return turned, np.eye(3), (offset[source] - start) * signs
 
 
 def normalised(array: np.ndarray, how: Normalisation, scan: Scan, trust_hu: bool = False) -> np.ndarray:

@@ -170,7 +170,10 @@ def check_inference(found, mode):
             maps = getattr(inference, name)(networks, volume, *arguments)
         assert [m.shape for m in maps] == [(3, *volume.shape)] * 2
         found[name] = {"uploads": watch.uploads, "downloads": downloads["copies"]}
-        infer = lambda nets, image, how=name, given=arguments: getattr(inference, how)(nets, image, *given)  # noqa: E731
+        infer = lambda nets, image, given=arguments: inference.slice_slabs(nets, image, *given)  # noqa: E731
+        if not is_2d:
+            how = inference.Windows(*arguments)
+            infer = lambda nets, image, how=how: inference.window_slabs(nets, image, how)  # noqa: E731
         task = Task("t", ("x", "y"), infer, Decision("argmax"))
         predictors = Predictors.of(dict(zip(("student_a", "student_b"), networks, strict=True)), PREDICTORS)
         with Watch(may_upload=True):

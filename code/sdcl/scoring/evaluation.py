@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from sdcl.checkpoints import load_weights
+from sdcl.inference import Slabs
 from sdcl.metrics import case_metrics
 from sdcl.pseudo_labels import largest_components
 
@@ -21,7 +22,7 @@ STUDENTS = ("student_a", "student_b")
 PREDICTORS = {"student_a": ("student_a",), "student_b": ("student_b",), "mean": STUDENTS}
 Rule = Literal["argmax", "threshold"]
 OnCase = Callable[["Case", dict[str, np.ndarray], dict[str, np.ndarray]], None]
-Infer = Callable[[Sequence[nn.Module], np.ndarray], list[np.ndarray]]
+Infer = Callable[[Sequence[nn.Module], np.ndarray], Slabs]
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,15 @@ class Decision:
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
         """Return the label map (*S), uint8, or uint16 for more than 256 classes."""
+        return self.cleaned(self.labels(probabilities))
+
+    def labels(self, probabilities: np.ndarray) -> np.ndarray:
+        """Return the label map (*S) of some planes, voxel by voxel; cleaned() ends the whole one."""
         labels = probabilities[1] > 0.5 if self.rule == "threshold" else probabilities.argmax(0)
-        labels = labels.astype(np.uint8 if len(probabilities) <= 256 else np.uint16)
+        return labels.astype(np.uint8 if len(probabilities) <= 256 else np.uint16)
+
+    def cleaned(self, labels: np.ndarray) -> np.ndarray:
+        """Return a whole label map (*S) with what is kept of its components."""
         return labels if self.largest_component is None else largest_components(labels, self.largest_component)
 
 
@@ -75,7 +83,7 @@ class Task:
     Attributes:
         name: of the data set, in the run folder's name.
         class_names: of the foreground classes 1 to C - 1.
-        infer: maps networks and a volume (*S), or (channels, *S), to each network's probabilities (C, *S).
+        infer: maps networks and a volume (*S), or (channels, *S), to slabs of each network's probabilities.
         decision: how probabilities become a label map.
         planes: axes across which slices are shown, the most familiar one first.
         label_values: the classes 1 to C - 1 in the original label files and in what is written; empty: the same.
@@ -152,11 +160,13 @@ class Predictors:
         networks: each needed network once.
         members: name of a predictor to indices into networks; several: the mean of their probabilities.
         shown: how many of the first ones pictures show; the last of them is the answer that files hold.
+        kept: those whose probabilities of whole volumes are kept, for files; each takes C times a volume's memory.
     """
 
     networks: list[nn.Module]
     members: dict[str, tuple[int, ...]]
     shown: int = 3
+    kept: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, networks: Mapping[str, nn.Module], roles_of: Mapping[str, tuple[str, ...]]) -> "Predictors":
@@ -245,7 +255,7 @@ def evaluate(
         cases: what to score.
         task: how to predict, how to decide, and the structures' names.
         distances: also compute 95HD and ASD.
-        on_case: called with each case, its label maps (*S) and its probabilities (C, *S), both by predictor.
+        on_case: called with each case, its label maps (*S) by predictor, and the probabilities (C, *S) of those kept.
         on_scored: called with each case and its rows, once they are there, in the cases' order.
 
     Returns:
@@ -283,13 +293,18 @@ def evaluate(
 
 
 def _predict(predictors: Predictors, case: Case, task: Task) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return each predictor's label map (*S) and probabilities (C, *S) of one case."""
-    outputs = task.infer(predictors.networks, case.image)
-    probabilities = {
-        name: np.mean([outputs[i] for i in members], axis=0) if len(members) > 1 else outputs[members[0]]
-        for name, members in predictors.members.items()
-    }
-    return {name: task.decision(p) for name, p in probabilities.items()}, probabilities
+    """Return each predictor's label map (*S), and the probabilities (C, *S) of those to keep, of one case."""
+    label_maps: dict[str, np.ndarray] = {}
+    probabilities: dict[str, np.ndarray] = {}
+    for where, outputs in task.infer(predictors.networks, case.image):
+        for name, members in predictors.members.items():
+            found = np.mean([outputs[i] for i in members], axis=0) if len(members) > 1 else outputs[members[0]]
+            labels = task.decision.labels(found)
+            label_maps.setdefault(name, np.zeros(case.label.shape, labels.dtype))[where] = labels
+            if name in predictors.kept:
+                whole = probabilities.setdefault(name, np.empty((len(found), *case.label.shape), np.float32))
+                whole[:, where] = found
+    return {name: task.decision.cleaned(labels) for name, labels in label_maps.items()}, probabilities
 
 
 def _score(
