@@ -34,7 +34,7 @@ class Config:
     series: str | None = None  # each patient's DICOM series of this UID, its beginning or description ("T1*")
     cases: Path | None = None  # names of the cases to learn from, one a line; None: all that have a label
     label_values: tuple[int, ...] = ()  # values in the label files that are the structure; empty: all but 0
-    by_index: bool = False  # lay labels on by index, whatever their headers say
+    by_index: bool = False  # labels whose headers say nothing (identity) lie on their scans voxel by voxel
     trust: tuple[str, ...] = ()  # CT cases whose label somebody has looked at and found right, or "all"
     trust_hu: bool = False  # scans are CT in HU though they look otherwise, such as soft tissue alone
     pixel_spacing_mm: tuple[float, float] | None = None  # of DICOM files that do not say it: between rows, columns

@@ -14,7 +14,9 @@ from sdcl.runs.folder import known_runs, read_config
 
 @dataclass
 class Config:
-    """Segment raw scans with a trained run: labels as NIfTI on each scan's own grid, volumes in ml, a figure.
+    """Segment raw scans with a trained run: labels on each scan's own grid (NIfTI, of pictures PNG), volumes, a figure.
+
+    Of several channels the files of a case are put together by their names' ends, as import_nifti.py does.
 
     Training crops LA and Pancreas around the label. A whole scan shows the networks places that they never saw:
     give the structure's surroundings as --roi, let a locator find them (--roi auto; code/locate_train.py trains it), or

@@ -103,8 +103,7 @@ def read_sample(
     if label is not None:
         label = check_label(path, "`label`", label, shape, num_classes)
     if ndim == 3:  # a scan's margin, or what lies beyond a stripped skull, is a slice of one value that trains as 0s do
-        for name, channel in zip(channels or ("",), with_channels(image, ndim), strict=False):
-            check_varies(path, f"`image`, channel {name}" if len(channels) > 1 else "`image`", channel)
+        check_varies(path, "`image`", image)
     return Sample(image, label, shape)
 
 

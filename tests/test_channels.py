@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import h5py
 import nibabel
@@ -106,9 +107,8 @@ def test_files_must_have_the_channels_that_the_data_set_has(tmp_path):
         read_sample(path, ndim=3, num_classes=2)
     one = write(tmp_path / "b.h5", image=np.random.default_rng(0).random((1, 4, 5, 6)), label=np.zeros((4, 5, 6)))
     assert read_sample(one, ndim=3, num_classes=2).image.shape == (4, 5, 6)
-    image = np.stack([np.ones((4, 5, 6)), np.random.default_rng(0).random((4, 5, 6))])
-    flat = write(tmp_path / "c.h5", image=image, label=np.zeros((4, 5, 6)))
-    with pytest.raises(UserError, match="`image`, channel t1 is 1 everywhere"):
+    flat = write(tmp_path / "c.h5", image=np.ones((2, 4, 5, 6)), label=np.zeros((4, 5, 6)))
+    with pytest.raises(UserError, match="`image` is 1 everywhere"):
         read_sample(flat, ndim=3, num_classes=2, channels=("t1", "t2"))
 
 
@@ -165,7 +165,7 @@ def test_channels_lie_on_the_first_ones_voxels(tmp_path):
 
 
 def named(*names):
-    return {name: name for name in names}
+    return {name: Path(name) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -178,14 +178,15 @@ def named(*names):
     ],
 )
 def test_files_are_put_together_by_their_endings(names, channels, cases):
-    assert group(named(*names), channels) == cases
+    assert {case: tuple(map(str, files)) for case, files in group(named(*names), channels).items()} == cases
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (("a_t1", "a_t2", "b_t1"), "the case b has no channel t2, only b_t1: put its file there"),
-        (("a", "b"), "a has no channel in its name: names end with _t1, _t2, or with _0000, _0001"),
+        (("a", "b"), r"a has no channel in its name: names end with _t1, _t2 \(capitals count\) or _0000, _0001"),
+        (("a_t1", "a-t1", "a_t2"), "a_t1 and a-t1 are the same channel of one case: rename one"),
     ],
 )
 def test_a_missing_channel_is_refused_by_name(names, message):
@@ -209,6 +210,15 @@ def test_files_of_no_channel_are_told(said):
 )
 def test_numbers_are_channels_where_labels_have_none(found, masks, numbers):
     assert len(numbers_of(named(*found), named(*masks))) == numbers
+
+
+def brats_in(tmp_path):
+    """Six cases of one channel, imported for 3D networks."""
+    for k in range(1, 7):
+        save(tmp_path / "images" / f"p{k}.nii.gz", k)
+        save(tmp_path / "labels" / f"p{k}.nii.gz", k, label=True)
+    import_nifti(Config(tmp_path / "mine", ("zscore",), tmp_path / "images", tmp_path / "labels"))
+    return tmp_path / "mine"
 
 
 @pytest.fixture
@@ -305,7 +315,17 @@ def test_from_raw_channels_to_predictions(brats, tmp_path, layout):
     np.testing.assert_array_equal(predicted, again)
     (scans / "p1_t2.nii.gz").unlink()
     text = run("predict.py", "--run", folder, "--input", scans, "--output", tmp_path / "no", fails=True)
-    assert "the case p1 has no channel t2" in text and not (tmp_path / "no").exists()
+    assert "the case p1 has no channel t2" in text and "1 of 2 scans were refused" in text
+    assert (tmp_path / "no" / "p2_prediction.nii.gz").exists()  # the others are predicted
+    main("predict.py", "--run", folder, "--input", scans / "p2_t1.nii.gz", "--output", tmp_path / "two")
+    patient = tmp_path / "p9"
+    for channel in ("t1", "t2"):
+        patient.mkdir(exist_ok=True)
+        shutil.copy(brats / "p2" / f"p2_{channel}.nii.gz", patient / f"{channel}.nii.gz")
+    main("predict.py", "--run", folder, "--input", patient, "--output", tmp_path / "nine")
+    for name in ("two/p2", "nine/p9"):
+        again = nibabel.load(tmp_path / f"{name}_prediction.nii.gz").get_fdata()
+        np.testing.assert_array_equal(again, predicted)
 
 
 def test_nnunets_data_sets_of_several_channels(tmp_path, said):

@@ -250,7 +250,7 @@ def test_labels_are_called_as_scans_are(tmp_path):
         patient(tmp_path / "images", f"{name}/study/ct", k)
         where = {"p1": "p1.dcm", "p2": "p2/s/seg.dcm", "p3": "p3/x.dcm"}[name]
         seg(tmp_path / "labels" / where, frames_of(structure()))
-    found = join(tmp_path / "images", tmp_path / "labels")
+    found = join(tmp_path / "images", tmp_path / "labels").files
     assert {name: label.name for name, (_, label) in found.items()} == {
         "p1": "p1.dcm", "p2": "seg.dcm", "p3": "x.dcm",
     }  # fmt: skip
@@ -315,7 +315,7 @@ def test_contours_are_refused_as_what_they_are(tmp_path, said):
     with pytest.raises(UserError, match=f"rt.dcm holds {message}"):
         join(tmp_path / "images", tmp_path / "labels")
     seg(tmp_path / "labels" / "p1" / "seg.dcm", frames_of(structure()))
-    assert join(tmp_path / "images", tmp_path / "labels")["p1"][1].name == "seg.dcm"
+    assert join(tmp_path / "images", tmp_path / "labels").files["p1"][1].name == "seg.dcm"
     assert "1 file that holds contours (RTSTRUCT) beside a label left out: p1/rt.dcm" in said()
 
 

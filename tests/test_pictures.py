@@ -1,6 +1,9 @@
 """Pictures: PNG, TIFF and JPEG with grey or palette masks, colours as channels, slices as 2D NIfTI; whole runs."""
 
 import csv
+import json
+import struct
+import zlib
 
 import nibabel
 import numpy as np
@@ -14,6 +17,8 @@ from test_raw import run
 from dataloaders.files import read_affine, read_sample, read_spacing
 from dataloaders.import_nifti import Config
 from dataloaders.import_nifti import main as import_nifti
+from dataloaders.import_nnunet import Config as NnunetConfig
+from dataloaders.import_nnunet import main as import_nnunet
 from dataloaders.own import read_data_set
 from dataloaders.scans.pictures import read_mask, read_picture
 from dataloaders.scans.reading import find_scans, read_label, read_scan
@@ -178,3 +183,92 @@ def test_slices_as_two_dimensional_nifti(tmp_path):
     sample = read_sample(tmp_path / "o" / "data" / "s1.h5", ndim=3, num_classes=2)
     assert sample.image.shape == (1, 40, 50) and read_spacing(tmp_path / "o" / "data" / "s1.h5") == (1, 0.5, 0.5)
     np.testing.assert_array_equal(sample.label[0], photo()[50:90, 200:250, 0] > 100)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_numbers_of_few_bits_are_what_the_file_holds(tmp_path, bits):
+    """A PNG written byte by byte: Pillow stretches grey of 2 and 4 bits to 255."""
+    mask = np.arange(16).reshape(2, 8) % 2**bits
+    rows = [
+        np.packbits(((row[:, None] >> np.arange(bits)[::-1]) & 1).astype(np.uint8).ravel()).tobytes() for row in mask
+    ]
+    header = struct.pack(">IIBBBBB", 8, 2, bits, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), (b"IEND", b"")]
+    content = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    (tmp_path / "m.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png")[:, :, 0].T, mask)
+
+
+def test_colours_of_sixteen_bits_are_not_cut(tmp_path):
+    rows = b"".join(b"\0" + np.full((6, 3), value, ">u2").tobytes() for value in (7, 4000))
+    header = struct.pack(">IIBBBBB", 6, 2, 16, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    content = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    with pytest.raises(UserError, match="deep.png holds 16 bits a colour, of which 8 would be read"):
+        read_picture(tmp_path / "deep.png")
+
+
+def test_a_picture_that_viewers_turn_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photo()[:30, :40]).save(tmp_path / "turned.jpg", exif=exif)
+    with pytest.raises(UserError, match=r"turned.jpg is to be shown turned \(EXIF orientation 6\)"):
+        read_picture(tmp_path / "turned.jpg")
+
+
+def test_palettes_that_contradict_each_other_are_refused(tiles):
+    mask = Image.open(tiles / "masks" / "t2.png")
+    mask.putpalette([0, 0, 0, 20, 90, 220, 220, 20, 60])
+    mask.save(tiles / "masks" / "t2.png")
+    with pytest.raises(UserError, match=r"the number 1 is the colour \(220, 20, 60\) in .*t0.png and .* in .*t2.png"):
+        import_nifti(flags(tiles))
+
+
+def test_an_empty_colour_becomes_zeros(tiles, said):
+    for path in (tiles / "images").iterdir():
+        picture = np.array(Image.open(path))
+        picture[..., 2] = 0
+        Image.fromarray(picture).save(path)
+    said()
+    import_nifti(flags(tiles))
+    assert "its channel blue holds one value and becomes 0" in said()
+    sample = read_sample(tiles / "mine" / "data" / "t3.h5", ndim=3, num_classes=3, channels=("red", "green", "blue"))
+    assert not sample.image[2].any() and sample.image[0].any()
+
+
+def test_nnunets_names_of_pictures(tiles):
+    """One file a case, <case>_0000.png, holds all channels; the mask is not lost to the figure."""
+    raw = tiles / "Dataset005_Tiles"
+    for folder, to in (("images", "imagesTr"), ("masks", "labelsTr")):
+        (raw / to).mkdir(parents=True)
+        for path in (tiles / folder).iterdir():
+            path.rename(raw / to / (f"{path.stem}_0000.png" if folder == "images" else path.name))
+    content = {
+        "channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {"background": 0, "bright": 1, "brighter": 2},
+        "file_ending": ".png",
+    }  # fmt: skip
+    (raw / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+    root, models = tiles / "mine", tiles / "models"
+    import_nnunet(NnunetConfig(raw, root, layout="slices"))
+    assert read_data_set(root).channels == ("R", "G", "B")
+    where = ("--root_path", root, "--models_path", models, "--exp", "x", "--labelnum", 2)
+    main("own_train.py", *where, *TINY, "--patch_size", 32, 32)
+    given = ("--run", models / "mine_x_2_labeled", "--input", raw / "imagesTr", "--output", tiles / "out")
+    main("predict.py", *given, "--nnunet_names")
+    assert Image.open(tiles / "out" / "t7.png").mode == "P" and (tiles / "out" / "t7_figure.png").exists()
+
+
+def test_a_run_on_scans_does_not_take_pictures(tmp_path):
+    from test_channels import brats_in
+
+    root, models = brats_in(tmp_path), tmp_path / "models"
+    where = ("--root_path", root, "--models_path", models, "--exp", "x", "--labelnum", 2)
+    main("own_train.py", *where, *TINY, "--patch_size", 32, 16, 16)
+    Image.fromarray(photo()[:40, :40, 0]).save(tmp_path / "a.png")
+    given = ("--run", models / "mine_x_2_labeled", "--input", tmp_path / "a.png", "--output", tmp_path / "out")
+    assert "a.png is a picture without mm, and this run was trained on scans" in run("predict.py", *given, fails=True)

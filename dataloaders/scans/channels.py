@@ -16,37 +16,51 @@ PLACE = "{channel}"  # in a pattern
 NAMED = 3  # files that a line names
 
 
-def group(found: Mapping[str, Path], channels: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+def group(
+    found: Mapping[str, Path], channels: Sequence[str], incomplete: dict[str, str] | None = None
+) -> dict[str, tuple[Path, ...]]:
     """Put the files of each case together, by the channels' names or numbers at their names' ends.
 
     Args:
         found: files by name, such as "p1_t1" and "p1_t2", or "p1_0000" and "p1_0001".
         channels: their names, in order; fewer than two: every file is a case.
+        incomplete: receives what is the matter with cases that lack a channel; None: they are refused.
 
     Returns:
         Case name to the channels' files, in the channels' order; of pictures that hold all channels one file.
 
     Raises:
-        UserError: a channel of a case is missing, or no file's name ends so.
+        UserError: a channel of a case is missing or there twice, or no file's name ends so.
     """
     if len(channels) < 2:
         return {name: (path,) for name, path in found.items()}
     numbers = [f"{k:04d}" for k in range(len(channels))]
     named = _by_ending(found, channels)
     cases = named or _by_ending(found, numbers)
-    if not cases and all(map(is_picture, found.values())):
-        return group(found, ())
+    are_first = all(set(files) == {numbers[0]} for files in cases.values())
+    if all(map(is_picture, found.values())) and not named and are_first:  # each holds all channels
+        return {name.removesuffix(FIRST): (path,) for name, path in found.items()}
     if not cases:
         raise UserError(
             f"{next(iter(found.values()))} has no channel in its name: names end with "
-            f"{', '.join(f'_{name}' for name in channels)}, or with _0000, _0001 ...: rename the files."
+            f"{', '.join(f'_{name}' for name in channels)} (capitals count) or _0000, _0001 ...: rename the files."
         )
     used = {path for files in cases.values() for path in files.values()}
     others = [path for path in found.values() if path not in used]
+    if series := [path for path in others if getattr(path, "files", ())]:
+        raise UserError(f"{series[0]} is a series that no channel's name ends: its case lacks channels, or rename it.")
     if others:
         shown = ", ".join(str(path) for path in others[:NAMED]) + (" ..." if len(others) > NAMED else "")
         LOGGER.info("left out, since their names end with no channel's: %d files, %s", len(others), shown)
-    return {name: _complete(name, files, channels if named else numbers) for name, files in sorted(cases.items())}
+    complete = {}
+    for name, files in sorted(cases.items()):
+        try:
+            complete[name] = _complete(name, files, channels if named else numbers)
+        except UserError as error:
+            if incomplete is None:
+                raise
+            incomplete[name] = str(error)
+    return complete
 
 
 def _by_ending(found: Mapping[str, Path], endings: Sequence[str]) -> dict[str, dict[str, Path]]:
@@ -55,7 +69,10 @@ def _by_ending(found: Mapping[str, Path], endings: Sequence[str]) -> dict[str, d
     for name, path in found.items():
         ending = next((one for one in endings if name[: -len(one)].endswith(("_", "-")) and name.endswith(one)), None)
         if ending is not None and len(name) > len(ending) + 1:
-            cases.setdefault(name[: -len(ending) - 1], {})[ending] = path
+            files = cases.setdefault(name[: -len(ending) - 1], {})
+            if ending in files:
+                raise UserError(f"{files[ending]} and {path} are the same channel of one case: rename one of them.")
+            files[ending] = path
     return cases
 
 
@@ -112,4 +129,4 @@ def read_channels(paths: Sequence[Path], pixel_spacing_mm: tuple[float, float] |
     if len(paths) == 1 and is_picture(paths[0]):
         return [Scan(paths[0], array, AFFINE) for array in read_picture(paths[0])]
     first, *others = (read_scan(path, pixel_spacing_mm=pixel_spacing_mm) for path in paths)
-    return [first, *(replace(one, array=aligned_label(first, one), affine=first.affine) for one in others)]
+    return [first, *(replace(one, array=aligned_label(first, one, "channel"), affine=first.affine) for one in others)]

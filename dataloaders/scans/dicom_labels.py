@@ -88,7 +88,13 @@ class Segmentation:
                 raise UserError(
                     f"{self.path} has segments beyond {where}: give the segmentation of this series, or the whole scan."
                 )
-            label[tuple(there.T)] = picture[tuple(filled.T)]
+            before, now = label[tuple(there.T)], picture[tuple(filled.T)]
+            if ((before > 0) & (before != now)).any():
+                raise UserError(
+                    f"{self.path} has frames of different segments in the same voxels of {where}, and a voxel has one "
+                    "label: export the segments apart, without the voxels that both have."
+                )
+            label[tuple(there.T)] = now
         return label
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dataloaders.scans.convert import check_trust, few
 from dataloaders.scans.joining import Cases
 from dataloaders.scans.locating import SIDES, Facts, Located, Locator, coarsely, measured, window_of
 from dataloaders.scans.preprocessing import WINDOW_HU, Box, Prepared, Preprocessing, label_box, prepare_label
-from dataloaders.scans.reading import Scan, aligned_label, label_by_index, read_label, read_scan
+from dataloaders.scans.reading import Scan, aligned_label, label_by_index, read_label, read_scan, says_nothing
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
@@ -36,6 +36,7 @@ class LabelledScan:
         mask: uint8, the coarse voxels that hold some of the structure.
         box: of the structure, in the scan's own voxels.
         scan: the scan's grid; its voxels are no longer in memory.
+        channel: that is looked at, of images of several; "" of one.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LabelledScan:
     mask: np.ndarray
     box: Box
     scan: Scan
+    channel: str = ""
 
 
 def choose(config: Any, found: Cases) -> dict[str, tuple[tuple[Path, ...], Path]]:
@@ -90,7 +92,8 @@ def read_cases(config: Any, found: Cases) -> list[LabelledScan]:
 
     def read(name: str) -> LabelledScan:
         (image_path, *_), label_path = chosen[name]
-        return read_case((name, found.patients.get(name, name)), image_path, label_path, how, config)
+        one = read_case((name, found.patients.get(name, name)), image_path, label_path, how, config)
+        return replace(one, channel=found.channels[0]) if found.channels else one
 
     with ThreadPoolExecutor(config.workers) as pool:
         try:
@@ -115,7 +118,7 @@ def read_case(
     if not structure.any():
         values = " ".join(map(str, config.label_values))
         raise UserError(f"{label_path} has none of --label_values {values}: correct them, or leave the case out.")
-    lay = label_by_index if config.by_index else aligned_label
+    lay = label_by_index if config.by_index and says_nothing(label) else aligned_label
     on_image = lay(image, Scan(label_path, structure.astype(np.uint8), label.affine))
     seen = coarsely(image, how, config.trust_hu)  # first: what is no CT aligns nowhere
     if how.normalise == "ct" and not {names[0], "all"} & set(config.trust):
@@ -139,6 +142,7 @@ def facts_of(cases: Sequence[LabelledScan], config: Any, margin_mm: float) -> Fa
     return Facts(
         preprocessing_of(config), margin_mm, tuple(config.least_mm), (min(volumes), max(volumes)),
         tuple((min(lengths), max(lengths)) for lengths in sides), at_edge, tuple(case.name for case in cases),
+        cases[0].channel,
     )  # fmt: skip
 
 

@@ -17,9 +17,9 @@ from dataloaders.scans.convert import Job, Origin, check_trust, convert, provena
 from dataloaders.scans.import_lists import Lists, draw, keep, settings_of, write_lists
 from dataloaders.scans.joining import Cases
 from dataloaders.scans.label_values import LabelMap, choose_values, name_classes
-from dataloaders.scans.pictures import colours_of, is_picture
+from dataloaders.scans.pictures import check_palettes, colours_of, is_picture
 from dataloaders.scans.preprocessing import WINDOW_HU, Preprocessing, prepare_channels, prepare_label
-from dataloaders.scans.reading import SIDES_MM, Scan, aligned_label, label_by_index, read_label
+from dataloaders.scans.reading import SIDES_MM, Scan, aligned_label, label_by_index, read_label, says_nothing
 from dataloaders.scans.slicing import choose_slice_axis
 from sdcl.runs.atomic import write_text
 from sdcl.runs.errors import UserError
@@ -44,6 +44,7 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
     found = _with_colours(find(), config)
     cases = found.files
     masks = {name: label for name, (_, label) in cases.items() if label is not None}
+    check_palettes(masks.values())
     check_trust(config.trust, masks)
     labels = choose_values(masks, labels, config.class_names, config.workers)
     names = name_classes(masks, labels, config.class_names)
@@ -85,13 +86,18 @@ def _with_colours(found: Cases, config: Any) -> Cases:
     Raises:
         UserError: a setting is impossible for pictures, or some hold colours and some do not.
     """
-    if not any(is_picture(paths[0]) for paths, _ in found.files.values()):
+    kinds = {is_picture(path): path for paths, _ in found.files.values() for path in paths}
+    if len(kinds) > 1:
+        raise UserError(f"{kinds[True]} is a picture and {kinds[False]} a scan: import them apart.")
+    if not kinds.get(True):
         return found
     if config.layout != "slices":
         raise UserError("pictures are slices: give --layout slices.")
     if config.spacing_mm is not None:
         raise UserError("pictures have no voxel sides in mm, to which --spacing_mm could resample: leave it out.")
     colours = colours_of({name: paths[0] for name, (paths, _) in found.files.items() if len(paths) == 1})
+    if colours_of({name: paths[0] for name, (paths, _) in found.files.items() if len(paths) > 1}):
+        raise UserError("--channels names files of one channel each, and these pictures hold colours: leave it out.")
     return replace(found, channels=found.channels or colours)
 
 
@@ -130,11 +136,6 @@ def convert_case(
         write_slices(config.output, name, case.array, mask, attributes)
     else:
         write_case(config.output / "data" / f"{name}.h5", case.array, mask, attributes)
-
-
-def says_nothing(label: Scan) -> bool:
-    """Tell whether a label's header holds no geometry: voxels of 1 mm along the axes from the origin."""
-    return bool(np.allclose(np.abs(label.affine), np.eye(4), atol=1e-6))
 
 
 def draw_by_index(config: Any, names: Sequence[str], content: dict[str, Any]) -> None:

@@ -285,7 +285,7 @@ def read_table(path: Path, channels: tuple[str, ...] = (), series: str | None = 
             splits[name] = given["split"]
     if not files:
         raise UserError(f"--table {path} has no lines: write one a case.")
-    if series is not None and not any(isinstance(image, SeriesPath) for image, _ in files.values()):
+    if series is not None and not any(isinstance(p, SeriesPath) for paths, _ in files.values() for p in paths):
         raise UserError(f"--series chooses among the series of folders, and --table {path} names files alone.")
     for column, known in (("patient", patients), ("split", splits)):
         if without := [

@@ -44,6 +44,7 @@ class Facts:
         sides_mm: the same of its sides along x, y and z.
         at_edge: for x, y and z, whether a training case's structure lies at the scan's first, and last, coarse voxel.
         trained_on: names of these cases.
+        channel: that it looks at, of images of several; "" of one.
     """
 
     preprocessing: Preprocessing
@@ -53,6 +54,7 @@ class Facts:
     sides_mm: tuple[tuple[float, float], ...]
     at_edge: tuple[tuple[bool, bool], ...]
     trained_on: tuple[str, ...]
+    channel: str = ""
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Facts":
@@ -66,6 +68,7 @@ class Facts:
             tuple(map(float, content["least_mm"])), tuple(map(float, content["volumes_ml"])),
             tuple(tuple(map(float, pair)) for pair in content["sides_mm"]),
             tuple(tuple(map(bool, pair)) for pair in content["at_edge"]), tuple(map(str, content["trained_on"])),
+            str(content.get("channel", "")),
         )  # fmt: skip
         numbers = [facts.margin_mm, *facts.least_mm, *facts.volumes_ml, *sum(facts.sides_mm, ())]
         if not np.isfinite(numbers).all() or min(numbers) < 0 or facts.preprocessing.spacing_mm is None:
@@ -275,8 +278,13 @@ def save_locator(folder: Path, facts: Facts, network: nn.Module, network_name: s
     write_text(folder / DESCRIPTION, json.dumps(content, indent=2) + "\n")
 
 
-def roi_finder(config: Any, device: torch.device) -> Callable[[Scan], Box | None]:
+def roi_finder(config: Any, device: torch.device, names: Sequence[str]) -> Callable[[Sequence[Scan]], Box | None]:
     """Return what gives each scan's box, as --roi and --locator of code/predict.py's header say.
+
+    Args:
+        config: the header.
+        device: where the locator computes.
+        names: of the scans' channels; empty: one.
 
     Raises:
         UserError: the flags contradict each other, or there is no such locator.
@@ -284,10 +292,20 @@ def roi_finder(config: Any, device: torch.device) -> Callable[[Scan], Box | None
     if config.roi != "auto":
         if config.locator is not None:
             raise UserError("--locator is for --roi auto: give that, too, or leave --locator out.")
-        return lambda scan: check_roi(config.roi, scan) if config.roi else None
+        return lambda channels: check_roi(config.roi, channels[0]) if config.roi else None
     locator = Locator.read(config.locator, device)
+    channel = locator.facts.channel
+    if channel and channel not in names:
+        raise UserError(
+            f"--locator {config.locator} looks at the channel {channel}, and these scans have "
+            f"{', '.join(names) or 'one without a name'}: train a locator on these."
+        )
+    if names and not channel:
+        LOGGER.info("NOTE: %s learned from images of one channel; it looks at %s here", config.locator, names[0])
+    number = list(names).index(channel) if channel else 0
 
-    def find(scan: Scan) -> Box:
+    def find(channels: Sequence[Scan]) -> Box:
+        scan = channels[number]
         found = locator.locate(scan, config.trust_hu)
         tell(scan.path, found, locator)
         return found.box

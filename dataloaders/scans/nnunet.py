@@ -10,6 +10,7 @@ from typing import Any
 from dataloaders.scans.channels import FIRST, group
 from dataloaders.scans.convert import few
 from dataloaders.scans.joining import Cases, checked
+from dataloaders.scans.pictures import is_picture
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
@@ -145,6 +146,8 @@ def _images(folder: Path, described: Described) -> dict[str, tuple[Path, ...]]:
                 f"which {DESCRIPTION} gives: rename it, or move it away."
             )
     found = {path.name.removesuffix(ending): path for path in files}
+    if all(map(is_picture, files)) and all(name.endswith(FIRST) for name in found):
+        return {name.removesuffix(FIRST): (path,) for name, path in found.items()}  # colours: all channels in one file
     if not described.channels:
         return {name.removesuffix(FIRST): (path,) for name, path in found.items()}
     return group(found, described.channels)

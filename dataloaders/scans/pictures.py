@@ -1,6 +1,6 @@
 """Pictures as scans of one slice: PNG, TIFF and others, grey or RGB, and their masks, grey or palette."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ LOSSY = (".jpg", ".jpeg")
 COLOURS = ("red", "green", "blue")  # the channels of a colour picture
 GREY = {"1": "L", "L": "L", "LA": "L", "I;16": "I", "I;16B": "I", "I;16L": "I", "I": "I", "F": "F"}  # how each is read
 COLOURED = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")
+SCALED = {"L;2": 85, "L;4": 17}  # grey of 2 and 4 bits, which Pillow stretches to 255
+ORIENTATION = 0x0112  # EXIF's: how a viewer turns the picture
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # columns to the left, rows to the back; there are no mm
 
 
@@ -60,8 +62,9 @@ def read_mask(path: Path) -> np.ndarray:
                     f"{path} holds colours ({picture.mode}), and a mask's pixels are numbers: save it as a grey or a "
                     "palette picture."
                 )
+            scale = 255 if picture.mode == "1" else SCALED.get(_raw_mode(picture), 1)
             array = np.asarray(picture if picture.mode in ("P", "F") else picture.convert(GREY[picture.mode]))
-            return (array // 255 if picture.mode == "1" else array).T[:, :, None]
+            return (array if scale == 1 else array // scale).T[:, :, None]
 
     return guarded(path, read)
 
@@ -82,6 +85,34 @@ def colours_of(paths: Mapping[str, Path]) -> tuple[str, ...]:
     if len(kinds) > 1:
         raise UserError(f"{kinds[True]} holds colours and {kinds[False]} is grey: convert all alike.")
     return COLOURS if True in kinds else ()
+
+
+def check_palettes(paths: Iterable[Path]) -> None:
+    """Refuse palette masks that do not mean the same colour by the same number: some programs number them anew.
+
+    Raises:
+        UserError: names two masks and the number.
+    """
+    colours: dict[int, tuple[tuple[int, ...], Path]] = {}
+    for path in paths:
+        if not is_picture(path):
+            continue
+        for number, colour in guarded(path, _used_colours).items():
+            there, other = colours.setdefault(number, (colour, path))
+            if there != colour:
+                raise UserError(
+                    f"the number {number} is the colour {there} in {other} and {colour} in {path}: save all masks with "
+                    "one palette, or as grey pictures."
+                )
+
+
+def _used_colours(path: Path) -> dict[int, tuple[int, ...]]:
+    """Return the colours (r, g, b) of the numbers that a palette mask holds; nothing of a grey one."""
+    with _opened(path) as picture:
+        if picture.mode != "P":
+            return {}
+        palette = np.reshape(picture.getpalette("RGB"), (-1, 3))
+        return {int(number): tuple(map(int, palette[number])) for number in np.unique(np.asarray(picture))}
 
 
 def save_mask(path: Path, label: np.ndarray, colours: Sequence[Sequence[int]]) -> None:
@@ -117,10 +148,38 @@ def _opened(path: Path) -> Image.Image:
     Raises:
         UserError: it has several pages, another kind of pixels, or declares more than it can hold.
     """
-    picture = Image.open(path)
+    try:
+        picture = Image.open(path)
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} has more pixels than are read at once: cut it into smaller pictures.") from None
+    try:
+        _check(path, picture)
+    except BaseException:
+        picture.close()
+        raise
+    return picture
+
+
+def _raw_mode(picture: Image.Image) -> str:
+    """Return how a picture's pixels are stored, such as "RGB;16B"; "" where its format does not say."""
+    stored = picture.tile[0][3] if getattr(picture, "tile", None) else ""
+    return str(stored[0] if isinstance(stored, tuple) and stored else stored)
+
+
+def _check(path: Path, picture: Image.Image) -> None:
+    """Refuse what cannot be read as it is meant; see _opened()."""
     if getattr(picture, "n_frames", 1) > 1:
         raise UserError(f"{path} holds {picture.n_frames} pages: save each as a picture, or the stack as NIfTI.")
     if picture.mode not in GREY and picture.mode not in COLOURED:
         raise UserError(f"{path} holds pixels of the kind {picture.mode}: save it as a grey or RGB picture.")
+    if ";16" in _raw_mode(picture) and len(picture.getbands()) > 1:
+        raise UserError(
+            f"{path} holds 16 bits a colour, of which 8 would be read: save it with 8, or each channel as a grey one."
+        )
+    may_ask = picture.format != "PNG" or "exif" in picture.info  # a PNG would be decoded for it
+    if may_ask and (turned := picture.getexif().get(ORIENTATION, 1)) not in (0, 1):
+        raise UserError(
+            f"{path} is to be shown turned (EXIF orientation {turned}), and its mask may be or not: save it turned, "
+            "without that mark."
+        )
     check_declared(path, "its header", (*picture.size, len(picture.getbands())), 1, path.stat().st_size)
-    return picture

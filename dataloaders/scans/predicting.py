@@ -23,7 +23,7 @@ from sdcl.runs.folder import LOGGER
 from sdcl.scoring.evaluation import Case
 from sdcl.scoring.figures import class_colours, save_scan_figure
 
-FindRoi = Callable[[Scan], Box | None]
+FindRoi = Callable[[Sequence[Scan]], Box | None]
 
 
 def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tuple, find_roi: FindRoi) -> list[dict]:
@@ -37,10 +37,13 @@ def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tu
         model: what infers, and the networks.
         find_roi: gives the box to segment, or None for the whole scan.
     """
-    channels, path = read_channels(paths, config.pixel_spacing_mm), paths[0]
+    path, how = paths[0], run.preprocessing
+    if is_picture(path) and (run.is_3d or how.spacing_mm is not None):
+        raise UserError(f"{path} is a picture without mm, and this run was trained on scans: give those.")
+    channels = read_channels(paths, config.pixel_spacing_mm)
     original = scan = channels[0]
     sources = read_sources(scan) if config.dicom_seg else None
-    roi, inside = find_roi(scan), None
+    roi, inside = find_roi(channels), None
     if is_sheared(scan) and scan.header is None:
         inside = upright(scan)[1]
         channels = [upright(channel)[0] for channel in channels]
@@ -53,7 +56,7 @@ def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tu
         )  # fmt: skip
     elif is_sheared(scan):
         LOGGER.info("NOTE: %s: its axes are sheared; the prediction's are, too (qform code 0)", path)
-    found = found_in(channels, run.preprocessing, *model, roi, config.trust_hu)
+    found = found_in(channels, how, *model, roi, config.trust_hu)
     label, foreground = _decided(found, scan, inside, run, config.save_probability)
     written = name.removesuffix(FIRST) if config.nnunet_names else f"{name}_prediction"
     if is_picture(path):
@@ -63,7 +66,8 @@ def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tu
     if config.save_probability:
         save_nifti_file(nifti_like(scan, foreground), config.output / f"{name}_probability.nii.gz")
     if config.save_figure:
-        save_figure(config, run, name, scan, label)
+        is_taken = is_picture(path) and written == name
+        save_figure(config.output / f"{name}{'_figure' * is_taken}.png", run, name, scan, label)
     if sources is not None:
         save_segmentation(config.output / f"{written}.dcm", scan, label, sources, run)
     ml = np.nan if is_picture(path) else abs(np.linalg.det(scan.affine[:3, :3])) / 1000
@@ -110,11 +114,10 @@ def _save_mask(path: Path, run: Run, label: np.ndarray) -> None:
     save_mask(path, run.in_label_values(label), colours.tolist())
 
 
-def save_figure(config: Any, run: Run, name: str, scan: Scan, label: np.ndarray) -> None:
+def save_figure(path: Path, run: Run, name: str, scan: Scan, label: np.ndarray) -> None:
     """Draw a prediction over its scan; what the drawing library raises loses the figure alone."""
     turned, shown = scan.oriented("LAS"), Scan(scan.path, label, scan.affine).oriented("LAS").array
     window = WINDOW_HU if run.preprocessing.rules[0] == "ct" else None
-    path = config.output / f"{name}.png"
     try:
         save_scan_figure(path, Case(name, turned.array, shown, turned.spacing_mm), run.class_names, window)
     except Exception as error:
@@ -137,29 +140,36 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}"
 
 
-def scans_of(path: Path, channels: Sequence[str], series: str | None = None) -> dict[str, tuple[Path, ...]]:
-    """Return the scans to predict by name, a file a channel.
+def scans_of(
+    path: Path, channels: Sequence[str], series: str | None = None
+) -> tuple[dict[str, tuple[Path, ...]], dict[str, str]]:
+    """Return the scans to predict by name, a file a channel, and what is the matter with those that lack a channel.
 
     Of one series, however deep it lies, the name of the folder given counts; of several channels a file stands for the
-    others of its case, beside it.
+    others of its case, beside it, and a folder's files may be called as the channels are.
     """
+    incomplete: dict[str, str] = {}
     if not path.exists():
         raise UserError(f"--input {path} does not exist: check the path.")
     if path.is_file() and series is not None:
         raise UserError(f"--series chooses among the DICOM series of a folder, and --input {path} is a file.")
     if path.is_file() and not channels:
-        return {name_of(path): (path,)}
+        return {name_of(path): (path,)}, {}
     if path.is_file():
-        beside = {name_of(other): other for other in sorted(path.parent.iterdir()) if is_scan_file(other)}
-        cases = group(beside, channels)
+        kind = is_picture if is_picture(path) else is_scan_file
+        beside = {name_of(other): other for other in sorted(path.parent.iterdir()) if kind(other)}
+        cases = group(beside, channels, incomplete)
         name = next((name for name, paths in cases.items() if path in paths), None)
         if name is None:
-            raise UserError(f"--input {path} is no channel of a case, its name ends otherwise: give the folder.")
-        return {name: cases[name]}
+            own = next((said for case, said in incomplete.items() if name_of(path).startswith(case)), None)
+            raise UserError(own or f"--input {path} is no channel of a case, its name ends otherwise: give the folder.")
+        return {name: cases[name]}, {}
     scans = find_scans(path, series)
     only = next(iter(scans.values()))
     is_series = len(scans) == 1 and isinstance(only, SeriesPath)
-    return group({path.resolve().name: only} if is_series else scans, channels)
+    if channels and set(channels) <= set(scans):
+        return {path.resolve().name: tuple(scans[channel] for channel in channels)}, {}
+    return group({path.resolve().name: only} if is_series else scans, channels, incomplete), incomplete
 
 
 def tell_limits(config: Any, run: Run) -> None:
@@ -192,17 +202,19 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     if config.pixel_spacing_mm and not all(0 < side < np.inf for side in config.pixel_spacing_mm):
         raise UserError(f"--pixel_spacing_mm {config.pixel_spacing_mm} must be two numbers above 0.")
     run = Run.read(config.run, config.largest_component)
-    find_roi = roi_finder(config, device)
+    find_roi = roi_finder(config, device, run.preprocessing.channels)
     if config.stride and run.is_3d:
         check_windows(config.stride, run.settings["patch_size"])
-    scans = scans_of(config.input, run.preprocessing.channels, config.series)
+    scans, incomplete = scans_of(config.input, run.preprocessing.channels, config.series)
     if config.dicom_seg:
         check_are_series(paths[0] for paths in scans.values())
     tell_limits(config, run)
     sizes = run.num_classes, len(run.preprocessing.rules)
     model = inference_of(run, config), load(config, run.settings, sizes, device)
     table = config.output / "volumes.csv"
-    earlier, rows, failures, kept = read_volumes(table), [], [], 0
+    earlier, rows, failures, kept = read_volumes(table), [], list(incomplete.values()), 0
+    for name, said in incomplete.items():
+        LOGGER.info("%s: REFUSED: %s", name, said)
     for name, paths in scans.items():
         try:
             found = predict(config, run, name, paths, model, find_roi)
@@ -215,4 +227,5 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     if rows:
         LOGGER.info("written to %s%s", config.output, f"; {kept} rows of other scans stay in {table.name}" * bool(kept))
     if failures:
-        raise UserError(f"{len(failures)} of {len(scans)} scans were refused, the first: {failures[0]}")
+        count = len(scans) + len(incomplete)
+        raise UserError(f"{len(failures)} of {count} scans were refused, the first: {failures[0]}")

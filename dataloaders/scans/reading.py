@@ -140,8 +140,13 @@ def _label_type(largest: int) -> type:
     return np.uint8 if largest < 2**8 else np.uint16 if largest < 2**16 else np.int32
 
 
-def aligned_label(image: Scan, label: Scan) -> np.ndarray:
-    """Bring a label onto its image's axes by their headers: swaps and flips alone.
+def aligned_label(image: Scan, label: Scan, what: str = "label") -> np.ndarray:
+    """Bring a label, or another channel, onto its image's axes by their headers: swaps and flips alone.
+
+    Args:
+        image: gives the grid.
+        label: what is brought there.
+        what: to call it in messages.
 
     Returns:
         The label's array, of the image's shape.
@@ -150,7 +155,7 @@ def aligned_label(image: Scan, label: Scan) -> np.ndarray:
         UserError: shape or geometry differ; the message says how.
     """
     turned = label.oriented(image.orientation)
-    fix = "export both from the same series, or resample the label onto the image"
+    fix = f"export both from the same series, or resample the {what} onto the image"
     if turned.array.shape != image.array.shape:
         raise UserError(
             f"{label.path} has {_times(turned.array.shape)} voxels where {image.path} has {_times(image.array.shape)} "
@@ -163,6 +168,11 @@ def aligned_label(image: Scan, label: Scan) -> np.ndarray:
             f"(voxels {_times(turned.spacing_mm)} and {_times(image.spacing_mm)} mm): {fix}."
         )
     return turned.array
+
+
+def says_nothing(label: Scan) -> bool:
+    """Tell whether a label's header holds no geometry: voxels of 1 mm along the axes from the origin."""
+    return bool(np.allclose(np.abs(label.affine), np.eye(4), atol=1e-6))
 
 
 def label_by_index(image: Scan, label: Scan, flip: Sequence[int] = ()) -> np.ndarray:

@@ -46,9 +46,9 @@ class Cropping:
             UserError: nothing is found, or the scan does not suit the preprocessing.
         """
         found = self.locator.locate(image, trust_hu)
-        tell(origin.image, found, self.locator)
+        tell(origin.images[0], found, self.locator)
         prepared = prepare(image, how, trust_hu, tell=False)
-        shape = prepared.array.shape
+        shape = prepared.shape
         box = at_least(box_on_grid(found.box, image, prepared.affine, shape), self.least, shape)
         case = prepared.cropped(box)
         attributes = provenance(case, how, origin, box) | {"crop": self.rule, "located": "; ".join(found.doubts)}
