@@ -1,6 +1,7 @@
 """What is said before a run starts: memory by the layers' own account, what would fit, and when it ends."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from sdcl.runs import ahead, experiment
 from sdcl.runs.ahead import GIB, Plan, kept_bytes, plan_of, tell_memory, tell_memory_of_test, what_fits
 from sdcl.runs.errors import UserError
+from sdcl.scoring.evaluation import Predictors
 
 CPU = torch.device("cpu")
 
@@ -66,8 +68,14 @@ def test_what_does_not_fit_is_told_with_settings_that_do(monkeypatch, said):
     tell_memory([("self_train", plan)], CPU)
     assert "WARNING" not in said()
     monkeypatch.setattr(ahead, "free_gib", lambda device: 0.001)
-    tell_memory_of_test(2, 3, 4, 10**7, CPU)  # 4 bytes of 6 maps of 4 classes: 0.9 GiB
-    assert "score fewer predictors" in said() and 4 * 6 * 4 * 10**7 / GIB == pytest.approx(0.894, abs=1e-3)
+    monkeypatch.setattr(ahead, "held_gib", lambda: 0.0)
+    three = Predictors([None, None], {"a": (0,), "b": (1,), "mean": (0, 1)})
+    # 10 million voxels: 4 bytes of the image, 1 of the reference, 3 of the labels; 200 of 1000 planes of 5 maps of 4
+    # classes; where the mean is kept 4 more maps.
+    for kept, gib in (((), 8 * 10**7 + 4 * 4 * 5 * 2 * 10**6), (("mean",), 24 * 10**7 + 4 * 4 * 5 * 2 * 10**6)):
+        tell_memory_of_test(replace(three, kept=kept), (4, 1), (1000, 100, 100), 200, CPU)
+        told = said()
+        assert f"memory: about {gib / GIB:.1f} GiB for the largest volume" in told and "score fewer predictors" in told
 
 
 @pytest.mark.parametrize(

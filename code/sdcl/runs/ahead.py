@@ -1,5 +1,6 @@
 """What a run will take, said before it starts: memory, by the networks' layers, and what fits where it is short."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from sdcl.methods import get
 from sdcl.networks import build_network
 from sdcl.runs.devices import computes_bf16
 from sdcl.runs.folder import LOGGER
+from sdcl.scoring.evaluation import Predictors
 
 GIB = 2**30
 BESIDE = 1.5  # times what a forward pass keeps: with gradients of activations, losses, working memory; measured
@@ -155,18 +157,26 @@ def held_gib() -> float:
         return 0.0
 
 
-def tell_memory_of_test(networks: int, predictors: int, num_classes: int, voxels: int, device: torch.device) -> None:
-    """Say how much memory a test takes for its largest volume: probabilities of each network and predictor.
+def tell_memory_of_test(
+    predictors: Predictors, sizes: tuple[int, int], shape: Sequence[int], planes: int, device: torch.device
+) -> None:
+    """Say how much memory a test takes for its largest volume.
+
+    That is the image, a label map of each predictor, and each network's probabilities of so many planes as windows or
+    batches reach at a time; of predictors that are kept those of the whole volume.
 
     Args:
-        networks: how many predict.
-        predictors: how many are made of them.
-        num_classes: number of classes C.
-        voxels: of the largest volume.
-        device: where the networks compute; the probabilities lie on the host.
+        predictors: the networks and what is made of them.
+        sizes: number of classes C, and of channels.
+        shape: S of the largest volume.
+        planes: across the first axis.
+        device: where the networks compute.
     """
     free = free_gib(torch.device("cpu"))
-    gib = 4 * (networks + predictors + 1) * num_classes * voxels / GIB + held_gib()
+    (classes, channels), voxels = sizes, math.prod(shape)
+    a_voxel = 4 * channels + 1 + len(predictors.members) + 4 * classes * len(predictors.kept)
+    slab = 4 * classes * (2 * len(predictors.networks) + 1) * min(planes, shape[0]) * math.prod(shape[1:])
+    gib = (a_voxel * voxels + slab) / GIB + held_gib()
     of = "" if free is None else f" of {free + held_gib():.1f} GiB that are free"
     LOGGER.info("memory: about %.1f GiB for the largest volume%s, networks on %s", gib, of, device)
     if free is not None and gib > free + held_gib():

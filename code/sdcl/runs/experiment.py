@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import math
 import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -291,8 +293,10 @@ def test(config: Any, data: Data) -> None:
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     cases = scored.read_cases()
-    voxels = max((case.label.size for case in cases), default=0)
-    tell_memory_of_test(len(predictors.networks), len(predictors.members), scored.task.num_classes, voxels, device)
+    planes = 2 * used["patch_size"][0] if len(used["patch_size"]) == 3 else used["batch_size"]
+    largest = max((case.label.shape for case in cases), key=math.prod)
+    kept = replace(predictors, kept=tuple(predictors.pictured[-1:])) if config.save_nifti else predictors
+    tell_memory_of_test(kept, scored.task.sizes, largest, planes, device)
     results = weights.folder / "test" / results_name(name, scored.split, config)
     names = [case.name for case in cases]
     runs = [] if elsewhere else weights.runs  # another data set's cases may have the same names
