@@ -18,7 +18,7 @@ from dataloaders.slices import Slices
 from dataloaders.streams import Order, Streams
 from dataloaders.transforms import Augmentation
 from dataloaders.volumes import CroppedVolumes
-from sdcl.inference import slice_wise, sliding_window
+from sdcl.inference import Slabs, Windows, slice_slabs, window_slabs
 from sdcl.losses import discrepancy, mixed_losses
 from sdcl.methods.sdcl import self_train_step
 from sdcl.metrics import case_metrics
@@ -178,10 +178,10 @@ def evaluation(work: Work, is_ours: bool) -> Run:
     distance, rough = _ellipsoid(work.volume)
     image, reference = (1 - distance - 2 * rough).astype(np.float32), (distance < 1) * np.uint8(work.classes - 1)
 
-    def ours(networks: list[nn.Module], volume: np.ndarray) -> list[np.ndarray]:
+    def ours(networks: list[nn.Module], volume: np.ndarray) -> Slabs:
         if is_2d:
-            return slice_wise(networks, volume, work.shape, work.classes, work.batch_size, work.precision)
-        return sliding_window(networks, volume, work.shape, work.stride, work.classes, precision=work.precision)
+            return slice_slabs(networks, volume, work.shape, work.classes, work.batch_size, work.precision)
+        return window_slabs(networks, volume, Windows(work.shape, work.stride, work.classes, precision=work.precision))
 
     def theirs(networks: list[nn.Module]) -> np.ndarray:
         if is_2d:

@@ -91,8 +91,11 @@ def read_sample(
     with _opened(path) as file:
         image = _read_array(path, file, "image")
         label = _read_array(path, file, "label") if needs_label else None
+    if not isinstance(image, np.ndarray):
+        check_image(path, "`image`", image, ndim)  # refuses it
     if len(channels) < 2:
-        image = image[0] if image.ndim == ndim + 1 and len(image) == 1 else image
+        is_one_channel = image.ndim == ndim + 1 and len(image) == 1 and np.ndim(label) in (0, ndim)
+        image = image[0] if is_one_channel else image
     elif image.ndim != ndim + 1 or len(image) != len(channels):
         raise UserError(
             f"{path}: `image` has the shape {image.shape}, it needs {len(channels)} channels ({', '.join(channels)}) "

@@ -168,7 +168,7 @@ DATA: dict[str, tuple] = {
     "no image": (arrays(label=LABEL), r"has no `image` \(it holds label\): convert the case again"),
     "no label": (arrays(VOLUME, image=np.stack([IMAGE] * 2)), r"frame02.h5 has no `label` \(it holds image\): convert"),
     "image is a group": (arrays(**{"image/nested": IMAGE}), r"not a readable HDF5 file"),
-    "image of three dimensions": (arrays(image=IMAGE[None]), r"shape \(1, 36, 40\), it needs 2 dimensions: convert"),
+    "image of three dimensions": (arrays(image=np.stack([IMAGE] * 2)), r"shape \(2, 36, 40\), it needs 2 dimensions"),
     "image without pixels": (arrays(image=IMAGE[:0]), r"it needs 2 dimensions"),
     "image is a number": (arrays(image=3.0), r"it needs 2 dimensions"),
     "image is nothing": (arrays(image=h5py.Empty("f4")), r"it needs 2 dimensions"),

@@ -213,7 +213,7 @@ class Numbers:
         return f"case{index}"
 
     def sample(self, index, rng):
-        return np.full((2, 2), index + rng.random() / 2, np.float32), np.full((2, 2), index, np.uint8)
+        return np.full((1, 2, 2), index + rng.random() / 2, np.float32), np.full((2, 2), index, np.uint8)
 
 
 def order(batches, key):

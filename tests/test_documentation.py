@@ -78,6 +78,7 @@ def needed_flags(header, given):
 # --- every command runs ---
 
 PAGES_RUN = ("experiments", "own_data", "training", "testing", "predicting", "methods", "data")
+SLOW_PAGES = ("experiments", "testing", "methods", "training")
 NOT_TO_COPY = shutil.ignore_patterns("data", "__pycache__", "*.egg-info")
 SMALL = {  # in the scripts' headers, edited as a user would
     r"(pre|self)_iterations: int = [\d_]+": r"\1_iterations: int = 1",
@@ -150,7 +151,8 @@ def test_the_commands_of_the_readme_run(walked, checkout):
     assert list((checkout / "first" / "models" / "la_SDCL_2_labeled" / "test").rglob("cases.png"))
 
 
-@pytest.mark.parametrize("page", PAGES_RUN)
+# `make slow` runs the pages that take longest.
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW_PAGES)) for p in PAGES_RUN])
 def test_the_commands_of_a_page_run(page, walked, checkout):
     outputs = run_page(ROOT / "docs" / f"{page}.md", checkout)
     assert outputs and all(outputs.values())

@@ -128,6 +128,7 @@ def weights_of(folder):
     return {f"{role} {name}": value for role, state in networks.items() for name, value in state.items()}
 
 
+@pytest.mark.slow
 def test_a_matrix_that_is_killed_ends_the_same(whole, acdc_phantom, tmp_path):
     """Its scripts go on for a while without it: their locks keep them and the next launcher's apart."""
     for number in (signal.SIGKILL, signal.SIGTERM):

@@ -90,7 +90,7 @@ def test_the_first_version_is_read_and_ct_is_clipped(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"channel_names": {"0": "T1", "1": "T2"}}, "has 2 channels (T1, T2), and images of one are taken"),
+        ({"channel_names": {"0": "T1", "2": "T2"}}, "its channels must be numbered 0, 1, ... and have different names"),
         ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "the label whole is a region"),
         ({"labels": {"background": 0, "a": 1, "ignore": 2}}, 'has a label "ignore"'),
         ({"labels": {"a": 1}}, "must be a background of 0"),

@@ -175,6 +175,7 @@ def test_a_run_that_loses_a_process_goes_on_to_the_same_end(number, to, whole, a
     assert columns == [line.split(",")[:9] for line in (whole / "pre_train" / "metrics.csv").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes_and_is_tested_by_any(whole, acdc_phantom, tmp_path):
     """Stage 1 in two processes, stage 2 in one; a test in two of them writes what one writes, to the bit."""
     stage1 = ["--exp", "second", "--pretrained", str(whole), "--pre_iterations", "6", "--self_iterations", "2"]

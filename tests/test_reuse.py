@@ -141,7 +141,7 @@ def own_from(la, output):
             for folder, key in ((images, "image"), (labels, "label")):
                 array = file[key][:].astype(np.float32 if key == "image" else np.uint8)
                 nibabel.save(nibabel.Nifti1Image(array, np.diag([-1, -1, 1, 1])), folder / f"{name}.nii.gz")
-    import_nifti(Import(output / "clinic", "zscore", images, labels))
+    import_nifti(Import(output / "clinic", ("zscore",), images, labels))
     return output / "clinic"
 
 
