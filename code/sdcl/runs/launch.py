@@ -194,7 +194,9 @@ class Launcher:
         if self.jobs:
             LOGGER.info("stopping: what runs saves first; the same command goes on")
         for job in self.jobs:
-            job.process.terminate()
+            # Of SIGTERM srun kills its tasks at once; this it passes on to each of them, which then saves.
+            is_srun = job.process.args[0] == "srun"
+            job.process.send_signal(signal.SIGUSR1 if is_srun else signal.SIGTERM)
         for job in self.jobs:
             job.process.wait()
             job.log.close()
