@@ -8,8 +8,16 @@ import h5py
 import numpy as np
 import torch
 
+from dataloaders.scans.prediction import found_in, planes_on_scan
+
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def segment(channels, *given):
+    """Return the probabilities (C, X, Y, Z) of a scan on its own grid; see found_in()."""
+    planes = planes_on_scan(found_in(channels, *given), channels[0])
+    return np.concatenate([placed for _, placed in planes], axis=1)
 
 
 def in_slabs(infer, planes=2):

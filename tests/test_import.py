@@ -6,7 +6,7 @@ import h5py
 import nibabel
 import numpy as np
 import pytest
-from helpers import in_slabs
+from helpers import in_slabs, segment
 from test_raw import attributes, run
 from test_scans import affine_of, write_nifti
 
@@ -19,7 +19,6 @@ from dataloaders.scans.convert import write_case
 from dataloaders.scans.import_lists import slices_of
 from dataloaders.scans.joining import join
 from dataloaders.scans.label_values import LabelMap
-from dataloaders.scans.prediction import segment
 from dataloaders.scans.preprocessing import Preprocessing, own_slice_axis, prepare
 from dataloaders.scans.reading import Scan
 from sdcl.runs.errors import UserError

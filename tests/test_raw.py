@@ -15,7 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from helpers import ROOT, in_slabs
+from helpers import ROOT, in_slabs, segment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -26,7 +26,7 @@ from dataloaders.files import read_affine, read_list
 from dataloaders.phantom import write_nifti as write_nifti_phantom
 from dataloaders.scans.alignment import FLIPS, border_contrast, check_alignment, measure_alignment
 from dataloaders.scans.joining import join
-from dataloaders.scans.prediction import box_on_grid, check_roi, planes_on_scan, segment
+from dataloaders.scans.prediction import box_on_grid, check_roi, planes_on_scan
 from dataloaders.scans.preprocessing import (
     Prepared,
     Preprocessing,

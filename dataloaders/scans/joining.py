@@ -287,6 +287,18 @@ def read_table(path: Path, channels: tuple[str, ...] = (), series: str | None = 
         raise UserError(f"--table {path} has no lines: write one a case.")
     if series is not None and not any(isinstance(p, SeriesPath) for paths, _ in files.values() for p in paths):
         raise UserError(f"--series chooses among the series of folders, and --table {path} names files alone.")
+    cases = Cases(files, patients, splits, channels)
+    _check_columns(path, cases)
+    return cases
+
+
+def _check_columns(path: Path, cases: Cases) -> None:
+    """Refuse a table that gives some cases a patient or a split and others none, or a patient on both sides.
+
+    Raises:
+        UserError: names the case or patient.
+    """
+    files, patients, splits = cases.files, cases.patients, cases.splits
     for column, known in (("patient", patients), ("split", splits)):
         if without := [
             name for name, (_, label) in files.items() if name not in known and (label or column == "patient")
@@ -302,7 +314,6 @@ def read_table(path: Path, channels: tuple[str, ...] = (), series: str | None = 
                 f"--table {path} has the patient {patient} in {before} ({other}) and in {split} ({name}): a patient "
                 "must be on one side."
             )
-    return Cases(files, patients, splits, channels)
 
 
 def _file(folder: Path, text: str, where: str, find: Callable[[Path], dict[str, Path]]) -> Path:

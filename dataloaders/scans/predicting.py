@@ -45,9 +45,9 @@ def predict(config: Any, run: Run, name: str, paths: tuple[Path, ...], model: tu
     sources = read_sources(scan) if config.dicom_seg else None
     roi, inside = find_roi(channels), None
     if is_sheared(scan) and scan.header is None:
-        inside = upright(scan)[1]
-        channels = [upright(channel)[0] for channel in channels]
-        scan = channels[0]
+        turned = [upright(channel) for channel in channels]
+        channels = [channel for channel, _ in turned]
+        scan, inside = turned[0]
         roi = box_on_grid(roi, original, scan.affine, scan.array.shape) if roi else None
         shapes = ["×".join(map(str, s.array.shape)) for s in (original, scan)]
         LOGGER.info(

@@ -168,13 +168,6 @@ def planes_on_scan(found: Prepared, scan: Scan) -> Iterator[tuple[slice, np.ndar
         yield planes, placed
 
 
-def segment(*given: Any, **named: Any) -> np.ndarray:
-    """Do what found_in() does, of the same arguments, and return the probabilities on the scan's grid, (C, X, Y, Z)."""
-    channels = named.get("channels") or given[0]
-    planes = planes_on_scan(found_in(*given, **named), channels[0])
-    return np.concatenate([placed for _, placed in planes], axis=1)
-
-
 def box_on_grid(roi: Box, scan: Scan, affine: np.ndarray, shape: Sequence[int]) -> Box:
     """Return the smallest box of another grid that holds a scan's box of voxels."""
     corners = np.stack(np.meshgrid(*[(a - 0.5, b - 0.5) for a, b in roi], indexing="ij"), -1).reshape(-1, 3)

@@ -127,17 +127,20 @@ def prepare_channels(
             f"{channels[0].path} has {len(channels)} channels where {len(how.rules)} are needed"
             f"{f' ({_names(how.channels)})' if how.channels else ''}: give as many."
         )
-    done = []
-    for k, scan in enumerate(channels):
-        rule = how.of_channel(k)
-        if len(channels) > 1 and scan.array.min() == scan.array.max():  # of a picture; of scans reading refuses it
-            LOGGER.info("NOTE: %s: its channel %s holds one value and becomes 0", scan.path, how.channels[k])
-            other = next((one for one in channels if one.array.min() < one.array.max()), scan)
-            same = prepare(other, dataclasses.replace(rule, normalise="minmax"), trust_hu, tell=False)
-            done.append(Prepared(np.zeros_like(same.array), same.affine))
-        else:
-            done.append(prepare(scan, rule, trust_hu, tell and k == 0))
-    return done[0] if len(done) == 1 else Prepared(np.stack([one.array for one in done]), done[0].affine)
+    empty = {k for k, scan in enumerate(channels) if scan.array.min() == scan.array.max()}  # colours of a picture alone
+    empty = set() if len(empty) == len(channels) else empty  # then prepare() refuses the first
+    for k in empty:
+        LOGGER.info("NOTE: %s: its channel %s holds one value and becomes 0", channels[k].path, how.channels[k])
+    done = {
+        k: prepare(scan, how.of_channel(k), trust_hu, tell and k == 0)
+        for k, scan in enumerate(channels)
+        if k not in empty
+    }
+    first = next(iter(done.values()))
+    if len(channels) == 1:
+        return first
+    arrays = [done[k].array if k in done else np.zeros_like(first.array) for k in range(len(channels))]
+    return Prepared(np.stack(arrays), first.affine)
 
 
 def prepare(scan: Scan, how: Preprocessing, trust_hu: bool = False, tell: bool = True) -> Prepared:

@@ -5,7 +5,6 @@ import logging
 import math
 import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +294,7 @@ def test(config: Any, data: Data) -> None:
     cases = scored.read_cases()
     planes = 2 * used["patch_size"][0] if len(used["patch_size"]) == 3 else used["batch_size"]
     largest = max((case.label.shape for case in cases), key=math.prod)
-    kept = replace(predictors, kept=tuple(predictors.pictured[-1:])) if config.save_nifti else predictors
+    kept = predictors.keeping_answer() if config.save_nifti else predictors
     tell_memory_of_test(kept, scored.task.sizes, largest, planes, device)
     results = weights.folder / "test" / results_name(name, scored.split, config)
     names = [case.name for case in cases]

@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -179,6 +179,10 @@ class Predictors:
     def pictured(self) -> list[str]:
         """The predictors that pictures show, the answer last."""
         return list(self.members)[: self.shown]
+
+    def keeping_answer(self) -> "Predictors":
+        """Return the same with the answer's probabilities kept."""
+        return replace(self, kept=tuple(self.pictured[-1:]))
 
     @property
     def single(self) -> list[str]:

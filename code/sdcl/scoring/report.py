@@ -5,7 +5,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,7 @@ class _Test:
         LOGGER.info("scoring %d predictors on %d volumes", number, len(self.cases) - len(done))
         waiting = share([case for case in self.cases if case.name not in done])
         self.waiting, self.scored, self.begun_at = len(waiting), 0, time.perf_counter()
-        predictors = (
-            replace(self.predictors, kept=tuple(self.predictors.pictured[-1:])) if self.nifti else self.predictors
-        )
+        predictors = self.predictors.keeping_answer() if self.nifti else self.predictors
         evaluate(predictors, waiting, self.task, on_case=self._keep_maps, on_scored=self._keep_rows)
 
     def write(self) -> None:
