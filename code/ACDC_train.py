@@ -49,10 +49,14 @@ class Config:
     unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch
     augment_probability: float = 0.5  # of a rotation by k * 90 degrees and a flip; and, of the others, of a rotation
     max_angle_deg: int = 20  # that rotation is by whole degrees in [-max_angle_deg, max_angle_deg)
+    intensity: float = 0.0  # strength of random changes of contrast, brightness and gamma, in [0, 1); 0: none
     shuffle: bool = False  # random order in each epoch instead of the published forwards and backwards
 
     # --- optimisation ---
     base_lr: float = 1e-3  # Adam's learning rate, each student its own optimiser
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of each stage; not constant: it falls to 0
+    warmup: int = 0  # iterations at each stage's beginning over which the learning rate rises
+    weight_decay: float = 0.0  # decoupled (AdamW), of every weight; 0: plain Adam
     pre_iterations: int = 11_300  # pre-training: 100 epochs
     self_iterations: int = 45_200  # self-training: 400 epochs
 
@@ -73,6 +77,7 @@ class Config:
     teacher_dropout: Literal["yes", "no"] = "yes"  # whether the teacher drops out, as published
     ema_decay: float = 0.99  # teacher = ema_decay * teacher + (1 - ema_decay) * student a
     ema_buffers: bool = True  # average BatchNorm's statistics too
+    ema_warmup: bool = False  # the teacher follows faster at first: its decay is at most 1 - 1 / (t + 1) (sdcl, bcp)
     consistency_weight: float = 0.1  # of what unlabelled images say (cps, ua_mt, mean_teacher)
     rampup: int | None = None  # iterations until that weight is whole; None: two fifths of self-training (the same)
     noise: float = 0.1  # standard deviation of the inputs' noise, of normalised images (ua_mt, mean_teacher)

@@ -13,7 +13,7 @@ from dataloaders.checks import check_apart, check_dimensions
 from dataloaders.datasets import SLICE, DataSet, StudyData, check_classes, find_file
 from dataloaders.files import Cache, Decoding, read_affine, read_list, read_sample, read_spacing, with_channels
 from dataloaders.streams import Streams
-from dataloaders.transforms import Augmentation, apply_index, augmentation_index
+from dataloaders.transforms import Augmentation, apply_index, augmentation_index, shift_intensity
 from sdcl.inference import Slabs, slice_slabs
 from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
@@ -79,7 +79,8 @@ class Slices:
         case = self._cache[index]
         view = augmentation_index(case.shape, self._augmentation, rng)
         label = None if case.label is None else apply_index(case.label, view)
-        return with_channels(apply_index(case.image, view), 2), label
+        image = with_channels(apply_index(case.image, view), 2)
+        return shift_intensity(image, self._augmentation.intensity, rng), label
 
 
 def read_volumes(root_path: Path, split: str, data_set: DataSet) -> list[Case]:
@@ -172,7 +173,9 @@ class SliceData(StudyData):
     def _slices(self, names: Sequence[str], labelled: bool) -> Slices:
         config = self._config
         decoding = Decoding(self._data_set.num_classes, labelled, config.cache_gb, channels=self._data_set.channels)
-        augmentation = Augmentation(config.patch_size, config.augment_probability, config.max_angle_deg)
+        augmentation = Augmentation(
+            config.patch_size, config.augment_probability, config.max_angle_deg, config.intensity
+        )
         return Slices(config.root_path, names, decoding, augmentation)
 
     def _facts(self, names: Sequence[str]) -> dict[str, Any]:

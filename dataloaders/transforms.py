@@ -86,11 +86,13 @@ class Augmentation:
         size: (H', W') of the output.
         probability: of each of the two kinds, one after the other.
         max_angle_deg: bound of the second kind's angle, in degrees; 0 leaves it out.
+        intensity: strength of what shift_intensity() does afterwards.
     """
 
     size: tuple[int, int]
     probability: float = 0.5
     max_angle_deg: int = 20
+    intensity: float = 0.0
 
 
 def augmentation_index(shape: tuple[int, int], how: Augmentation, rng: np.random.Generator) -> np.ndarray:
@@ -122,6 +124,34 @@ def augmentation_index(shape: tuple[int, int], how: Augmentation, rng: np.random
         index = _rotated(shape, angle_deg, rows, columns)
     index[rows < 0] = index[:, columns < 0] = OUTSIDE
     return index
+
+
+def shift_intensity(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Change an image's gamma, contrast and brightness at random, each channel by itself.
+
+    A channel is brought to [0, 1] by its least and largest value, raised to the power g and brought back; then its
+    distance from its mean is multiplied by c, and b of its standard deviation is added. log g and log c are uniform in
+    +-log(1 + strength), b in +-strength.
+
+    Args:
+        image: (channels, *S) float32.
+        strength: in [0, 1); 0 leaves the image as it is, and draws nothing.
+        rng: source of randomness.
+
+    Returns:
+        (channels, *S) float32; a channel of one value stays as it is.
+    """
+    if not strength:
+        return image
+    changed = np.empty_like(image)
+    for channel, result in zip(image, changed, strict=True):
+        gamma, contrast = np.exp(rng.uniform(-1, 1, 2) * np.log1p(strength))
+        shift = rng.uniform(-strength, strength)
+        low, width = channel.min(), np.ptp(channel)
+        curved = low + width * ((channel - low) / width) ** np.float32(gamma) if width else channel
+        mean, deviation = curved.mean(), curved.std()
+        result[...] = mean + (curved - mean) * contrast + shift * deviation
+    return changed
 
 
 def apply_index(array: np.ndarray, index: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from dataloaders.files import (
     with_channels,
 )
 from dataloaders.streams import Streams
-from dataloaders.transforms import Crop, crop_corner, cropped
+from dataloaders.transforms import Crop, crop_corner, cropped, shift_intensity
 from sdcl.inference import Slabs, Windows, window_slabs
 from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
@@ -40,13 +40,16 @@ class CroppedVolumes:
         decoding: how they are decoded, checked and kept.
         patch_size: sides of the samples, in voxels.
         crop: "random" or "centre".
+        intensity: strength of what shift_intensity() does with a crop.
 
     Raises:
         UserError: a file is missing or wrong.
     """
 
-    def __init__(self, paths: Mapping[str, Path], decoding: Decoding, patch_size: Sequence[int], crop: Crop):
-        self._patch_size, self._crop = tuple(patch_size), crop
+    def __init__(
+        self, paths: Mapping[str, Path], decoding: Decoding, patch_size: Sequence[int], crop: Crop, intensity: float = 0
+    ):
+        self._patch_size, self._crop, self._intensity = tuple(patch_size), crop, intensity
         self._names = list(paths)
         self._cache = Cache(list(paths.values()), "volumes", 3, decoding)
 
@@ -69,7 +72,7 @@ class CroppedVolumes:
         where = crop_corner(case.shape, self._patch_size, rng if self._crop == "random" else None)
         image = cropped(case.image, *where, self._patch_size).astype(np.float32, copy=False)
         label = None if case.label is None else cropped(case.label, *where, self._patch_size)
-        return with_channels(image, 3), label
+        return shift_intensity(with_channels(image, 3), self._intensity, rng), label
 
 
 def read_volumes(
@@ -243,7 +246,8 @@ class VolumeData(StudyData):
         decoding = Decoding(
             data_set.num_classes, has_labels, config.cache_gb, config.cache_dtype, check, data_set.channels
         )
-        return CroppedVolumes({name: self._path_of(name) for name in names}, decoding, config.patch_size, crop)
+        paths = {name: self._path_of(name) for name in names}
+        return CroppedVolumes(paths, decoding, config.patch_size, crop, config.intensity)
 
     def _facts(self, names: Sequence[str]) -> dict[str, Any]:
         return self._data_set.facts(self._config.decision_rule, [self._path_of(name) for name in names])

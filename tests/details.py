@@ -113,7 +113,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
         Undo(PANCREAS, '"last"] = "test"', '"last"] = "last"', DEFAULTS_3D),
     ),
     17: (
-        Undo(STEPS, "torch.optim.Adam(n.parameters(), lr=base_lr", "torch.optim.AdamW(n.parameters(), lr=base_lr",
+        Undo(STEPS, "if weight_decay else torch.optim.Adam\n", "if weight_decay else torch.optim.AdamW\n",
              TEXTBOOK),
         Undo(STEPS, '{"state": values["state"], "param_groups": groups}', '{"state": {}, "param_groups": groups}',
              "tests/test_training.py -k stage_one"),

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sdcl.runs.config import ramp_length
 from sdcl.steps import TEACHER, Learners, Settings
-from sdcl.teacher import update_teacher
+from sdcl.teacher import growing_decay, update_teacher
 
 NOISE_BOUND = 2.0  # of the noise, in its standard deviations
 
@@ -72,15 +72,3 @@ def see_noise(learners: Learners, settings: Settings) -> contextlib.AbstractCont
     """Do what unnoticed() does, for student a, and for a teacher whose statistics are an average of student a's."""
     teacher = [learners.networks[TEACHER]] if settings.ema_buffers else []
     return unnoticed(learners.networks["student_a"], *teacher)
-
-
-def growing_decay(iteration: int, decay: float) -> float:
-    """Return min(1 - 1 / (t + 1), decay), an EMA's decay that forgets its start.
-
-    Args:
-        iteration: t, iterations of self-training that are done.
-        decay: the largest.
-
-    Source: Tarvainen and Valpola, NeurIPS 2017; docs/methods.md.
-    """
-    return min(1 - 1 / (iteration + 1), decay)

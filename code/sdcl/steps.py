@@ -1,6 +1,7 @@
 """What a training step changes and is made of, whatever the method; and stage 1's step, which all methods share."""
 
 import copy
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,9 @@ from sdcl.losses import DiceOver, mixed_losses
 from sdcl.mixing import mix
 from sdcl.pseudo_labels import PendingLabels, Rule
 from sdcl.runs.errors import UserError
+from sdcl.schedule import Schedule
 from sdcl.scoring.evaluation import STUDENTS
-from sdcl.teacher import update_teacher
+from sdcl.teacher import growing_decay, update_teacher
 
 TEACHER = "teacher"  # the EMA teacher's role
 Batch = dict[str, Tensor]
@@ -29,6 +31,8 @@ class Settings(Protocol):
     seed: int
     precision: Literal["fp32", "tf32", "bf16"]
     compile: bool
+    lr_schedule: Schedule
+    warmup: int
     pre_iterations: int
     self_iterations: int
     mask_fraction: float
@@ -44,6 +48,7 @@ class Settings(Protocol):
     teacher_dropout: Literal["yes", "no"]
     ema_decay: float
     ema_buffers: bool
+    ema_warmup: bool
     consistency_weight: float
     rampup: int | None
     noise: float
@@ -63,6 +68,7 @@ class Learners:
         optimisers: one for each student.
         best: predictor to {"dice", "iteration"}.
         iteration: iterations of the stage that are done.
+        base_lr: the students' learning rate, of which a schedule takes its share.
         halted: 1 on the device from the first loss or gradient on that is not finite, then nothing moves any more;
             0 before. So nothing needs to wait for the device at each step.
     """
@@ -71,12 +77,19 @@ class Learners:
     optimisers: dict[str, torch.optim.Optimizer]
     best: dict[str, dict[str, float]] = field(default_factory=dict)
     iteration: int = 0
+    base_lr: float = 1e-3
     halted: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @property
     def students(self) -> list[nn.Module]:
         """The networks that are trained, student a first."""
         return [self.networks[role] for role in self.optimisers]
+
+    def set_rate(self, share: float) -> None:
+        """Give all students this share of the learning rate."""
+        for optimiser in self.optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = self.base_lr * share
 
     def keep(self, roles: Collection[str]) -> None:
         """Forget the students that a method does not train, with their optimisers."""
@@ -118,15 +131,24 @@ class Learners:
                         moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
 
 
-def make_learners(student_a: nn.Module, student_b: nn.Module, base_lr: float) -> Learners:
-    """Give each student its own Adam (docs/method.md, "Stage 1"), fused, since that one can be halted on the device."""
+def make_learners(student_a: nn.Module, student_b: nn.Module, base_lr: float, weight_decay: float = 0.0) -> Learners:
+    """Give each student its own Adam (docs/method.md, "Stage 1"), fused, since that one can be halted on the device.
+
+    Args:
+        student_a: the first student.
+        student_b: the second one.
+        base_lr: the learning rate.
+        weight_decay: decoupled (Loshchilov and Hutter, ICLR 2019): a step takes its share, times the rate, of a weight.
+    """
     networks = dict(zip(STUDENTS, (student_a, student_b), strict=True))
     parameters = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
     for parameter in (p for p in parameters if p.device.type == "cpu"):
         # Kept and zeroed, not made anew among a step's activations, where they would cut a CPU's memory into pieces.
         parameter.grad = torch.zeros_like(parameter)
-    optimisers = {r: torch.optim.Adam(n.parameters(), lr=base_lr, fused=True) for r, n in networks.items()}
-    return Learners(networks, optimisers, halted=torch.zeros((), device=next(student_a.parameters()).device))
+    adam = functools.partial(torch.optim.AdamW, weight_decay=weight_decay) if weight_decay else torch.optim.Adam
+    optimisers = {r: adam(n.parameters(), lr=base_lr, fused=True) for r, n in networks.items()}
+    halted = torch.zeros((), device=next(student_a.parameters()).device)
+    return Learners(networks, optimisers, base_lr=base_lr, halted=halted)
 
 
 def add_teacher(learners: Learners) -> None:
@@ -245,7 +267,8 @@ def mixed_step(learners: Learners, batch: Batch, mask: Tensor, settings: Setting
         add_up(named, _learn(logits, targets, mask, weights, settings))
     named |= descend(learners, named)
     student = learners.networks["student_a"]
-    update_teacher(teacher, student, settings.ema_decay, settings.ema_buffers, learners.halted)
+    decay = growing_decay(learners.iteration, settings.ema_decay) if settings.ema_warmup else settings.ema_decay
+    update_teacher(teacher, student, decay, settings.ema_buffers, learners.halted)
     return named
 
 

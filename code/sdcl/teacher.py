@@ -33,3 +33,15 @@ def update_teacher(
         is_halted = halted > 0
         theirs = [torch.where(is_halted, mine, its) for mine, its in zip(ours, theirs, strict=True)]
     average(ours, theirs, None)
+
+
+def growing_decay(iteration: int, decay: float) -> float:
+    """Return min(1 - 1 / (t + 1), decay), an EMA's decay that forgets its start.
+
+    Args:
+        iteration: t, iterations of self-training that are done.
+        decay: the largest.
+
+    Source: Tarvainen and Valpola, NeurIPS 2017; docs/methods.md.
+    """
+    return min(1 - 1 / (iteration + 1), decay)

@@ -23,6 +23,7 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, StopRequest, duration
 from sdcl.runs.records import NoRecord, StageRecord
 from sdcl.runs.resume import resume
+from sdcl.schedule import share
 from sdcl.scoring.evaluation import PREDICTORS, Predictors, Validation
 from sdcl.steps import TEACHER, Batch, Learners, Losses, Settings, add_teacher, make_learners, pretrain_step
 
@@ -235,6 +236,7 @@ class _Loop:
         mask = self._mask(batch["x_a"].shape[2:])
         if ranks.rank():  # the mask is everybody's
             torch.manual_seed(iteration_seed(self.settings.seed, self.stage, number, ranks.rank()))
+        self.learners.set_rate(share(number, iterations, self.settings.lr_schedule, self.settings.warmup))
         losses = self.step(self.learners, to_device(batch, self.device), mask, self.settings)
         self._check_names(losses)
         self.unread.append((number, losses))

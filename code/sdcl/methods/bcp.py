@@ -18,7 +18,7 @@ METHOD = Method(
     predictors={"teacher": ("teacher",), "student_a": ("student_a",)},
     self_train_step=self_train_step,
     reads=("mask_fraction", "u_weight", "pseudo_label_rule", "connectivity", "largest_component", "teacher_dropout",
-           "ema_decay", "ema_buffers"),
+           "ema_decay", "ema_buffers", "ema_warmup"),
     spans_ranks=True,
     passes="2 (2)",
 )  # fmt: skip

@@ -31,7 +31,7 @@ METHOD = Method(
     parts=("dice", "ce", "mse", "kl"),
     totals=("discrepancy",),
     reads=("correct", "mse_weight", "kl_weight", "mask_fraction", "u_weight", "pseudo_label_rule", "connectivity",
-           "largest_component", "teacher_dropout", "ema_decay", "ema_buffers"),
+           "largest_component", "teacher_dropout", "ema_decay", "ema_buffers", "ema_warmup"),
     spans_ranks=True,
     passes="4 (2)",
 )  # fmt: skip

@@ -27,7 +27,7 @@ POSITIVE_FIELDS = (
 NON_NEGATIVE_FIELDS = (
     "pre_iterations", "self_iterations", "u_weight", "mse_weight", "kl_weight", "seed", "gpu", "cache_gb", "val_cases",
     "pre_val_from", "pre_val_every", "self_val_every", "late_val_from", "max_angle_deg",
-    "save_minutes", "consistency_weight", "rampup", "noise",
+    "save_minutes", "consistency_weight", "rampup", "noise", "warmup", "weight_decay",
 )  # fmt: skip
 METHODS = Path(__file__).resolve().parents[1] / "methods"  # a file each
 RAMP_SHARE = 0.4  # of self-training: the ramp of what unlabelled images say, where no length is given
@@ -252,6 +252,11 @@ def check_common(config: Any) -> None:
     for name in ("ema_decay", "augment_probability"):
         if not 0 <= values.get(name, 0) <= 1:
             raise UserError(f"--{name} is {values[name]}: it must lie in [0, 1].")
+    if not 0 <= values.get("intensity", 0) < 1:
+        raise UserError(f"--intensity is {config.intensity}: it must lie in [0, 1).")
+    for stage in ("pre_iterations", "self_iterations"):
+        if 0 < values.get(stage, 0) <= values.get("warmup", 0):
+            raise UserError(f"--warmup is {config.warmup}: it must be below --{stage}, which is {values[stage]}.")
     if values.get("method", "sdcl") not in method_names():
         raise UserError(f"--method {config.method} is not known: choose {', '.join(method_names())}.")
     if values.get("pre_iterations") == values.get("self_iterations") == 0:

@@ -94,7 +94,7 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     given = data.training(get(config.method).needs_unlabelled)
     torch.manual_seed(config.seed)
     students = [place(build_network(getattr(config, role), *given.task.sizes), device) for role in STUDENTS]
-    learners = make_learners(*students, config.base_lr)
+    learners = make_learners(*students, config.base_lr, config.weight_decay)
     del students  # so that a stage which trains one of them does not keep the other in memory
     folder = run_folder(config.models_path, given.task.name, config.exp, config.labelnum)
     stages: list[Stage] = ["pre_train"] * (config.pretrained is None) + ["self_train"] * bool(config.self_iterations)

@@ -38,6 +38,7 @@ MACHINE_FIELDS = frozenset(
 ADDED_FIELDS = {
     "method": "sdcl", "correct": "discrepancy", "largest_component": "yes", "teacher_dropout": "yes",
     "consistency_weight": 0.1, "rampup": None, "noise": 0.1, "passes": 8, "paste": "yes",
+    "lr_schedule": "constant", "warmup": 0, "weight_decay": 0.0, "ema_warmup": False, "intensity": 0.0,
 }  # fmt: skip
 COMPLETED_LATER = frozenset({"orientation", "slice_axis", "label_values"})  # facts that earlier versions lacked
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
@@ -227,7 +228,7 @@ def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.
 def differing_fields(there: dict[str, Any], now: dict[str, Any]) -> str:
     """Say which fields that matter to a run's result differ between two configurations; "" if none does.
 
-    A longer self-training is the same run going on: its schedule is constant, but for a ramp whose length is a field.
+    A longer self-training is the same run going on where the learning rate is constant; a ramp's length is a field.
     """
     there, now = ({**ADDED_FIELDS, **fields} for fields in (there, now))
     for fields in (there, now):
@@ -242,7 +243,9 @@ def differing_fields(there: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def lengthened(there: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Tell whether a configuration asks for a longer self-training than another one."""
+    """Tell whether a configuration asks for a longer self-training than another one, of a rate that does not fall."""
+    if now.get("lr_schedule", "constant") != "constant":
+        return False
     lengths = [fields.get("self_iterations") for fields in (there, now)]
     return all(isinstance(length, int) for length in lengths) and 0 < lengths[0] < lengths[1]
 
