@@ -13,6 +13,9 @@ from sdcl.runs.config import run_script
 ROOT = Path(__file__).resolve().parents[1]
 
 
+RECIPES = {"fast": {"precision": "bf16", "shuffle": True, "lr_schedule": "cosine"}}  # docs/speedrun.md
+
+
 @dataclass
 class Config:
     """Train on ACDC: both students on labelled slices, then what --method says, by default SDCL's self-training.
@@ -25,6 +28,7 @@ class Config:
     models_path: Path = ROOT / "models"  # the run goes into models_path/acdc_<exp>_<labelnum>_labeled
     exp: str = "SDCL"  # name of the experiment
     labelnum: int = 7  # labelled patients, the first of train_slices.list: 1, 3, 7, 14, 21, 28, 35 or 70 of 70
+    recipe: Literal["published", "fast"] = "published"  # fast: RECIPES' values instead of those below, fewer seconds
     seed: int = 1337  # of all randomness: weights, augmentation, masks, dropout
     pretrained: Path | None = None  # folder of another run whose pre-training to start self-training from
 
@@ -44,6 +48,7 @@ class Config:
 
     # --- data (docs/method.md, "Order of the data") ---
     patch_size: tuple[int, int] = (256, 256)  # input, pixels; slices are zoomed to it; multiples of 16
+    pre_patch_size: tuple[int, int] | None = None  # pre-training's, smaller to be faster; None: the same
     batch_size: int = 12  # slices in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch (113 iterations)
     unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch

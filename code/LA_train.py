@@ -45,6 +45,7 @@ class Config:
 
     # --- data (docs/method.md, "Order of the data") ---
     patch_size: tuple[int, int, int] = (112, 112, 80)  # crop, voxels; multiples of 16
+    pre_patch_size: tuple[int, int, int] | None = None  # pre-training's, smaller to be faster; None: the same
     batch_size: int = 2  # crops in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch (40 iterations)
     unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch

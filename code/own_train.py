@@ -56,6 +56,7 @@ class Config:
 
     # --- data ---
     patch_size: tuple[int, ...] | None = None  # crop, voxels (3D), or input, pixels (2D); multiples of 16
+    pre_patch_size: tuple[int, ...] | None = None  # pre-training's, smaller to be faster; None: the same
     batch_size: int | None = None  # samples in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch
     unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch

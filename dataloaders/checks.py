@@ -212,8 +212,10 @@ def check_dimensions(config: Any, ndim: int) -> None:
     Raises:
         UserError: names the flag.
     """
-    if len(config.patch_size) != ndim:
-        raise UserError(f"--patch_size has {len(config.patch_size)} sides, these images are {ndim}D: give {ndim}.")
+    sizes = {"patch_size": config.patch_size, "pre_patch_size": getattr(config, "pre_patch_size", None)}
+    for name, sides in sizes.items():
+        if sides is not None and len(sides) != ndim:
+            raise UserError(f"--{name} has {len(sides)} sides, these images are {ndim}D: give {ndim}.")
     fitting = {2: ("unet", "resunet"), 3: ("vnet", "resvnet")}[ndim]
     for flag in ("student_a", "student_b"):
         if getattr(config, flag) not in fitting:

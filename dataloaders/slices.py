@@ -1,5 +1,6 @@
 """Single slices for training and volumes of slices for evaluation; what 2D data sets share."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from dataloaders.files import Cache, Decoding, read_affine, read_list, read_samp
 from dataloaders.streams import Streams
 from dataloaders.transforms import Augmentation, apply_index, augmentation_index, shift_intensity
 from sdcl.inference import Slabs, slice_slabs
+from sdcl.runs.config import patch_of
 from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
 from sdcl.scoring.evaluation import Case, Decision, Task
@@ -60,6 +62,12 @@ class Slices:
     def __init__(self, root_path: Path, names: Sequence[str], decoding: Decoding, augmentation: Augmentation):
         self._augmentation, self._names = augmentation, list(names)
         self._cache = Cache([find_file(root_path, name) for name in names], "slices", 2, decoding)
+
+    def zoomed_to(self, size: tuple[int, int]) -> "Slices":
+        """Return the same slices, of another size (H, W); what is decoded is shared."""
+        other = copy.copy(self)
+        other._augmentation = replace(self._augmentation, size=size)
+        return other
 
     def __len__(self) -> int:
         """Count the slices."""
@@ -150,7 +158,12 @@ class SliceData(StudyData):
         has_val = (root / "data_split" / "val.list").exists() or config.select == "val"
         return Training(
             task=self._task(config.patch_size),
-            streams=lambda stage: Streams(labelled, unlabelled if stage == "self_train" else None, config, stage),
+            streams=lambda stage: Streams(
+                labelled.zoomed_to(patch_of(config, stage)),
+                unlabelled if stage == "self_train" else None,
+                config,
+                stage,
+            ),
             lists={"labelled": names[0], "unlabelled": names[1]},
             trained_on=list(dict.fromkeys(name.rsplit(SLICE, 1)[0] for name in used)),
             validation_cases=read_volumes(root, "val", self._data_set) if has_val else [],

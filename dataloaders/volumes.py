@@ -1,5 +1,6 @@
 """Cropped 3D training volumes and whole evaluation volumes; what LA and Pancreas share."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from dataloaders.files import (
 from dataloaders.streams import Streams
 from dataloaders.transforms import Crop, crop_corner, cropped, shift_intensity
 from sdcl.inference import Slabs, Windows, window_slabs
+from sdcl.runs.config import patch_of
 from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
 from sdcl.scoring.evaluation import Case, Decision, Task
@@ -52,6 +54,12 @@ class CroppedVolumes:
         self._patch_size, self._crop, self._intensity = tuple(patch_size), crop, intensity
         self._names = list(paths)
         self._cache = Cache(list(paths.values()), "volumes", 3, decoding)
+
+    def cropped_to(self, patch_size: Sequence[int]) -> "CroppedVolumes":
+        """Return the same volumes, in crops of other sides; what is decoded is shared."""
+        other = copy.copy(self)
+        other._patch_size = tuple(patch_size)
+        return other
 
     def __len__(self) -> int:
         """Count the volumes."""
@@ -180,7 +188,12 @@ class VolumeData(StudyData):
         used = labelled + (unlabelled if config.self_iterations else [])
         return Training(
             task=self._task(config.patch_size, config.stride),
-            streams=lambda stage: Streams(labelled_set, second if stage == "self_train" else None, config, stage),
+            streams=lambda stage: Streams(
+                labelled_set.cropped_to(patch_of(config, stage)),
+                second if stage == "self_train" else None,
+                config,
+                stage,
+            ),
             lists={"labelled": labelled, "unlabelled": unlabelled},
             trained_on=[*labelled, *unlabelled],
             validation_cases=read_volumes(scored, config.root_path, self._data_set),

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sdcl.runs.config import METHODS, method_names
+from sdcl.runs.config import METHODS, method_names, recipe_of
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 from sdcl.steps import TEACHER, Batch, Learners, Losses, Settings, pretrain_step
 
-STAGE_ONE = ("pre_iterations", "pre_dice", "pre_val_from", "pre_val_every", "mask_fraction")  # fields that it reads
+# Fields that stage 1 reads.
+STAGE_ONE = ("pre_iterations", "pre_patch_size", "pre_dice", "pre_val_from", "pre_val_every", "mask_fraction")
 Step = Callable[[Learners, Batch, Tensor, Settings], Losses]
 
 
@@ -102,7 +103,9 @@ def check_settings(config: Any, filled: Collection[str] = ()) -> None:
     header = {field.name: field.default for field in fields(config)}
     if unknown := [name for name in method.reads if name not in header]:
         raise UserError(f"{METHODS / method.name}.py reads {', '.join(unknown)}, which no header field is called.")
-    changed = [n for n, d in header.items() if d is not MISSING and getattr(config, n) != d and n not in filled]
+    named = recipe_of(config)  # whose values serve the methods that read them
+    given = {name: value for name, value in vars(config).items() if (name, value) not in named.items()}
+    changed = [n for n, d in header.items() if d is not MISSING and given.get(n, d) != d and n not in filled]
     for name in (name for name in changed if name in readers and name not in STAGE_ONE):
         if name not in method.reads:
             raise UserError(

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sdcl import ranks
 from sdcl.methods import get
 from sdcl.networks import build_network
+from sdcl.runs.config import patch_of
 from sdcl.runs.devices import computes_bf16
 from sdcl.runs.folder import LOGGER
 from sdcl.scoring.evaluation import Predictors
@@ -122,7 +123,7 @@ def plan_of(config: Any, sizes: tuple[int, int], stage: str) -> Plan:
     num_classes, channels = sizes
     method = get(config.method)
     names = [getattr(config, role) for role in ("student_a", "student_b")]
-    shape = (config.batch_size // ranks.count(), channels, *config.patch_size)
+    shape = (config.batch_size // ranks.count(), channels, *patch_of(config, stage))
     if stage == "pre_train":
         heaviest = max(names, key=lambda name: kept_bytes(name, num_classes, shape, config.precision == "bf16"))
         return Plan((heaviest,), None, num_classes, shape, config.precision)

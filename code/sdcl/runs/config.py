@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import math
 import os
 import re
@@ -68,6 +69,12 @@ TOLD = (
         "The same command goes on from the last save.",
     ),
 )
+
+
+def patch_of(config: Any, stage: str) -> tuple[int, ...]:
+    """Return the sides of a stage's inputs, in voxels, by a header: pre_train's own where it has some."""
+    own = config.pre_patch_size if stage == "pre_train" else None
+    return own or config.patch_size
 
 
 def ramp_length(rampup: int | None, iterations: int) -> int:
@@ -146,9 +153,12 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
     if {"-h", "--help"} & set(arguments):
         show_help(config_class)
     output = io.StringIO()
+    default = from_recipe(config_class, arguments)
     try:
         with contextlib.redirect_stderr(output):
-            config, unknown = tyro.cli(config_class, args=arguments, return_unknown_args=True, use_underscores=True)
+            config, unknown = tyro.cli(
+                config_class, args=arguments, default=default, return_unknown_args=True, use_underscores=True
+            )
     except SystemExit as end:
         if not end.code:  # a completion script was asked for
             raise
@@ -163,6 +173,29 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
         raise UserError(f"unknown argument {unknown[0]}: {hint}")
     check_common(config)
     return config
+
+
+def recipe_of(config: Any) -> dict[str, Any]:
+    """Return the values that a header's recipe names, by field; none for the published one.
+
+    A script that has recipes names them in its RECIPES: a recipe's name to fields and values.
+    """
+    recipes = getattr(sys.modules[type(config).__module__], "RECIPES", {})
+    return recipes.get(getattr(config, "recipe", None), {})
+
+
+def from_recipe(config_class: type, arguments: list[str]) -> Any:
+    """Return the header with the defaults of the recipe that a command line names; None where it names none.
+
+    Flags beside it win: they are read on top of these defaults. A name that no script knows is refused later.
+    """
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    named = next((b for a, b in itertools.pairwise(words) if a == "--recipe"), None)
+    recipes = getattr(sys.modules[config_class.__module__], "RECIPES", {})
+    if named not in recipes:
+        return None
+    needed = [f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING]
+    return config_class(**dict.fromkeys(needed, tyro.MISSING), **recipes[named], recipe=named)
 
 
 def _sentence(box: str) -> str:
@@ -264,17 +297,18 @@ def check_common(config: Any) -> None:
     if not all(math.isfinite(side) and side > 0 for side in values.get("spacing", ())):
         raise UserError(f"--spacing is {' '.join(map(str, config.spacing))}: every side must be above 0 mm.")
     if "patch_size" in values:
-        _check_patch(config.patch_size, values.get("mask_fraction"))
+        for name in ("patch_size", "pre_patch_size"):
+            _check_patch(name, values.get(name, config.patch_size), values.get("mask_fraction"))
 
 
-def _check_patch(patch_size: tuple[int, ...], mask_fraction: float | None) -> None:
+def _check_patch(name: str, patch_size: tuple[int, ...], mask_fraction: float | None) -> None:
     if any(side <= 0 or side % SIDE_DIVISOR for side in patch_size):
         raise UserError(
-            f"--patch_size is {' '.join(map(str, patch_size))}: every side must be a multiple of "
+            f"--{name} is {' '.join(map(str, patch_size))}: every side must be a multiple of "
             f"{SIDE_DIVISOR}, since the networks halve it four times."
         )
     if math.prod(patch_size) == SIDE_DIVISOR ** len(patch_size):
-        raise UserError("--patch_size leaves a single voxel at the networks' bottom, which no normalisation can use.")
+        raise UserError(f"--{name} leaves a single voxel at the networks' bottom, which no normalisation can use.")
     if mask_fraction not in (None, 0) and not (
         0 < mask_fraction < 1 and all(0 < int(side * mask_fraction + 1e-9) < side for side in patch_size)
     ):

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     import torch
 
 NETWORKS = ("vnet", "resvnet", "unet", "resunet")  # by their names in config.json
-# Fields that say where and how a run is carried out, not what it computes: they may change when it goes on.
+# Fields that say where and how a run is carried out, not what it computes, or name what other fields say: they may
+# change when it goes on.
 MACHINE_FIELDS = frozenset(
     {
         "root_path", "models_path", "device", "gpu", "cache_gb", "log_every", "save_every", "save_minutes",
-        "window_batch", "workers",
+        "window_batch", "workers", "recipe",
     }
 )  # fmt: skip
 # Fields that earlier versions lacked, as they computed.
@@ -39,6 +40,7 @@ ADDED_FIELDS = {
     "method": "sdcl", "correct": "discrepancy", "largest_component": "yes", "teacher_dropout": "yes",
     "consistency_weight": 0.1, "rampup": None, "noise": 0.1, "passes": 8, "paste": "yes",
     "lr_schedule": "constant", "warmup": 0, "weight_decay": 0.0, "ema_warmup": False, "intensity": 0.0,
+    "pre_patch_size": None, "recipe": "published",
 }  # fmt: skip
 COMPLETED_LATER = frozenset({"orientation", "slice_axis", "label_values"})  # facts that earlier versions lacked
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
