@@ -1,0 +1,209 @@
+"""Options beside the published training: schedules, AdamW, EMA warm-up, intensity, smaller inputs, recipes."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, method
+from hypothesis import given
+from hypothesis import strategies as st
+from test_3d import call, load
+
+from dataloaders.transforms import shift_intensity
+from sdcl.methods import check_settings, method_names
+from sdcl.mixing import copy_paste_mask
+from sdcl.networks import build_network
+from sdcl.runs.config import parse
+from sdcl.runs.errors import UserError
+from sdcl.runs.folder import differing_fields
+from sdcl.schedule import share
+from sdcl.steps import add_teacher, make_learners, pretrain_step
+from sdcl.teacher import growing_decay
+
+WITH_RECIPES = ("ACDC_train.py",)
+
+
+def test_the_published_rate_is_constant():
+    assert {share(t, 10, "constant", 0) for t in range(1, 11)} == {1.0}
+
+
+def test_rates_by_hand():
+    assert [share(t, 4, "linear", 0) for t in range(1, 5)] == [1, 0.75, 0.5, 0.25]
+    assert [share(t, 6, "linear", 2) for t in range(1, 7)] == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])
+    assert [share(t, 4, "cosine", 0) for t in (1, 3)] == pytest.approx([1, 0.5])
+    assert share(2, 4, "cosine", 0) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+
+
+@given(st.integers(1, 200), st.integers(0, 50), st.sampled_from(["linear", "cosine"]))
+def test_a_rate_rises_then_falls_and_stays_above_zero(length, warmup, schedule):
+    rates = [share(t, length + warmup, schedule, warmup) for t in range(1, length + warmup + 1)]
+    assert all(a < b for a, b in zip(rates[:warmup], rates[1 : warmup + 1], strict=True))
+    assert all(a > b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert rates[warmup] == 1 and 0 < rates[-1] <= 1
+
+
+def small_learners(**how):
+    torch.manual_seed(0)
+    return make_learners(build_network("unet", 2), build_network("unet", 2), base_lr=1e-2, **how)
+
+
+def batch_2d():
+    generator = torch.Generator().manual_seed(1)
+    batch = {name: torch.randn(2, 1, 32, 32, generator=generator) for name in ("x_a", "x_b")}
+    return batch | {f"y_{d}": (batch[f"x_{d}"][:, 0] > 1).to(torch.uint8) for d in "ab"}
+
+
+def test_weight_decay_takes_its_share_of_each_weight():
+    """Decoupled: against the same step without decay, weights differ by lr * decay * weight before the step."""
+    mask, after = copy_paste_mask((32, 32), (16, 16)), []
+    for decay in (0.0, 0.1):
+        learners = small_learners(weight_decay=decay)
+        before = [p.detach().clone() for p in learners.students[0].parameters()]
+        torch.manual_seed(3)
+        pretrain_step(learners, batch_2d(), mask, method())
+        after.append([p.detach() for p in learners.students[0].parameters()])
+    for first, plain, decayed in zip(before, *after, strict=True):
+        torch.testing.assert_close(plain - decayed, 1e-2 * 0.1 * first, rtol=1e-3, atol=1e-6)
+
+
+def test_a_rate_of_zero_moves_nothing_and_a_share_is_of_the_base_rate():
+    learners = small_learners()
+    learners.set_rate(0.25)
+    assert {g["lr"] for o in learners.optimisers.values() for g in o.param_groups} == {2.5e-3}
+    learners.set_rate(0.0)
+    before = [p.detach().clone() for p in learners.students[0].parameters()]
+    pretrain_step(learners, batch_2d(), copy_paste_mask((32, 32), (16, 16)), method())
+    assert all(torch.equal(a, b) for a, b in zip(before, learners.students[0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("warms_up", [False, True])
+def test_the_teacher_follows_faster_at_first(warms_up):
+    from sdcl.methods import get
+
+    learners, batch = small_learners(), batch_2d()
+    add_teacher(learners)
+    learners.iteration = 3
+    old = [p.clone() for p in learners.networks["teacher"].parameters()]
+    batch |= {f"u_{d}": batch[f"x_{d}"] + 1 for d in "ab"}
+    get("sdcl").self_train_step(learners, batch, copy_paste_mask((32, 32), (16, 16)), method(ema_warmup=warms_up))
+    decay = growing_decay(3, 0.99) if warms_up else 0.99
+    assert decay == (0.75 if warms_up else 0.99)
+    for was, now, student in zip(
+        old, learners.networks["teacher"].parameters(), learners.students[0].parameters(), strict=True
+    ):
+        torch.testing.assert_close(now, decay * was + (1 - decay) * student.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_no_intensity_is_the_same_image_and_draws_nothing():
+    image, rng = np.arange(8, dtype=np.float32).reshape(2, 2, 2), np.random.default_rng(0)
+    assert shift_intensity(image, 0.0, rng) is image
+    assert rng.random() == np.random.default_rng(0).random()
+
+
+@given(st.floats(0.01, 0.99), st.integers(0, 99))
+def test_intensity_keeps_the_order_of_values_and_each_channel_its_own(strength, seed):
+    image = np.stack([np.linspace(-1, 3, 60), np.full(60, 5.0)]).astype(np.float32).reshape(2, 6, 10)
+    changed = shift_intensity(image, strength, np.random.default_rng(seed))
+    assert changed.dtype == np.float32 and changed.shape == image.shape
+    assert (np.diff(changed[0].ravel()) >= 0).all()
+    assert np.array_equal(changed[1], image[1])  # of one value: no contrast, no deviation
+    spread = changed[0].std() / image[0].std()
+    assert abs(changed[0].mean() - image[0].mean()) < 2 * (strength + 0.5) * image[0].std() and 0.2 < spread < 5
+
+
+SCRIPTS = ("ACDC_train.py", "LA_train.py", "own_train.py", "pancreas/Pancreas_train.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_published_values_are_the_defaults(script):
+    given = ["--root_path", "x"] if script == "own_train.py" else []
+    config = parse(load(script).Config, given)
+    assert (config.lr_schedule, config.warmup, config.weight_decay) == ("constant", 0, 0.0)
+    assert (config.ema_warmup, config.intensity, config.pre_patch_size) == (False, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--intensity", "1"], r"--intensity is 1.0: it must lie in \[0, 1\)"),
+        (["--warmup", "-1"], "--warmup is -1: it must not be negative"),
+        (["--weight_decay", "-0.1"], "--weight_decay is -0.1: it must not be negative"),
+        (
+            ["--warmup", "50", "--pre_iterations", "50"],
+            "--warmup is 50: it must be below --pre_iterations, which is 50",
+        ),
+        (["--pre_patch_size", "60", "64"], "--pre_patch_size is 60 64: every side must be a multiple of 16"),
+        (["--lr_schedule", "step"], "invalid choice 'step'"),
+        (["--recipe", "faster"], "invalid choice 'faster' for argument '--recipe'"),
+    ],
+)
+def test_wrong_values_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(load("ACDC_train.py").Config, flags)
+
+
+def test_a_planned_end_cannot_be_moved_where_the_rate_falls_to_it():
+    there = {"self_iterations": 10, "lr_schedule": "cosine"}
+    assert "self_iterations 10 there, 20 now" in differing_fields(there, there | {"self_iterations": 20})
+    constant = {"self_iterations": 10, "lr_schedule": "constant"}
+    assert differing_fields(constant, constant | {"self_iterations": 20}) == ""
+    assert differing_fields({"self_iterations": 10}, constant) == ""  # of an earlier version
+
+
+@pytest.mark.parametrize("script", WITH_RECIPES)
+def test_a_recipe_names_values_and_flags_beside_it_win(script):
+    module = load(script)
+    published, fast = parse(module.Config, []), parse(module.Config, ["--recipe", "fast"])
+    changed = {
+        f.name: getattr(fast, f.name)
+        for f in dataclasses.fields(fast)
+        if getattr(fast, f.name) != getattr(published, f.name)
+    }
+    assert changed == module.RECIPES["fast"] | {"recipe": "fast"}
+    own = parse(module.Config, ["--base_lr", "0.5", "--recipe=fast", "--batch_size", "3"])
+    assert (own.base_lr, own.batch_size, own.recipe) == (0.5, 3, "fast")
+    assert own.lr_schedule == fast.lr_schedule
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_takes_a_recipe(name):
+    """What a method does not read of it is no mistake of the user's; what was given beside it is."""
+    config = parse(load("ACDC_train.py").Config, ["--recipe", "fast", "--method", name])
+    check_settings(config)
+    config.noise = 0.5
+    if name not in ("ua_mt", "mean_teacher"):
+        with pytest.raises(UserError, match="--noise is not read by"):
+            check_settings(config)
+
+
+def test_smaller_inputs_first(acdc_phantom, tmp_path):
+    """The real script: stage 1's batches are small, stage 2's are not, and the run says what it was."""
+
+    call(
+        "ACDC_train.py", "--root_path", acdc_phantom, "--models_path", tmp_path, "--labelnum", 2, "--batch_size", 2,
+        "--patch_size", 64, 64, "--pre_patch_size", 32, 32, "--pre_iterations", 2, "--self_iterations", 2,
+        "--lr_schedule", "cosine", "--warmup", 1, "--intensity", 0.3, "--ema_warmup", "--weight_decay", 0.01,
+        "--select", "last",
+    )  # fmt: skip
+    kept = json.loads((tmp_path / "acdc_SDCL_2_labeled" / "config.json").read_text(encoding="utf-8"))["config"]
+    assert (kept["pre_patch_size"], kept["lr_schedule"], kept["recipe"]) == ([32, 32], "cosine", "published")
+
+
+def test_streams_of_both_stages_have_their_sizes(acdc_phantom):
+    from dataloaders.acdc import DATA_SET
+    from dataloaders.slices import SliceData
+
+    config = parse(
+        load("ACDC_train.py").Config,
+        ["--root_path", str(acdc_phantom), "--labelnum", "2", "--batch_size", "2", "--patch_size", "64", "48",
+         "--pre_patch_size", "32", "32"],
+    )  # fmt: skip
+    training = SliceData(DATA_SET, config).training()
+    shapes = [next(training.streams(s).batches(0, 1))["x_a"].shape[2:] for s in ("pre_train", "self_train")]
+    assert shapes == [(32, 32), (64, 48)]
+    assert SimpleNamespace(**vars(config)).patch_size == (64, 48)
+    assert (ROOT / "docs" / "speedrun.md").exists()
