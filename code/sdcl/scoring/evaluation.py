@@ -68,8 +68,15 @@ class Decision:
 
     def labels(self, probabilities: np.ndarray) -> np.ndarray:
         """Return the label map (*S) of some planes, voxel by voxel; cleaned() ends the whole one."""
-        labels = probabilities[1] > 0.5 if self.rule == "threshold" else probabilities.argmax(0)
-        return labels.astype(np.uint8 if len(probabilities) <= 256 else np.uint16)
+        dtype = np.uint8 if len(probabilities) <= 256 else np.uint16
+        if self.rule == "threshold":
+            return (probabilities[1] > 0.5).astype(dtype)
+        # Class by class, the first of equal ones wins as in argmax, which looks at a voxel's classes one by one.
+        labels, best = np.zeros(probabilities.shape[1:], dtype), probabilities[0].copy()
+        for c, probability in enumerate(probabilities[1:], start=1):
+            np.copyto(labels, c, where=probability > best)
+            np.maximum(best, probability, out=best)
+        return labels
 
     def cleaned(self, labels: np.ndarray) -> np.ndarray:
         """Return a whole label map (*S) with what is kept of its components."""
