@@ -226,7 +226,7 @@ def window_slabs(networks: Sequence[nn.Module], volume: np.ndarray, how: Windows
     """Do what sliding_window() does, and yield the planes across the first axis that no further window reaches.
 
     Windows are summed in float32 on the networks' device, over as many planes as they reach: beside the volume, memory
-    holds for each network the C sums of little more than a window's planes, however long the volume is.
+    holds for each network the C sums of a window's planes, however long the volume is.
 
     Yields:
         A slice of the first axis, and for each network its probabilities there, float32 (C, planes, Y, Z).
@@ -274,29 +274,29 @@ def _summed(
     run = predict_flipped if how.tta else predict
     places = list(product(*starts))
     groups = [places[k : k + how.batch_size] for k in range(0, len(places), how.batch_size)]
-    depth = max(group[-1][0] - group[0][0] for group in groups) + patch[0]  # planes that the windows of a group reach
-    sides = (depth, *padded.shape[2:])
-    sums = [torch.zeros(how.num_classes, *sides, device=device) for _ in networks]
-    base, region, same = 0, None, SameContent(padded, patch, how.skip_air)
+    reach = max(group[-1][0] - group[0][0] for group in groups) + patch[0]  # planes that the windows of a group show
+    sums = [torch.zeros(how.num_classes, patch[0], *padded.shape[2:], device=device) for _ in networks]
+    base, seen, region, same = 0, -1, None, SameContent(padded, patch, how.skip_air)
 
     def compute(chosen: Sequence[Place]) -> list[list[Tensor]]:
-        windows = torch.stack([cut(region, (0, x - base, y, z), (len(padded), *patch)) for x, y, z in chosen])
+        windows = torch.stack([cut(region, (0, x - seen, y, z), (len(padded), *patch)) for x, y, z in chosen])
         return [[p * weight for p in found] for found in run(networks, windows, how.precision)]
 
-    for number, group in enumerate(groups):
-        if region is None:  # at once: windows are cut on the device
-            region = torch.from_numpy(padded[:, base : base + depth]).to(device)
+    for group in groups:
+        if group[0][0] != seen:  # at once: windows are cut on the device
+            seen = group[0][0]
+            region = torch.from_numpy(padded[:, seen : seen + reach]).to(device)
         found, computed = same.outputs(group, compute)
-        for total, outputs in zip(sums, found, strict=True):
-            for (x, y, z), output in zip(group, outputs, strict=True):
-                cut(total, (0, x - base, y, z), (how.num_classes, *patch)).add_(output)
+        for k, (x, y, z) in enumerate(group):
+            if x > base:  # no further window reaches the planes before it
+                yield base, [total[:, : x - base].cpu().numpy().copy() for total in sums]
+                _move_on(sums, x - base)
+                base = x
+            for total, outputs in zip(sums, found, strict=True):
+                cut(total, (0, x - base, y, z), (how.num_classes, *patch)).add_(outputs[k])
         if how.on_done is not None:
             how.on_done(len(group), len(group) - computed)
-        then = groups[number + 1][0][0] if number + 1 < len(groups) else padded.shape[1]
-        if then > base:
-            yield base, [total[:, : then - base].cpu().numpy().copy() for total in sums]
-            _move_on(sums, then - base)
-            base, region = then, None
+    yield base, [total.cpu().numpy() for total in sums]
 
 
 def _move_on(sums: Sequence[Tensor], planes: int) -> None:
