@@ -59,7 +59,9 @@ def memory_rows(quick: bool) -> list[dict[str, Any]]:
 def memory_line(row: dict[str, Any]) -> str:
     """Show a row as text."""
     text = f"{row['case']:52s} peak {row['memory_gib']:.2f} GiB, {row['seconds']:.1f} s"
-    return text + (f", without --skip_air {row['without_seconds']:.1f} s" if "ratio" in row else "")
+    if "ratio" in row:
+        text += f", without --skip_air {row['without_seconds']:.1f} s, ratio {row['ratio']:.2f}"
+    return text
 
 
 def write_scan(path: Path, shape: tuple[int, ...]) -> None:

@@ -259,6 +259,7 @@ def window_slabs(networks: Sequence[nn.Module], volume: np.ndarray, how: Windows
         start = max(first, inside[0].start) - inside[0].start
         if ready[0].shape[1]:
             yield slice(start, start + ready[0].shape[1]), ready
+        del sums, ready, total, planes  # as large as a window's planes: not kept while the next windows are computed
 
 
 def _summed(
@@ -280,7 +281,8 @@ def _summed(
 
     def compute(chosen: Sequence[Place]) -> list[list[Tensor]]:
         windows = torch.stack([cut(region, (0, x - seen, y, z), (len(padded), *patch)) for x, y, z in chosen])
-        return [[p * weight for p in found] for found in run(networks, windows, how.precision)]
+        with torch.inference_mode():
+            return [list(found.mul_(weight)) for found in run(networks, windows, how.precision)]
 
     for group in groups:
         if group[0][0] != seen:  # at once: windows are cut on the device

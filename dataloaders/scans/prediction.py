@@ -190,7 +190,7 @@ def segmented(prepared: Prepared, scan: Scan, infer: Infer, networks: Sequence[n
         Where in the scan, a slice of each axis, and the probabilities there, float32 (C, *part); what no part shows is
         background.
     """
-    means = ((where, mean_of(outputs)) for where, outputs in infer(networks, prepared.array))
+    means = _means(infer(networks, prepared.array))
     turn = _turn_onto(scan, prepared.affine)
     if turn is not None:
         for where, mean in means:
@@ -198,6 +198,15 @@ def segmented(prepared: Prepared, scan: Scan, infer: Infer, networks: Sequence[n
     else:
         (whole,) = put_together(((where, [mean]) for where, mean in means), prepared.shape)
         yield from planes_on_scan(Prepared(whole, prepared.affine), scan)
+
+
+def _means(slabs: Slabs) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the networks' mean of each slab, which is not kept while the next one is computed."""
+    for where, outputs in slabs:
+        mean = mean_of(outputs)
+        del outputs
+        yield where, mean
+        del mean
 
 
 def _turn_onto(scan: Scan, affine: np.ndarray) -> np.ndarray | None:

@@ -317,6 +317,7 @@ def _predict(predictors: Predictors, case: Case, task: Task) -> tuple[dict[str, 
             if name in predictors.kept:
                 whole = probabilities.setdefault(name, np.empty((len(found), *case.label.shape), np.float32))
                 whole[:, where] = found
+        del outputs, found  # as large as a window's planes: not kept while the next windows are computed
     return {name: task.decision.cleaned(labels) for name, labels in label_maps.items()}, probabilities
 
 
