@@ -229,7 +229,8 @@ def window_slabs(networks: Sequence[nn.Module], volume: np.ndarray, how: Windows
     holds for each network the C sums of a window's planes, however long the volume is.
 
     Yields:
-        A slice of the first axis, and for each network its probabilities there, float32 (C, planes, Y, Z).
+        A slice of the first axis, and for each network its probabilities there, float32 (C, planes, Y, Z): the sums'
+        own memory, which the next windows use again once the next slab is asked for.
 
     Raises:
         ValueError: see sliding_window().
@@ -259,7 +260,7 @@ def window_slabs(networks: Sequence[nn.Module], volume: np.ndarray, how: Windows
         start = max(first, inside[0].start) - inside[0].start
         if ready[0].shape[1]:
             yield slice(start, start + ready[0].shape[1]), ready
-        del sums, ready, total, planes  # as large as a window's planes: not kept while the next windows are computed
+        del sums, ready, total, planes  # from a GPU a copy, as large as a window's planes: not kept meanwhile
 
 
 def _summed(
@@ -291,7 +292,7 @@ def _summed(
         found, computed = same.outputs(group, compute)
         for k, (x, y, z) in enumerate(group):
             if x > base:  # no further window reaches the planes before it
-                yield base, [total[:, : x - base].cpu().numpy().copy() for total in sums]
+                yield base, [total[:, : x - base].cpu().numpy() for total in sums]
                 _move_on(sums, x - base)
                 base = x
             for total, outputs in zip(sums, found, strict=True):
