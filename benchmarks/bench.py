@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from cases import ACDC, CASES, LA, Work
+from memory import memory_line, memory_rows
 from start import start_line, start_rows
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,7 +48,7 @@ class Config:
 
     quick: bool = False  # smaller networks' inputs, for a look in under 3 minutes
     only: tuple[
-        Literal["losses", "labels", "step", "streams", "evaluation", "metrics", "start", "workers"], ...
+        Literal["losses", "labels", "step", "streams", "evaluation", "metrics", "start", "workers", "memory"], ...
     ] = ()  # all
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute
     repeats: int = 3  # that are timed, after one that is not
@@ -75,8 +76,13 @@ def main(config: Config) -> None:
             rows.append(compare(case, work, config, peaks[work.precision]))
         print(line(rows[-1]), flush=True)
         write_text(config.output, json.dumps({"machine": facts, "cases": rows}, indent=1))
-    for name, make, line_of in (("start", start_rows, start_line), ("workers", worker_rows, worker_line)):
-        for row in make(config.repeats) if not config.only or name in config.only else ():
+    more = (
+        ("start", lambda: start_rows(config.repeats), start_line),
+        ("workers", lambda: worker_rows(config.repeats), worker_line),
+        ("memory", lambda: memory_rows(config.quick), memory_line),
+    )
+    for name, make, line_of in more:
+        for row in make() if not config.only or name in config.only else ():
             rows.append(row)
             print(line_of(row), flush=True)
         write_text(config.output, json.dumps({"machine": facts, "cases": rows}, indent=1))

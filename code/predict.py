@@ -39,6 +39,7 @@ class Config:
     stride: tuple[int, int, int] | None = None  # between windows, voxels; None: half a window (3D)
     window_weighting: Literal["constant", "gaussian"] = "constant"  # gaussian trusts a window's centre more (3D)
     tta: bool = False  # average over the eight flips of each window (3D)
+    skip_air: bool = True  # windows of one value throughout (air, zeros) are computed once a value: same result (3D)
     largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure
 
     # --- what a scan's header lacks ---

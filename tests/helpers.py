@@ -8,16 +8,21 @@ import h5py
 import numpy as np
 import torch
 
-from dataloaders.scans.prediction import found_in, planes_on_scan
+from dataloaders.scans.prediction import prepared_for, segmented
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def segment(channels, *given):
-    """Return the probabilities (C, X, Y, Z) of a scan on its own grid; see found_in()."""
-    planes = planes_on_scan(found_in(channels, *given), channels[0])
-    return np.concatenate([placed for _, placed in planes], axis=1)
+def segment(channels, how, infer, networks, *given):
+    """Return the probabilities (C, X, Y, Z) of a scan on its own grid; see prepared_for() and segmented()."""
+    whole = None
+    for where, placed in segmented(prepared_for(channels, how, *given), channels[0], infer, networks):
+        if whole is None:
+            whole = np.zeros((len(placed), *channels[0].array.shape), np.float32)
+            whole[0] = 1
+        whole[(slice(None), *where)] = placed
+    return whole
 
 
 def in_slabs(infer, planes=2):

@@ -6,9 +6,13 @@ import pytest
 import torch
 from bench import Config, line, name_of, step_tflop, works
 from cases import ACDC, CASES, LA
+from memory import memory_line, write_run, write_scan
 from start import ANSWERS, start_line, start_rows
 from torch.utils.flop_counter import FlopCounterMode
 
+from dataloaders.scans.prediction import Run
+from dataloaders.scans.preprocessing import prepare
+from dataloaders.scans.reading import read_scan
 from sdcl.networks import build_network
 
 TINY = {
@@ -47,3 +51,15 @@ def test_the_start_is_timed_beside_the_import_of_pytorch():
     rows = start_rows(1)
     assert {row["case"] for row in rows} == {f"start {name}" for name in ANSWERS}
     assert all(row["seconds"] > 0 and row["ratio"] > 0 and f"{row['ratio']:.3f}" in start_line(row) for row in rows)
+
+
+def test_the_large_scan_is_a_ct_that_its_run_takes(tmp_path):
+    write_run(tmp_path / "run")
+    write_scan(tmp_path / "scans" / "ct.nii.gz", (32, 32, 8))
+    run = Run.read(tmp_path / "run", False)
+    prepared = prepare(read_scan(tmp_path / "scans" / "ct.nii.gz"), run.preprocessing)
+    assert run.is_3d and run.num_classes == 2 and prepared.shape == (32, 32, 8)
+    assert 0.6 < (prepared.array == 0).mean() < 0.8  # air, whose noise is clipped away
+    row = {"case": "predict", "memory_gib": 1.5, "seconds": 20.0, "without_seconds": 60.0, "ratio": 3.0}
+    assert "peak 1.50 GiB, 20.0 s, without --skip_air 60.0 s, ratio 3.00" in memory_line(row)
+    assert memory_line({"case": "score", "memory_gib": 1.5, "seconds": 20.0}).endswith("peak 1.50 GiB, 20.0 s")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import in_slabs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from sdcl.checkpoints import save
@@ -327,3 +329,11 @@ def test_tables_by_hand():
         "mean ± standard deviation over 2 cases; the paper's protocol: an empty mask scores 0 in all four, which "
         "flatters the distances."
     )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 6), st.integers(0, 100))
+def test_the_likeliest_class_is_decided_class_by_class(classes, seed):
+    """The first of equally likely ones, as argmax has it."""
+    probabilities = np.random.default_rng(seed).integers(0, 3, (classes, 3, 4, 5)).astype(np.float32)
+    np.testing.assert_array_equal(Decision("argmax").labels(probabilities), probabilities.argmax(0))

@@ -2,18 +2,17 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, product
-from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-Weighting = Literal["constant", "gaussian"]
-GAUSSIAN_SIGMA = 1 / 8  # of the window's side
+from sdcl.windows import GAUSSIAN_SIGMA as GAUSSIAN_SIGMA
+from sdcl.windows import Place, SameContent, Weighting, Windows, axis_weight, cut, window_profile, window_starts
+
 # Some planes of a volume, and what each network finds there, float32 (C, planes, ...), one after the other.
 Slabs = Iterable[tuple[slice, list[np.ndarray]]]
 HALVINGS = 4  # of every network
@@ -61,6 +60,17 @@ def predict(networks: Sequence[nn.Module], images: Tensor, precision: str = "fp3
     """
     with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return [torch.softmax(network.eval()(images).float(), dim=1) for network in networks]
+
+
+def mean_of(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean of arrays of one shape, with no more memory than its own; of one array that array itself."""
+    if len(outputs) == 1:
+        return outputs[0]
+    total = outputs[0] + outputs[1]
+    for other in outputs[2:]:
+        total += other
+    total /= len(outputs)
+    return total
 
 
 def device_of(networks: Sequence[nn.Module]) -> torch.device:
@@ -165,20 +175,6 @@ def one_window(network: nn.Module, volume: np.ndarray, precision: str = "fp32") 
     return np.ascontiguousarray(found[(slice(None), *inside)])
 
 
-def window_starts(side: int, patch: int, stride: int) -> list[int]:
-    """Return where the windows begin on one axis: ceil((side - patch) / stride) + 1 places, the last shifted to fit."""
-    count = math.ceil((side - patch) / stride) + 1
-    return [min(stride * i, side - patch) for i in range(count)]
-
-
-def window_profile(patch: int, weighting: Weighting) -> Tensor:
-    """Return a window's weight along one axis (patch,); a window's weight is the product over its axes."""
-    if weighting == "constant":
-        return torch.ones(patch)
-    offset = torch.arange(patch) - (patch - 1) / 2
-    return torch.exp(-0.5 * (offset / (GAUSSIAN_SIGMA * patch)) ** 2).clamp_min(1e-3)
-
-
 def predict_flipped(networks: Sequence[nn.Module], images: Tensor, precision: str) -> list[Tensor]:
     """Average each network's probabilities over all flips of the spatial axes; see predict()."""
     axes = range(2, images.ndim)
@@ -226,27 +222,15 @@ def sliding_window(
     return put_together(window_slabs(networks, volume, windows), volume.shape[volume.ndim == 4 :])
 
 
-@dataclass(frozen=True)
-class Windows:
-    """How a volume is predicted window by window; see sliding_window()."""
-
-    patch_size: Sequence[int]
-    stride: Sequence[int]
-    num_classes: int
-    batch_size: int = 4
-    precision: str = "fp32"
-    weighting: Weighting = "constant"
-    tta: bool = False
-
-
 def window_slabs(networks: Sequence[nn.Module], volume: np.ndarray, how: Windows) -> Slabs:
     """Do what sliding_window() does, and yield the planes across the first axis that no further window reaches.
 
     Windows are summed in float32 on the networks' device, over as many planes as they reach: beside the volume, memory
-    holds for each network the C sums of little more than a window's planes, however long the volume is.
+    holds for each network the C sums of a window's planes, however long the volume is.
 
     Yields:
-        A slice of the first axis, and for each network its probabilities there, float32 (C, planes, Y, Z).
+        A slice of the first axis, and for each network its probabilities there, float32 (C, planes, Y, Z): the sums'
+        own memory, which the next windows use again once the next slab is asked for.
 
     Raises:
         ValueError: see sliding_window().
@@ -263,7 +247,7 @@ def window_slabs(networks: Sequence[nn.Module], volume: np.ndarray, how: Windows
     starts = [window_starts(*axis) for axis in zip(padded.shape[1:], patch, how.stride, strict=True)]
     profiles = [window_profile(side, how.weighting) for side in patch]
     # The grid is a product, so the weights' sum over windows is one too.
-    norms = [_axis_weight(*axis).numpy() for axis in zip(padded.shape[1:], starts, profiles, strict=True)]
+    norms = [axis_weight(*axis).numpy() for axis in zip(padded.shape[1:], starts, profiles, strict=True)]
     across = np.multiply.outer(norms[1], norms[2])
     inside = [slice(pad // 2, pad // 2 + side) for pad, side in zip(pads, shape, strict=True)]
     for first, sums in _summed(networks, padded, starts, profiles, how):
@@ -276,6 +260,7 @@ def window_slabs(networks: Sequence[nn.Module], volume: np.ndarray, how: Windows
         start = max(first, inside[0].start) - inside[0].start
         if ready[0].shape[1]:
             yield slice(start, start + ready[0].shape[1]), ready
+        del sums, ready, total, planes  # from a GPU a copy, as large as a window's planes: not kept meanwhile
 
 
 def _summed(
@@ -291,41 +276,41 @@ def _summed(
     run = predict_flipped if how.tta else predict
     places = list(product(*starts))
     groups = [places[k : k + how.batch_size] for k in range(0, len(places), how.batch_size)]
-    depth = max(group[-1][0] - group[0][0] for group in groups) + patch[0]  # planes that the windows of a group reach
-    sides = (depth, *padded.shape[2:])
-    sums = [torch.zeros(how.num_classes, *sides, device=device) for _ in networks]
-    base, region = 0, None
-    for number, group in enumerate(groups):
-        if region is None:  # at once: windows are cut on the device
-            region = torch.from_numpy(padded[:, base : base + depth]).to(device)
-        local = [(x - base, y, z) for x, y, z in group]
-        windows = torch.stack([_window(region, (0, *place), (len(padded), *patch)) for place in local])
-        for total, probabilities in zip(sums, run(networks, windows, how.precision), strict=True):
-            for place, p in zip(local, probabilities, strict=True):
-                _window(total, (0, *place), (how.num_classes, *patch)).add_(p * weight)
-        then = groups[number + 1][0][0] if number + 1 < len(groups) else padded.shape[1]
-        if then > base:
-            yield base, [total[:, : then - base].cpu().numpy().copy() for total in sums]
-            for total in sums:
-                kept = total[:, then - base :].clone()
-                total[:, : kept.shape[1]] = kept
-                total[:, kept.shape[1] :] = 0
-            base, region = then, None
+    reach = max(group[-1][0] - group[0][0] for group in groups) + patch[0]  # planes that the windows of a group show
+    sums = [torch.zeros(how.num_classes, patch[0], *padded.shape[2:], device=device) for _ in networks]
+    base, seen, region, same = 0, -1, None, SameContent(padded, patch, how.skip_air)
+
+    def compute(chosen: Sequence[Place]) -> list[list[Tensor]]:
+        windows = torch.stack([cut(region, (0, x - seen, y, z), (len(padded), *patch)) for x, y, z in chosen])
+        with torch.inference_mode():
+            return [list(found.mul_(weight)) for found in run(networks, windows, how.precision)]
+
+    for group in groups:
+        if group[0][0] != seen:  # at once: windows are cut on the device
+            seen = group[0][0]
+            region = torch.from_numpy(padded[:, seen : seen + reach]).to(device)
+        found, computed = same.outputs(group, compute)
+        for k, (x, y, z) in enumerate(group):
+            if x > base:  # no further window reaches the planes before it
+                yield base, [total[:, : x - base].cpu().numpy() for total in sums]
+                _move_on(sums, x - base)
+                base = x
+            for total, outputs in zip(sums, found, strict=True):
+                cut(total, (0, x - base, y, z), (how.num_classes, *patch)).add_(outputs[k])
+        if how.on_done is not None:
+            how.on_done(len(group), len(group) - computed)
+    yield base, [total.cpu().numpy() for total in sums]
+
+
+def _move_on(sums: Sequence[Tensor], planes: int) -> None:
+    """Shift sums (C, planes, Y, Z) by some planes, channel by channel, since each is copied."""
+    for channel in (channel for total in sums for channel in total):
+        kept = channel[planes:].clone()
+        channel[: len(kept)] = kept
+        channel[len(kept) :] = 0
 
 
 def _with_channels(volume: np.ndarray) -> np.ndarray:
     """Return a volume (X, Y, Z) or (channels, X, Y, Z) as float32 (channels, X, Y, Z)."""
     volume = volume.astype(np.float32, copy=False)
     return volume if volume.ndim == 4 else volume[None]
-
-
-def _axis_weight(side: int, starts: Sequence[int], profile: Tensor) -> Tensor:
-    """Sum the windows' profiles along one axis."""
-    weight = torch.zeros(side)
-    for start in starts:
-        weight[start : start + len(profile)] += profile
-    return weight
-
-
-def _window(array: Any, start: Sequence[int], sides: Sequence[int]) -> Any:
-    return array[tuple(slice(a, a + n) for a, n in zip(start, sides, strict=True))]

@@ -1,6 +1,7 @@
 """A trained run as something that segments scans: preprocessing, networks, and the way back onto the scan's grid."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 import nibabel
 import numpy as np
 from torch import nn
+from tqdm import tqdm
 
 from dataloaders.scans.preprocessing import Box, Prepared, Preprocessing, prepare_channels, resampled
 from dataloaders.scans.reading import Scan
-from sdcl.inference import Slabs, Windows, slice_slabs, window_slabs, window_starts
+from sdcl.inference import Slabs, Windows, mean_of, put_together, slice_slabs, window_slabs, window_starts
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, read_config, read_task
 from sdcl.scoring.evaluation import Decision, Infer
 
+Placed = tuple[tuple[slice, ...], np.ndarray]  # where in a scan, and the probabilities (C, *part) there
 MANY_WINDOWS = 500
 PLANES = 32  # of a scan that are decided at a time
 
@@ -90,71 +93,160 @@ def _label_values(values: Any, count: int) -> tuple[int, ...]:
     return values
 
 
-def inference_of(run: Run, config: Any) -> Infer:
-    """Return what maps networks and a prepared volume to their probabilities, slab by slab; see code/predict.py."""
+def inference_of(run: Run, config: Any, name: str) -> Infer:
+    """Return what maps networks and a prepared volume to their probabilities, slab by slab; see code/predict.py.
+
+    How far it is stands in a bar on a terminal, and at the end in a line of the log.
+
+    Args:
+        run: the trained run.
+        config: the header.
+        name: of the scan, for the line.
+    """
     size = run.settings["patch_size"]
-    if not run.is_3d:
-        return lambda networks, volume: slice_slabs(
-            networks, volume, size, run.num_classes, config.batch_size, config.precision
-        )
     stride = config.stride or [max(side // 2, 1) for side in size]
 
-    windows = Windows(
-        size, stride, run.num_classes, config.window_batch, config.precision, config.window_weighting, config.tta
-    )
-
     def infer(networks: Sequence[nn.Module], volume: np.ndarray) -> Slabs:
-        sides = zip(np.maximum(volume.shape[-3:], size).tolist(), size, stride, strict=True)
-        count = math.prod(len(window_starts(*side)) for side in sides)
-        if count > MANY_WINDOWS:
-            LOGGER.info("%d windows: --roi or a larger --stride makes them fewer", count)
-        return window_slabs(networks, volume, windows)
+        if not run.is_3d:
+            progress = Progress(name, "slice", volume.shape[-3])
+            given = run.num_classes, config.batch_size, config.precision
+            for where, outputs in slice_slabs(networks, volume, size, *given):
+                progress.on_done(where.stop - where.start, 0)
+                yield where, outputs
+        else:
+            sides = zip(np.maximum(volume.shape[-3:], size).tolist(), size, stride, strict=True)
+            progress = Progress(name, "window", math.prod(len(window_starts(*side)) for side in sides))
+            how = config.window_batch, config.precision, config.window_weighting, config.tta, config.skip_air
+            yield from window_slabs(
+                networks, volume, Windows(size, stride, run.num_classes, *how, on_done=progress.on_done)
+            )
+        progress.end()
 
     return infer
 
 
-def found_in(
-    channels: Sequence[Scan],
-    how: Preprocessing,
-    infer: Infer,
-    networks: Sequence[nn.Module],
-    roi: Box | None = None,
-    trust_hu: bool = False,
+class Progress:
+    """How far a scan's prediction is.
+
+    Args:
+        name: of the scan.
+        unit: "window" or "slice".
+        total: number of them.
+    """
+
+    def __init__(self, name: str, unit: str, total: int):
+        self._name, self._unit, self._total, self._skipped = name, unit, total, 0
+        self._begin = time.monotonic()
+        if unit == "window" and total > MANY_WINDOWS:
+            LOGGER.info("%s: %s windows: --roi or a larger --stride makes them fewer", name, f"{total:,}")
+        self._bar = tqdm(total=total, unit=unit, desc=name, leave=False, dynamic_ncols=True, disable=None)
+
+    def on_done(self, count: int, skipped: int) -> None:
+        """Count some as done, of which some were not computed."""
+        self._skipped += skipped
+        self._bar.update(count)
+        if self._skipped:
+            self._bar.set_postfix(skipped=self._skipped, refresh=False)
+
+    def end(self) -> None:
+        """Take the bar away and log the line."""
+        self._bar.close()
+        skipped = f", {self._skipped:,} of them of one value and not computed" if self._skipped else ""
+        seconds = time.monotonic() - self._begin
+        many = f"{self._total:,} {self._unit}{'s' * (self._total != 1)}"
+        LOGGER.info("%s: %s%s, %.3g s", self._name, many, skipped, seconds)
+
+
+def prepared_for(
+    channels: Sequence[Scan], how: Preprocessing, roi: Box | None = None, trust_hu: bool = False
 ) -> Prepared:
-    """Predict a scan on the networks' own grid.
+    """Bring a scan, or a box of it, onto the networks' own grid.
 
     Args:
         channels: of an image, on one grid.
         how: what the networks' training files went through.
-        infer: maps networks and a prepared volume (*S), or (channels, *S), to slabs of each network's probabilities.
-        networks: their probabilities are averaged.
         roi: only this box of the scan, in its own voxels, (first, end) of each axis.
         trust_hu: take any values of a CT for HU.
-
-    Returns:
-        The mean probabilities, float32 (C, *S), and where their grid lies.
     """
     prepared = prepare_channels(channels, how, trust_hu)
-    if roi is not None:
-        prepared = prepared.cropped(box_on_grid(roi, channels[0], prepared.affine, prepared.shape))
-    mean = None
-    for where, outputs in infer(networks, prepared.array):
-        found = outputs[0] if len(outputs) == 1 else np.mean(outputs, axis=0)
-        if mean is None:
-            mean = np.empty((len(found), *prepared.shape), np.float32)
-        mean[:, where] = found
-    return Prepared(mean, prepared.affine)
+    if roi is None:
+        return prepared
+    return prepared.cropped(box_on_grid(roi, channels[0], prepared.affine, prepared.shape))
 
 
-def planes_on_scan(found: Prepared, scan: Scan) -> Iterator[tuple[slice, np.ndarray]]:
+def segmented(prepared: Prepared, scan: Scan, infer: Infer, networks: Sequence[nn.Module]) -> Iterator[Placed]:
+    """Predict a prepared scan, and bring the networks' mean probabilities onto the scan's own grid part by part.
+
+    Where the networks' grid is the scan's but for swapped and flipped axes, each part is placed as soon as it is found,
+    and no whole scan's probabilities are ever in memory; else they are, once, on the networks' grid.
+
+    Args:
+        prepared: from prepared_for().
+        scan: gives shape (X, Y, Z) and geometry.
+        infer: maps networks and a prepared volume (*S), or (channels, *S), to slabs of each network's probabilities.
+        networks: their probabilities are averaged.
+
+    Yields:
+        Where in the scan, a slice of each axis, and the probabilities there, float32 (C, *part); what no part shows is
+        background.
+    """
+    means = _means(infer(networks, prepared.array))
+    turn = _turn_onto(scan, prepared.affine)
+    if turn is not None:
+        for where, mean in means:
+            yield _turned_onto(scan.array.shape, turn, where.start, mean)
+    else:
+        (whole,) = put_together(((where, [mean]) for where, mean in means), prepared.shape)
+        yield from planes_on_scan(Prepared(whole, prepared.affine), scan)
+
+
+def _means(slabs: Slabs) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the networks' mean of each slab, which is not kept while the next one is computed."""
+    for where, outputs in slabs:
+        mean = mean_of(outputs)
+        del outputs
+        yield where, mean
+        del mean
+
+
+def _turn_onto(scan: Scan, affine: np.ndarray) -> np.ndarray | None:
+    """Return the matrix (3, 4) of -1, 0, 1 and whole offsets from a grid's voxels to a scan's; None: there is none."""
+    change = (np.linalg.inv(scan.affine) @ affine)[:3]
+    whole = change.round()
+    is_turn = (np.sort(np.abs(whole[:, :3]), axis=0) == [[0] * 3, [0] * 3, [1] * 3]).all()
+    is_whole = np.allclose(change[:, :3], whole[:, :3], atol=1e-6) and np.allclose(change[:, 3], whole[:, 3], atol=1e-4)
+    return whole.astype(int) if is_turn and is_whole else None
+
+
+def _turned_onto(shape: Sequence[int], turn: np.ndarray, first: int, mean: np.ndarray) -> Placed:
+    """Place a slab (C, planes, Y, Z), from a grid's plane `first` on, in a scan of a shape; see _turn_onto()."""
+    order = np.abs(turn[:, :3]).argmax(axis=1)  # for each axis of the scan the slab's
+    signs = turn[range(3), order]
+    turned = np.flip(mean.transpose(0, *(order + 1)), [1 + k for k in range(3) if signs[k] < 0])
+    corner = turn @ (first, 0, 0, 1)  # where the slab's first voxel lies
+    low = np.where(signs < 0, corner - (np.array(turned.shape[1:]) - 1), corner)
+    begin, end = np.maximum(low, 0), np.minimum(low + turned.shape[1:], shape)
+    inside = tuple(slice(a, max(b, a)) for a, b in zip(begin - low, end - low, strict=True))
+    return tuple(slice(a, max(b, a)) for a, b in zip(begin, end, strict=True)), _summing_to_one(
+        turned[(slice(None), *inside)]
+    )
+
+
+def _summing_to_one(probabilities: np.ndarray) -> np.ndarray:
+    """Give the background what the classes (C, *S) lack of 1, in place."""
+    probabilities[0] += 1 - probabilities.sum(axis=0)
+    return probabilities
+
+
+def planes_on_scan(found: Prepared, scan: Scan) -> Iterator[Placed]:
     """Bring probabilities back onto a scan's own grid, some planes at a time; beyond theirs is background.
 
     Args:
-        found: from found_in().
+        found: the probabilities (C, *S), and where their grid lies.
         scan: gives shape (X, Y, Z) and geometry.
 
     Yields:
-        A slice of the scan's first axis, and the probabilities there, float32 (C, planes, Y, Z).
+        Where in the scan, some planes across its first axis, and the probabilities there, float32 (C, planes, Y, Z).
     """
     ones, sides = np.ones(found.shape, np.uint8), scan.array.shape
     for first in range(0, sides[0], PLANES):
@@ -164,8 +256,7 @@ def planes_on_scan(found: Prepared, scan: Scan) -> Iterator[tuple[slice, np.ndar
         # An outermost voxel counts to its own border, undiminished.
         inside = resampled(ones, *grid, order=0, mode="grid-constant")
         placed = np.stack([resampled(channel, *grid, order=1) * inside for channel in found.array])
-        placed[0] += 1 - placed.sum(axis=0)
-        yield planes, placed
+        yield (planes,), _summing_to_one(placed)
 
 
 def box_on_grid(roi: Box, scan: Scan, affine: np.ndarray, shape: Sequence[int]) -> Box:

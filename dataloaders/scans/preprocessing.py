@@ -286,7 +286,10 @@ def normalised(array: np.ndarray, how: Normalisation, scan: Scan, trust_hu: bool
                 f"{scan.path} is no CT in HU: it reaches from {array.min():g} to {array.max():g}, {100 * inside:.1f} % "
                 f"of it within {low:g} to {high:g}; give the CT itself, or, if it is in HU after all, --trust_hu."
             )
-        return ((np.clip(array, low, high) - low) / (high - low)).astype(np.float32)
+        clipped = np.clip(array, low, high).astype(np.float32, copy=False)
+        clipped -= low  # in place: a whole scan is large
+        clipped /= high - low
+        return clipped
     values = array.astype(np.float64)
     low, scale = (values.mean(), values.std()) if how == "zscore" else (values.min(), np.ptp(values))
     if not scale > 0:
@@ -294,7 +297,9 @@ def normalised(array: np.ndarray, how: Normalisation, scan: Scan, trust_hu: bool
             f"{scan.path} holds one value, {values.flat[0]:g}, when it is resampled to {_times(array.shape)} voxels: "
             "choose a finer --spacing_mm, or leave the scan out."
         )
-    return ((values - low) / scale).astype(np.float32)
+    values -= low
+    values /= scale
+    return values.astype(np.float32)
 
 
 def label_box(label: np.ndarray) -> Box:

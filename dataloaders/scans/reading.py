@@ -291,7 +291,8 @@ def _read_nifti(path: Path) -> Scan:
     stored = Path(image.file_map["image"].filename).stat().st_size
     check_declared(path, "its header", image.shape, image.get_data_dtype().itemsize, stored)
     array = np.asanyarray(image.dataobj).reshape(shape)
-    return Scan(path, np.array(array), _nifti_affine(path, image), image.header)
+    array = np.array(array) if isinstance(array, np.memmap) else array  # the file may change or go meanwhile
+    return Scan(path, array, _nifti_affine(path, image), image.header)
 
 
 def _nifti_affine(path: Path, image: nibabel.Nifti1Pair) -> np.ndarray:

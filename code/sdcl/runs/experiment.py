@@ -292,7 +292,7 @@ def test(config: Any, data: Data) -> None:
     used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     cases = scored.read_cases()
-    planes = 2 * used["patch_size"][0] if len(used["patch_size"]) == 3 else used["batch_size"]
+    planes = used["patch_size"][0] if len(used["patch_size"]) == 3 else used["batch_size"]
     largest = max((case.label.shape for case in cases), key=math.prod)
     kept = predictors.keeping_answer() if config.save_nifti else predictors
     tell_memory_of_test(kept, scored.task.sizes, largest, planes, device)

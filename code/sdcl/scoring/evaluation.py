@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from sdcl.checkpoints import load_weights
-from sdcl.inference import Slabs
+from sdcl.inference import Slabs, mean_of
 from sdcl.metrics import case_metrics
 from sdcl.pseudo_labels import largest_components
 
@@ -68,8 +68,15 @@ class Decision:
 
     def labels(self, probabilities: np.ndarray) -> np.ndarray:
         """Return the label map (*S) of some planes, voxel by voxel; cleaned() ends the whole one."""
-        labels = probabilities[1] > 0.5 if self.rule == "threshold" else probabilities.argmax(0)
-        return labels.astype(np.uint8 if len(probabilities) <= 256 else np.uint16)
+        dtype = np.uint8 if len(probabilities) <= 256 else np.uint16
+        if self.rule == "threshold":
+            return (probabilities[1] > 0.5).astype(dtype)
+        # Class by class, the first of equal ones wins as in argmax, which looks at a voxel's classes one by one.
+        labels, best = np.zeros(probabilities.shape[1:], dtype), probabilities[0].copy()
+        for c, probability in enumerate(probabilities[1:], start=1):
+            np.copyto(labels, c, where=probability > best)
+            np.maximum(best, probability, out=best)
+        return labels
 
     def cleaned(self, labels: np.ndarray) -> np.ndarray:
         """Return a whole label map (*S) with what is kept of its components."""
@@ -280,14 +287,16 @@ def evaluate(
                 label_maps, probabilities = _predict(predictors, case, task)
                 # Scored by other threads while the networks go on with the next case.
                 futures = [
-                    pool.submit(_score, name, case, structure, label_map == c, case.label == c, distances)
+                    pool.submit(_score, name, case, (c, structure), label_map, distances)
                     for name, label_map in label_maps.items()
                     for c, structure in enumerate(task.class_names, start=1)
                 ]
                 waiting.append((case, futures))
                 if on_case is not None:
                     on_case(case, label_maps, probabilities)
-                while waiting and all(future.done() for future in waiting[0][1]):
+                del label_maps, probabilities
+                # Where scoring is slower than predicting, no more than two cases' label maps are in memory.
+                while waiting and (len(waiting) > 1 or all(future.done() for future in waiting[0][1])):
                     collect(*waiting.popleft())
             while waiting:
                 collect(*waiting.popleft())
@@ -302,18 +311,20 @@ def _predict(predictors: Predictors, case: Case, task: Task) -> tuple[dict[str, 
     probabilities: dict[str, np.ndarray] = {}
     for where, outputs in task.infer(predictors.networks, case.image):
         for name, members in predictors.members.items():
-            found = np.mean([outputs[i] for i in members], axis=0) if len(members) > 1 else outputs[members[0]]
+            found = mean_of([outputs[i] for i in members])
             labels = task.decision.labels(found)
             label_maps.setdefault(name, np.zeros(case.label.shape, labels.dtype))[where] = labels
             if name in predictors.kept:
                 whole = probabilities.setdefault(name, np.empty((len(found), *case.label.shape), np.float32))
                 whole[:, where] = found
+        del outputs, found  # as large as a window's planes: not kept while the next windows are computed
     return {name: task.decision.cleaned(labels) for name, labels in label_maps.items()}, probabilities
 
 
-def _score(
-    predictor: str, case: Case, structure: str, prediction: np.ndarray, reference: np.ndarray, distances: bool
-) -> CaseRow:
+def _score(predictor: str, case: Case, numbered: tuple[int, str], label_map: np.ndarray, distances: bool) -> CaseRow:
+    """Score a class, given as number and name; its masks are made here, so that only the threads at work hold any."""
+    number, structure = numbered
+    prediction, reference = label_map == number, case.label == number
     voxels = case_metrics(prediction, reference, distances=distances)
     mm = case_metrics(prediction, reference, case.spacing) if case.spacing and distances else None
     hd95_mm, asd_mm = (mm.hd95, mm.asd) if mm else (math.nan, math.nan)
