@@ -13,7 +13,8 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from dataloaders.files import Decoding, sample_rng
+from dataloaders.cache import Decoding
+from dataloaders.files import sample_rng
 from dataloaders.slices import Slices
 from dataloaders.streams import Order, Streams
 from dataloaders.transforms import Augmentation

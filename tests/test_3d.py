@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dataloaders import la, pancreas
-from dataloaders.files import Decoding, read_list, sample_rng
+from dataloaders.cache import Decoding
+from dataloaders.files import read_list, sample_rng
 from dataloaders.phantom import write_la
 from dataloaders.transforms import crop_corner, cropped
 from dataloaders.volumes import CroppedVolumes, read_volumes, split_labelled

@@ -15,7 +15,8 @@ from test_joining import lists, save
 from test_raw import run
 from torch import nn
 
-from dataloaders.files import Decoding, read_sample, sample_rng
+from dataloaders.cache import Decoding
+from dataloaders.files import read_sample, sample_rng
 from dataloaders.import_nifti import Config
 from dataloaders.import_nifti import main as import_nifti
 from dataloaders.import_nnunet import Config as NnunetConfig

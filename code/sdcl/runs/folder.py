@@ -367,7 +367,8 @@ def trained_among(folder: Path, cases: Sequence[str]) -> list[str]:
     """Return those cases that a run was trained on, as far as its config.json tells."""
     path = folder / "config.json"
     trained_on = _read_content(path).get("trained_on") if path.exists() else None
-    return [name for name in cases if name in trained_on] if isinstance(trained_on, list) else []
+    known = {name for name in trained_on if isinstance(name, str)} if isinstance(trained_on, list) else set()
+    return [name for name in cases if name in known]
 
 
 class _TqdmHandler(logging.Handler):
