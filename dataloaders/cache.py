@@ -1,7 +1,6 @@
 """A list's files: checked at the start, decoded once, kept up to a bound."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,7 +16,6 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 from sdcl.scoring.evaluation import Case
 
-READERS = 4  # files checked at a time; HDF5 itself reads one after the other
 UNREAD = Checked({}, {})  # nothing is known of any file
 
 
@@ -124,17 +122,12 @@ class Cache:
         self._store.open_file(folder, self._what)
 
     def _read_all(self, paths: Sequence[Path]) -> Iterator[tuple[Sample, Facts]]:
-        """Yield the samples and facts of files, in their order, read by several threads."""
-        with ThreadPoolExecutor(READERS) as pool:
-            found = pool.map(self._examine, paths)
-            try:
-                yield from tqdm(
-                    found, desc=f"reading {self._what}", total=len(paths), unit="file", leave=False,
-                    dynamic_ncols=True, disable=None,
-                )  # fmt: skip
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        """Yield the samples and facts of files, in their order; several threads would wait for each other in HDF5."""
+        shown = tqdm(
+            paths, desc=f"reading {self._what}", unit="file", leave=False, dynamic_ncols=True,
+            disable=None if paths else True,
+        )  # fmt: skip
+        yield from map(self._examine, shown)
 
     def _examine(self, path: Path) -> tuple[Sample, Facts]:
         sample = self._read(path)

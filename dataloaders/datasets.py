@@ -22,10 +22,10 @@ Texts = tuple[str | None, ...]  # a file's attributes `preprocessing` and `orien
 
 def find_file(root_path: Path, name: str) -> Path:
     """Return a slice's or volume's path: in data/slices or data, since public copies keep either in either."""
-    folders = [root_path / "data" / "slices", root_path / "data"]
-    expected = folders if SLICE in name else folders[::-1]
-    folder = next((folder for folder in expected if (folder / f"{name}.h5").exists()), expected[0])
-    return inside(folder, f"{name}.h5")
+    data, file = root_path / "data", f"{name}.h5"
+    expected, other = (data / "slices", data) if SLICE in name else (data, data / "slices")
+    is_elsewhere = not (expected / file).exists() and (other / file).exists()
+    return inside(other if is_elsewhere else expected, file)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def _affine(path: Path, file: h5py.File) -> np.ndarray | None:
 
 
 def _texts(file: h5py.File, *names: str) -> tuple[str | None, ...]:
-    values = [file.attrs.get(name) for name in names] if len(file.attrs) else [None] * len(names)
+    values = [file.attrs.get(name) for name in names] if h5py.h5a.get_num_attrs(file.id) else [None] * len(names)
     values = [value.decode() if isinstance(value, bytes) else value for value in values]
     return tuple(value if isinstance(value, str) else None for value in values)
 
@@ -204,20 +204,21 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 def _read_array(path: Path, file: h5py.File, key: str) -> np.ndarray:
     """Read one array, after checking that it lies in this file and is as large as it says."""
-    link = file.get(key, getlink=True)
-    if link is None:
+    links, name = file.id.links, key.encode()  # HDF5's own calls: h5py's take half of a small file's time
+    if not links.exists(name):
         found = ", ".join(list(file)[:10]) or "nothing"
         raise UserError(f"{path} has no `{key}` (it holds {found}): convert the case again.")
-    if not isinstance(link, h5py.HardLink):
+    if links.get_info(name).type != h5py.h5l.TYPE_HARD:
         raise UserError(f"{path}: `{key}` is a link to somewhere else: store the array itself in the file.")
     dataset = file[key]
     if not isinstance(dataset, h5py.Dataset):
         raise TypeError(f"`{key}` is not an array")
     if dataset.external or dataset.is_virtual:
         raise UserError(f"{path}: `{key}` is kept in another file: store the array itself in the file.")
-    if dataset.dtype.kind not in "fiub" or dataset.dtype.itemsize > 8:
-        raise UserError(f"{path}: `{key}` has the type {dataset.dtype}, it needs numbers: convert the case again.")
-    check_declared(path, f"`{key}`", dataset.shape or (), dataset.dtype.itemsize, dataset.id.get_storage_size())
+    dtype = dataset.dtype
+    if dtype.kind not in "fiub" or dtype.itemsize > 8:
+        raise UserError(f"{path}: `{key}` has the type {dtype}, it needs numbers: convert the case again.")
+    check_declared(path, f"`{key}`", dataset.shape or (), dtype.itemsize, dataset.id.get_storage_size())
     return dataset[()]
 
 
