@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from cases import ACDC, CASES, LA, Work
+from scale import scale_line, scale_rows
 from start import start_line, start_rows
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,9 +47,9 @@ class Config:
     Each way runs in a process of its own, and their repeats take turns, so that both see the same machine.
     """
 
-    quick: bool = False  # smaller networks' inputs, for a look in under 3 minutes
+    quick: bool = False  # smaller networks' inputs, for a look in under 4 minutes
     only: tuple[
-        Literal["losses", "labels", "step", "streams", "evaluation", "metrics", "start", "workers"], ...
+        Literal["losses", "labels", "step", "streams", "evaluation", "metrics", "start", "workers", "scale"], ...
     ] = ()  # all
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute
     repeats: int = 3  # that are timed, after one that is not
@@ -75,7 +77,11 @@ def main(config: Config) -> None:
             rows.append(compare(case, work, config, peaks[work.precision]))
         print(line(rows[-1]), flush=True)
         write_text(config.output, json.dumps({"machine": facts, "cases": rows}, indent=1))
-    for name, make, line_of in (("start", start_rows, start_line), ("workers", worker_rows, worker_line)):
+    others = (
+        ("start", start_rows, start_line), ("workers", worker_rows, worker_line),
+        ("scale", partial(scale_rows, is_quick=config.quick), scale_line),
+    )  # fmt: skip
+    for name, make, line_of in others:
         for row in make(config.repeats) if not config.only or name in config.only else ():
             rows.append(row)
             print(line_of(row), flush=True)
