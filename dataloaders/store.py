@@ -118,6 +118,7 @@ class Store:
         if not self.beyond:
             return
         try:
+            folder.mkdir(parents=True, exist_ok=True)  # another machine's process may have none
             free = shutil.disk_usage(folder).free
             if not hasattr(os, "pwrite"):
                 raise OSError("this system has no pwrite")

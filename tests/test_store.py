@@ -107,7 +107,8 @@ def test_a_full_disk_is_told_and_files_are_decoded_again(paths, tmp_path, decode
 
 
 def test_a_folder_that_cannot_be_written_is_told(paths, tmp_path, said):
-    one = made(paths, 2, tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    one = made(paths, 2, tmp_path / "file" / "none")
     assert "cannot wait on the disk of" in said()
     assert read(one) == read(made(paths, 100))
 
