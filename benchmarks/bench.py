@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from cases import ACDC, CASES, LA, Work
+from launches import launch_line, launch_rows
 from memory import memory_line, memory_rows
+from scale import scale_line, scale_rows
 from start import start_line, start_rows
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,9 +48,22 @@ class Config:
     Each way runs in a process of its own, and their repeats take turns, so that both see the same machine.
     """
 
-    quick: bool = False  # smaller networks' inputs, for a look in under 3 minutes
+    quick: bool = False  # smaller networks' inputs, for a look in under 4 minutes
     only: tuple[
-        Literal["losses", "labels", "step", "streams", "evaluation", "metrics", "start", "workers", "memory"], ...
+        Literal[
+            "losses",
+            "labels",
+            "step",
+            "streams",
+            "evaluation",
+            "metrics",
+            "start",
+            "workers",
+            "memory",
+            "scale",
+            "launches",
+        ],
+        ...,
     ] = ()  # all
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute
     repeats: int = 3  # that are timed, after one that is not
@@ -80,6 +95,8 @@ def main(config: Config) -> None:
         ("start", lambda: start_rows(config.repeats), start_line),
         ("workers", lambda: worker_rows(config.repeats), worker_line),
         ("memory", lambda: memory_rows(config.quick), memory_line),
+        ("scale", lambda: scale_rows(config.repeats, is_quick=config.quick), scale_line),
+        ("launches", launch_rows, launch_line),
     )
     for name, make, line_of in more:
         for row in make() if not config.only or name in config.only else ():

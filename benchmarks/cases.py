@@ -13,10 +13,11 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from dataloaders.files import Decoding, sample_rng
+from dataloaders.cache import Decoding
+from dataloaders.files import sample_rng
 from dataloaders.slices import Slices
 from dataloaders.streams import Order, Streams
-from dataloaders.transforms import Augmentation
+from dataloaders.transforms import Augmentation, Cropping
 from dataloaders.volumes import CroppedVolumes
 from sdcl.inference import Slabs, Windows, slice_slabs, window_slabs
 from sdcl.losses import discrepancy, mixed_losses
@@ -144,7 +145,7 @@ def streams(work: Work, is_ours: bool) -> Run:
         read = textbook_data.augmented_slice
     else:
         named = {path.stem: path for path in paths}
-        cases = CroppedVolumes(named, decoding, work.shape, "random")
+        cases = CroppedVolumes(named, decoding, Cropping(work.shape))
         read = textbook_data.random_crop
     stream = Streams(cases, None, Order(work.batch_size, 12, seed=1))
     iteration = iter(range(10**9))

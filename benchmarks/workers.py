@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from dataloaders.cache import Decoding
 from dataloaders.datasets import find_file
-from dataloaders.files import Decoding, read_list
+from dataloaders.files import read_list
 from dataloaders.phantom import write_acdc
 from dataloaders.slices import Slices
 from dataloaders.streams import Order, Streams

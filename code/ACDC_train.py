@@ -36,7 +36,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     gpu: int = 0  # number of the GPU, from 0
     workers: int = 1  # what prepares batches, the same ones: 1: a thread; more: so many processes
-    cache_gb: float = 8.0  # memory for decoded slices of each list, GiB; beyond it files are read again each time
+    cache_gb: float = 8.0  # memory for decoded slices of each of up to 3 lists, GiB; the rest waits in a file on disk
     log_every: int = 20  # iterations between readings of the losses
     save_every: int = 500  # iterations between checkpoints, beside those at each validation
     save_minutes: float = 10.0  # minutes between checkpoints, whichever comes first; 0: iterations alone count
@@ -48,7 +48,6 @@ class Config:
 
     # --- data (docs/method.md, "Order of the data") ---
     patch_size: tuple[int, int] = (256, 256)  # input, pixels; slices are zoomed to it; multiples of 16
-    pre_patch_size: tuple[int, int] | None = None  # pre-training's, smaller to be faster; None: the same
     batch_size: int = 12  # slices in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch (113 iterations)
     unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch

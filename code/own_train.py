@@ -44,7 +44,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     gpu: int = 0  # number of the GPU, from 0
     workers: int = 1  # what prepares batches, the same ones: 1: a thread; more: so many processes
-    cache_gb: float = 8.0  # memory for decoded cases of each list, GiB; beyond it files are read again each time
+    cache_gb: float = 8.0  # memory for decoded cases of each of up to 3 lists, GiB; the rest waits in a file on disk
     log_every: int = 20  # iterations between readings of the losses
     save_every: int = 500  # iterations between checkpoints, beside those at each validation
     save_minutes: float = 10.0  # minutes between checkpoints, whichever comes first; 0: iterations alone count
@@ -56,7 +56,6 @@ class Config:
 
     # --- data ---
     patch_size: tuple[int, ...] | None = None  # crop, voxels (3D), or input, pixels (2D); multiples of 16
-    pre_patch_size: tuple[int, ...] | None = None  # pre-training's, smaller to be faster; None: the same
     batch_size: int | None = None  # samples in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch
     unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch

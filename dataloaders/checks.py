@@ -1,8 +1,9 @@
 """What every reader checks of names, sizes and arrays that come from files; each message ends with the way out."""
 
+import os
 import re
 import stat
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,14 @@ NOT_IN_A_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|\ufffd\u2028\u2029\ud80
 MAX_NAME_BYTES = 200  # so that a file's name, with slice and suffix, stays below the 255 that systems allow
 
 
-def check_file(path: Path) -> int:
+def check_file(path: Path) -> os.stat_result:
     """Refuse what is not a plain file, before anything opens it: a pipe would wait forever.
 
     Args:
         path: the file.
 
     Returns:
-        Its size in bytes.
+        What the system says of it, such as its size.
 
     Raises:
         UserError: it is missing, empty, a folder or a device.
@@ -40,7 +41,7 @@ def check_file(path: Path) -> int:
         raise UserError(f"{path} is not a file: put the case's file in its place, or take it out of the list.")
     if status.st_size == 0:
         raise UserError(f"{path} is empty: copy or {REDO}.")
-    return status.st_size
+    return status
 
 
 def name_fault(name: str) -> str:
@@ -86,6 +87,8 @@ def inside(folder: Path, relative: str) -> Path:
         UserError: the path leaves the folder.
     """
     path = folder / relative
+    if _stays(folder, relative):
+        return path
     try:
         is_inside = path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):  # a link in a circle, or a name that is no path
@@ -95,6 +98,19 @@ def inside(folder: Path, relative: str) -> Path:
             f"{path} leads out of {folder}: copy the case there, or make the whole folder a link to where the data are."
         )
     return path
+
+
+def _stays(folder: Path, relative: str) -> bool:
+    """Tell whether a file lies in a folder just as its name says, with no link on the way, which is soon seen."""
+    parts = PurePath(relative).parts
+    if ".." in parts or PurePath(relative).is_absolute() or PurePath(relative).drive:
+        return False
+    way = os.fspath(folder)
+    for part in parts:
+        way = os.path.join(way, part)
+        if os.path.islink(way):
+            return False
+    return "\0" not in relative
 
 
 def check_declared(path: Path, what: str, shape: tuple[int, ...], item_bytes: int, stored_bytes: int) -> None:
@@ -212,10 +228,8 @@ def check_dimensions(config: Any, ndim: int) -> None:
     Raises:
         UserError: names the flag.
     """
-    sizes = {"patch_size": config.patch_size, "pre_patch_size": getattr(config, "pre_patch_size", None)}
-    for name, sides in sizes.items():
-        if sides is not None and len(sides) != ndim:
-            raise UserError(f"--{name} has {len(sides)} sides, these images are {ndim}D: give {ndim}.")
+    if len(config.patch_size) != ndim:
+        raise UserError(f"--patch_size has {len(config.patch_size)} sides, these images are {ndim}D: give {ndim}.")
     fitting = {2: ("unet", "resunet"), 3: ("vnet", "resvnet")}[ndim]
     for flag in ("student_a", "student_b"):
         if getattr(config, flag) not in fitting:

@@ -1,7 +1,7 @@
 """What a data set is to the scripts: names, files, preprocessing, and what its labels are checked for."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
 SLICE = "_slice_"  # in a slice's name, before its number
+Texts = tuple[str | None, ...]  # a file's attributes `preprocessing` and `orientation`, None for one that it lacks
 
 
 def find_file(root_path: Path, name: str) -> Path:
     """Return a slice's or volume's path: in data/slices or data, since public copies keep either in either."""
-    folders = [root_path / "data" / "slices", root_path / "data"]
-    expected = folders if SLICE in name else folders[::-1]
-    folder = next((folder for folder in expected if (folder / f"{name}.h5").exists()), expected[0])
-    return inside(folder, f"{name}.h5")
+    data, file = root_path / "data", f"{name}.h5"
+    expected, other = (data / "slices", data) if SLICE in name else (data, data / "slices")
+    is_elsewhere = not (expected / file).exists() and (other / file).exists()
+    return inside(other if is_elsewhere else expected, file)
 
 
 @dataclass(frozen=True)
@@ -103,21 +104,27 @@ class DataSet:
         hu = channel.astype(np.float32) * (high - low) + low
         check_alignment(path, hu, sample.label, is_organ_ct=self.is_organ_ct, way_out=way_out)
 
-    def preprocessing_of(self, paths: Sequence[Path]) -> Preprocessing:
+    def preprocessing_of(self, files: Mapping[Path, Texts]) -> Preprocessing:
         """Return how files were preprocessed, and where their axes point, by their attributes.
 
         Files without attributes were made elsewhere: this data set's usual way is assumed.
+
+        Args:
+            files: the attributes `preprocessing` and `orientation` of each.
 
         Raises:
             UserError: they were preprocessed or lie differently, or an attribute cannot be read.
         """
         found: dict[Preprocessing | None, Path] = {}
         axes: dict[str, Path] = {}
-        for path in paths:
-            text, orientation = read_text_attributes(path, "preprocessing", "orientation")
-            found.setdefault(None if text is None else _parsed(path, text), path)
+        parsed: dict[str | None, Preprocessing | None] = {None: None}  # of the few texts that there are
+        volumes: dict[Path, str] = {}
+        for path, (text, orientation) in files.items():
+            if text not in parsed:
+                parsed[text] = _parsed(path, text)
+            found.setdefault(parsed[text], path)
             if text is not None:
-                axes.setdefault(orientation or _orientation_of_volume(path), path)
+                axes.setdefault(orientation or _orientation_of_volume(path, volumes), path)
         if len(found) > 1:
             (how, first), (other, second), *_ = found.items()
             raise UserError(
@@ -127,9 +134,9 @@ class DataSet:
         (how,) = found
         return self.preprocessing if how is None else _with_axes(how, axes)
 
-    def facts(self, decision_rule: str, paths: Sequence[Path]) -> dict[str, Any]:
+    def facts(self, decision_rule: str, files: Mapping[Path, Texts]) -> dict[str, Any]:
         """Return what a run's config.json keeps of the data set, for prediction: see preprocessing_of()."""
-        how = self.preprocessing_of(paths)
+        how = self.preprocessing_of(files)
         return {
             "name": self.name,
             "class_names": list(self.class_names),
@@ -138,22 +145,6 @@ class DataSet:
             "trained_on_crops": self.trained_on_crops,
             "preprocessing": json.loads(how.to_json()),
         }
-
-
-class StudyData:
-    """A data set together with the header of a training or test script; what both layouts share of sdcl.runs.data.Data.
-
-    Args:
-        data_set: which.
-        config: the header.
-    """
-
-    def __init__(self, data_set: DataSet, config: Any):
-        self.name, self._data_set, self._config = data_set.name, data_set, config
-
-    def check_root(self) -> None:
-        """Refuse a folder that does not hold the data set."""
-        self._data_set.check_root(self._config.root_path)
 
 
 def missing_classes(labels: Iterable[np.ndarray | Iterable[int]], data_set: DataSet) -> list[str]:
@@ -203,13 +194,20 @@ def _text(how: Preprocessing | None) -> str:
     return "not known how" if how is None else how.to_json()
 
 
-def _orientation_of_volume(path: Path) -> str:
+def texts_of(paths: Iterable[Path]) -> dict[Path, Texts]:
+    """Read what preprocessing_of() needs of files."""
+    return {path: read_text_attributes(path, "preprocessing", "orientation") for path in paths}
+
+
+def _orientation_of_volume(path: Path, known: dict[Path, str]) -> str:
     """Return the orientation of a slice's volume, where it lies; slices made earlier do not have their own."""
     volume = f"{path.stem.rsplit(SLICE, 1)[0]}.h5"
-    for folder in (path.parents[1], path.parent) if SLICE in path.stem else ():
-        if (folder / volume).exists():
-            return read_text_attributes(folder / volume, "orientation")[0] or ""
-    return ""
+    if path.with_name(volume) not in known:
+        folders = (path.parents[1], path.parent) if SLICE in path.stem else ()
+        there = [folder / volume for folder in folders if (folder / volume).exists()]
+        orientation = read_text_attributes(there[0], "orientation")[0] if there else None
+        known[path.with_name(volume)] = orientation or ""
+    return known[path.with_name(volume)]
 
 
 def _with_axes(how: Preprocessing, axes: dict[str, Path]) -> Preprocessing:

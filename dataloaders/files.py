@@ -1,23 +1,18 @@
 """Reading lists and HDF5 cases, with every mistake named."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
 from dataloaders.checks import check_declared, check_file, check_image, check_label, check_name, check_varies
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import LOGGER
 
 MAX_LIST_BYTES = 2**24
-READERS = 4  # files checked at a time; HDF5 itself reads one after the other
 
 
 @dataclass(frozen=True)
@@ -28,11 +23,17 @@ class Sample:
         image: (*S), or (channels, *S) of several, float32.
         label: (*S) uint8, or None where the file holds none.
         shape: S.
+        texts: the file's attributes `preprocessing` and `orientation`, None for one that it lacks.
+        spacing: voxel sides in mm, where they were asked for and are known.
+        affine: (4, 4), from indices to mm (RAS+); the same.
     """
 
     image: np.ndarray
     label: np.ndarray | None
     shape: tuple[int, ...]
+    texts: tuple[str | None, ...] = (None, None)
+    spacing: tuple[float, ...] | None = None
+    affine: np.ndarray | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -74,9 +75,15 @@ def with_channels(image: np.ndarray, ndim: int) -> np.ndarray:
 
 
 def read_sample(
-    path: Path, *, ndim: int, num_classes: int, needs_label: bool = True, channels: Sequence[str] = ()
+    path: Path,
+    *,
+    ndim: int,
+    num_classes: int,
+    needs_label: bool = True,
+    channels: Sequence[str] = (),
+    needs_geometry: bool = False,
 ) -> Sample:
-    """Decode one HDF5 file and check it.
+    """Decode one HDF5 file, opened once, and check it.
 
     Args:
         path: the file, with `image` and, if needed, `label`.
@@ -84,6 +91,7 @@ def read_sample(
         num_classes: labels must lie in [0, num_classes).
         needs_label: without it a file may lack `label`; one that is there is ignored.
         channels: names of the channels that the image must have, (channels, *S); fewer than two: (*S) or (1, *S).
+        needs_geometry: without it the sample has no spacing and no affine.
 
     Raises:
         UserError: what is wrong with the file; a volume, but not a slice, must hold more than one value.
@@ -91,6 +99,8 @@ def read_sample(
     with _opened(path) as file:
         image = _read_array(path, file, "image")
         label = _read_array(path, file, "label") if needs_label else None
+        texts = _texts(file, "preprocessing", "orientation")
+        spacing, affine = (_spacing(path, file), _affine(path, file)) if needs_geometry else (None, None)
     if not isinstance(image, np.ndarray):
         check_image(path, "`image`", image, ndim)  # refuses it
     if len(channels) < 2:
@@ -107,7 +117,7 @@ def read_sample(
         label = check_label(path, "`label`", label, shape, num_classes)
     if ndim == 3:  # a scan's margin, or what lies beyond a stripped skull, is a slice of one value that trains as 0s do
         check_varies(path, "`image`", image)
-    return Sample(image, label, shape)
+    return Sample(image, label, shape, texts, spacing, affine)
 
 
 def has_label(path: Path) -> bool:
@@ -127,15 +137,7 @@ def read_spacing(path: Path) -> tuple[float, ...] | None:
         UserError: the attribute is not a positive length for each axis.
     """
     with _opened(path) as file:
-        if "spacing" not in file.attrs:
-            return None
-        ndim = min(file["image"].ndim, 3)  # (channels, X, Y, Z) have three sides, too
-        attribute = file.attrs.get_id("spacing")
-        is_small = attribute.dtype.kind in "fiu" and attribute.shape in ((ndim,), (ndim, 1), (1, ndim))
-        values = np.ravel(file.attrs["spacing"]) if is_small else attribute.dtype
-    if not is_small or not (np.isfinite(values) & (values > 0)).all():
-        raise UserError(f"{path}: the attribute `spacing` is {values}, it needs {ndim} lengths in mm: correct it.")
-    return tuple(float(value) for value in values)
+        return _spacing(path, file)
 
 
 def read_affine(path: Path) -> np.ndarray | None:
@@ -144,9 +146,31 @@ def read_affine(path: Path) -> np.ndarray | None:
     Raises:
         UserError: the attributes are no geometry.
     """
-    spacing = read_spacing(path)
     with _opened(path) as file:
-        parts = [np.ravel(file.attrs[name]) for name in ("origin", "direction") if name in file.attrs]
+        return _affine(path, file)
+
+
+def read_text_attributes(path: Path, *names: str) -> tuple[str | None, ...]:
+    """Return attributes of a file that are texts, None for each that it lacks or that is none."""
+    with _opened(path) as file:
+        return _texts(file, *names)
+
+
+def _spacing(path: Path, file: h5py.File) -> tuple[float, ...] | None:
+    if "spacing" not in file.attrs:
+        return None
+    ndim = min(file["image"].ndim, 3)  # (channels, X, Y, Z) have three sides, too
+    attribute = file.attrs.get_id("spacing")
+    is_small = attribute.dtype.kind in "fiu" and attribute.shape in ((ndim,), (ndim, 1), (1, ndim))
+    values = np.ravel(file.attrs["spacing"]) if is_small else attribute.dtype
+    if not is_small or not (np.isfinite(values) & (values > 0)).all():
+        raise UserError(f"{path}: the attribute `spacing` is {values}, it needs {ndim} lengths in mm: correct it.")
+    return tuple(float(value) for value in values)
+
+
+def _affine(path: Path, file: h5py.File) -> np.ndarray | None:
+    spacing = _spacing(path, file)
+    parts = [np.ravel(file.attrs[name]) for name in ("origin", "direction") if name in file.attrs]
     if spacing is None or len(spacing) != 3 or len(parts) < 2:
         return None
     if [len(part) for part in parts] != [3, 9] or not all(p.dtype.kind == "f" and np.isfinite(p).all() for p in parts):
@@ -156,10 +180,8 @@ def read_affine(path: Path) -> np.ndarray | None:
     return affine
 
 
-def read_text_attributes(path: Path, *names: str) -> tuple[str | None, ...]:
-    """Return attributes of a file that are texts, None for each that it lacks or that is none."""
-    with _opened(path) as file:
-        values = [file.attrs.get(name) for name in names]
+def _texts(file: h5py.File, *names: str) -> tuple[str | None, ...]:
+    values = [file.attrs.get(name) for name in names] if h5py.h5a.get_num_attrs(file.id) else [None] * len(names)
     values = [value.decode() if isinstance(value, bytes) else value for value in values]
     return tuple(value if isinstance(value, str) else None for value in values)
 
@@ -182,107 +204,22 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 def _read_array(path: Path, file: h5py.File, key: str) -> np.ndarray:
     """Read one array, after checking that it lies in this file and is as large as it says."""
-    link = file.get(key, getlink=True)
-    if link is None:
+    links, name = file.id.links, key.encode()  # HDF5's own calls: h5py's take half of a small file's time
+    if not links.exists(name):
         found = ", ".join(list(file)[:10]) or "nothing"
         raise UserError(f"{path} has no `{key}` (it holds {found}): convert the case again.")
-    if not isinstance(link, h5py.HardLink):
+    if links.get_info(name).type != h5py.h5l.TYPE_HARD:
         raise UserError(f"{path}: `{key}` is a link to somewhere else: store the array itself in the file.")
     dataset = file[key]
     if not isinstance(dataset, h5py.Dataset):
         raise TypeError(f"`{key}` is not an array")
     if dataset.external or dataset.is_virtual:
         raise UserError(f"{path}: `{key}` is kept in another file: store the array itself in the file.")
-    if dataset.dtype.kind not in "fiub" or dataset.dtype.itemsize > 8:
-        raise UserError(f"{path}: `{key}` has the type {dataset.dtype}, it needs numbers: convert the case again.")
-    check_declared(path, f"`{key}`", dataset.shape or (), dataset.dtype.itemsize, dataset.id.get_storage_size())
+    dtype = dataset.dtype
+    if dtype.kind not in "fiub" or dtype.itemsize > 8:
+        raise UserError(f"{path}: `{key}` has the type {dtype}, it needs numbers: convert the case again.")
+    check_declared(path, f"`{key}`", dataset.shape or (), dtype.itemsize, dataset.id.get_storage_size())
     return dataset[()]
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How the files of a training list are decoded, checked and kept.
-
-    Attributes:
-        num_classes: labels must lie in [0, num_classes).
-        labelled: without it labels are neither needed nor read.
-        cache_gb: bound of the memory for decoded arrays, in GiB.
-        dtype: of the images kept: float16 takes half the memory, at 3 decimal digits.
-        check: what else to refuse of a file, called once with its path and sample; raises UserError.
-        channels: see read_sample().
-    """
-
-    num_classes: int
-    labelled: bool
-    cache_gb: float
-    dtype: Literal["float32", "float16"] = "float32"
-    check: Callable[[Path, Sample], None] | None = None
-    channels: tuple[str, ...] = ()
-
-
-class Cache:
-    """Files decoded once and kept in memory up to a bound; those beyond it are decoded at each access.
-
-    Args:
-        paths: the files.
-        what: how to call them in the log, such as "slices".
-        ndim: see read_sample.
-        decoding: how they are decoded, checked and kept.
-
-    Attributes:
-        classes: those in the labels, background included; none of unlabelled files.
-
-    Raises:
-        UserError: the first file that is missing or wrong; every file is checked here, before any training.
-    """
-
-    def __init__(self, paths: Sequence[Path], what: str, ndim: int, decoding: Decoding):
-        self._paths, self._ndim, self._decoding = list(paths), ndim, decoding
-        what = f"{'labelled' if decoding.labelled else 'unlabelled'} {what}"
-        self._kept: list[Sample | None] = []
-        self.classes: set[int] = set()
-        total = kept = 0
-
-        def read(path: Path) -> Sample:
-            sample = self._read(path)
-            if decoding.check is not None:
-                decoding.check(path, sample)
-            return sample
-
-        with ThreadPoolExecutor(READERS) as pool:
-            samples = pool.map(read, self._paths)
-            try:
-                for sample in tqdm(
-                    samples, desc=f"reading {what}", total=len(self), unit="file", leave=False, dynamic_ncols=True,
-                    disable=None,
-                ):  # fmt: skip
-                    total += sample.num_bytes
-                    if sample.label is not None:
-                        self.classes |= set(np.flatnonzero(np.bincount(sample.label.ravel())).tolist())
-                    keep = total <= decoding.cache_gb * 2**30
-                    kept += sample.num_bytes if keep else 0
-                    self._kept.append(sample if keep else None)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        gib = (kept / 2**30, total / 2**30, decoding.cache_gb)
-        LOGGER.info("%d %s: %.2f of %.2f GiB kept in memory (bound %g)", len(self), what, *gib)
-
-    def __len__(self) -> int:
-        """Count the files."""
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Return one decoded file."""
-        kept = self._kept[index]
-        return kept if kept is not None else self._read(self._paths[index])
-
-    def _read(self, path: Path) -> Sample:
-        how = self._decoding
-        sample = read_sample(
-            path, ndim=self._ndim, num_classes=how.num_classes, needs_label=how.labelled, channels=how.channels
-        )
-        return replace(sample, image=sample.image.astype(how.dtype, copy=False))
 
 
 def sample_rng(*numbers: int | str) -> np.random.Generator:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dataloaders.datasets import SLICE, DataSet, Duplicate, missing_classes
+from dataloaders.datasets import SLICE, DataSet, Duplicate, missing_classes, texts_of
 from dataloaders.own import DESCRIPTION
 from dataloaders.scans.convert import few
 from sdcl.runs.errors import UserError
@@ -149,7 +149,7 @@ def same_preprocessing(findings: Sequence[Finding], data_set: DataSet) -> list[P
     paths = [f.path for f in findings if f.shape]
     try:
         if paths:
-            data_set.preprocessing_of(paths)
+            data_set.preprocessing_of(texts_of(paths))
     except UserError as error:
         return [Problem("files", "preprocessing", str(error))]
     return []

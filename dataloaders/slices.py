@@ -1,6 +1,5 @@
 """Single slices for training and volumes of slices for evaluation; what 2D data sets share."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +9,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from dataloaders.cache import UNREAD, Cache, Cases, Decoding
+from dataloaders.checked import Checked
 from dataloaders.checks import check_apart, check_dimensions
-from dataloaders.datasets import SLICE, DataSet, StudyData, check_classes, find_file
-from dataloaders.files import Cache, Decoding, read_affine, read_list, read_sample, read_spacing, with_channels
+from dataloaders.datasets import SLICE, DataSet, check_classes, find_file, texts_of
+from dataloaders.files import read_list, read_sample, with_channels
 from dataloaders.streams import Streams
+from dataloaders.study import StudyData, texts_in
 from dataloaders.transforms import Augmentation, apply_index, augmentation_index, shift_intensity
 from sdcl.inference import Slabs, slice_slabs
-from sdcl.runs.config import patch_of
 from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
 from sdcl.scoring.evaluation import Case, Decision, Task
@@ -54,29 +55,35 @@ class Slices:
         names: slices to read.
         decoding: how their files are decoded, checked and kept.
         augmentation: what they go through then.
+        checked: see Cache.
+
+    Attributes:
+        cache: of the files.
 
     Raises:
         UserError: a file is missing or wrong.
     """
 
-    def __init__(self, root_path: Path, names: Sequence[str], decoding: Decoding, augmentation: Augmentation):
+    def __init__(
+        self,
+        root_path: Path,
+        names: Sequence[str],
+        decoding: Decoding,
+        augmentation: Augmentation,
+        checked: Checked = UNREAD,
+    ):
         self._augmentation, self._names = augmentation, list(names)
-        self._cache = Cache([find_file(root_path, name) for name in names], "slices", 2, decoding)
-
-    def zoomed_to(self, size: tuple[int, int]) -> "Slices":
-        """Return the same slices, of another size (H, W); what is decoded is shared."""
-        other = copy.copy(self)
-        other._augmentation = replace(self._augmentation, size=size)
-        return other
+        what = f"{'labelled' if decoding.labelled else 'unlabelled'} slices"
+        self.cache = Cache([find_file(root_path, name) for name in names], what, 2, decoding, checked)
 
     def __len__(self) -> int:
         """Count the slices."""
-        return len(self._cache)
+        return len(self.cache)
 
     @property
     def classes(self) -> set[int]:
         """Return the classes in the labels, background included."""
-        return self._cache.classes
+        return self.cache.classes
 
     def name(self, index: int) -> str:
         """Return a slice's name."""
@@ -84,7 +91,7 @@ class Slices:
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         """Return an augmented slice: image (channels, H, W) float32 and label (H, W) uint8, or None without labels."""
-        case = self._cache[index]
+        case = self.cache[index]
         view = augmentation_index(case.shape, self._augmentation, rng)
         label = None if case.label is None else apply_index(case.label, view)
         image = with_channels(apply_index(case.image, view), 2)
@@ -103,8 +110,10 @@ def read_volumes(root_path: Path, split: str, data_set: DataSet) -> list[Case]:
     cases = []
     for name in read_list(root_path / "data_split" / f"{split}.list"):
         path = find_file(root_path, name)
-        sample = read_sample(path, ndim=3, num_classes=data_set.num_classes, channels=data_set.channels)
-        cases.append(Case(name, sample.image, sample.label, read_spacing(path), read_affine(path)))
+        sample = read_sample(
+            path, ndim=3, num_classes=data_set.num_classes, channels=data_set.channels, needs_geometry=True
+        )
+        cases.append(Case(name, sample.image, sample.label, sample.spacing, sample.affine))
     return cases
 
 
@@ -151,24 +160,25 @@ class SliceData(StudyData):
                 f"--labelnum {config.labelnum} leaves no unlabelled patients: lower it, or give --self_iterations 0 "
                 "for supervised pre-training alone."
             )
-        labelled = self._slices(names[0], labelled=True)
+        checked = self.read_checked()
+        labelled = self._slices(names[0], True, checked)
         check_classes(labelled.classes, self._data_set)
-        unlabelled = self._slices(names[1], labelled=False) if config.self_iterations and names[1] else None
+        unlabelled = self._slices(names[1], False, checked) if config.self_iterations and names[1] else None
         used = [*names[0], *names[1]]
         has_val = (root / "data_split" / "val.list").exists() or config.select == "val"
+        val_names = read_list(root / "data_split" / "val.list") if has_val else []
+        validation = self._volumes(val_names, checked)
+        caches = [labelled.cache, *([] if unlabelled is None else [unlabelled.cache])]
         return Training(
             task=self._task(config.patch_size),
-            streams=lambda stage: Streams(
-                labelled.zoomed_to(patch_of(config, stage)),
-                unlabelled if stage == "self_train" else None,
-                config,
-                stage,
-            ),
+            streams=lambda stage: Streams(labelled, unlabelled if stage == "self_train" else None, config, stage),
             lists={"labelled": names[0], "unlabelled": names[1]},
             trained_on=list(dict.fromkeys(name.rsplit(SLICE, 1)[0] for name in used)),
-            validation_cases=read_volumes(root, "val", self._data_set) if has_val else [],
+            validation_cases=Cases(val_names, validation),
             validated_on="val",
-            facts=self._facts(used),
+            facts=self._data_set.facts("argmax", texts_in(*caches)),
+            waiting_bytes=sum(cache.waiting_bytes for cache in (*caches, validation)),
+            keep=lambda folder: self.keep(folder, checked, [*caches, validation]),
         )
 
     def scoring(self, trained: dict[str, Any]) -> Scoring:
@@ -176,23 +186,29 @@ class SliceData(StudyData):
         check_dimensions(SimpleNamespace(**trained), 2)
         root, split = self._config.root_path, self._config.split
         decision = Decision("argmax", 26 if self._config.largest_component else None)
+        names = read_list(root / "data_split" / f"{split}.list")
         return Scoring(
             task=replace(self._task(trained["patch_size"]), decision=decision),
             read_cases=lambda: read_volumes(root, split, self._data_set),
             split=split,
-            facts=self._facts(read_list(root / "data_split" / f"{split}.list")),
+            facts=self._data_set.facts("argmax", texts_of(map(self._path_of, names))),
         )
 
-    def _slices(self, names: Sequence[str], labelled: bool) -> Slices:
+    def _slices(self, names: Sequence[str], labelled: bool, checked: Checked) -> Slices:
         config = self._config
         decoding = Decoding(self._data_set.num_classes, labelled, config.cache_gb, channels=self._data_set.channels)
         augmentation = Augmentation(
             config.patch_size, config.augment_probability, config.max_angle_deg, config.intensity
         )
-        return Slices(config.root_path, names, decoding, augmentation)
+        return Slices(config.root_path, names, decoding, augmentation, checked)
 
-    def _facts(self, names: Sequence[str]) -> dict[str, Any]:
-        return self._data_set.facts("argmax", [find_file(self._config.root_path, name) for name in names])
+    def _volumes(self, names: Sequence[str], checked: Checked) -> Cache:
+        how = self._data_set
+        decoding = Decoding(how.num_classes, True, self._config.cache_gb, channels=how.channels, needs_geometry=True)
+        return Cache([self._path_of(name) for name in names], "volumes to validate on", 3, decoding, checked)
+
+    def _path_of(self, name: str) -> Path:
+        return find_file(self._config.root_path, name)
 
     def _task(self, size: Sequence[int]) -> Task:
         """Return what the data set fixes, predicting at a size (H, W) of the networks' input."""

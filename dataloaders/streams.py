@@ -107,6 +107,7 @@ class Streams:
         self._mine = slice(ranks.rank() * share, (ranks.rank() + 1) * share)
         self._is_pinned = order.device not in ("cpu", "mps", "xpu") and torch.cuda.is_available()
         self._seed = (order.seed, stage or ("pre_train" if unlabelled is None else "self_train"))
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}
         lengths = [len(cases) * repeat // order.batch_size for cases, repeat in self._sets.values()]
         self.iterations_per_epoch = min(lengths)
         if self.iterations_per_epoch == 0:
@@ -179,12 +180,13 @@ class Streams:
         """Return the indices of the cases that a stream reads for an iteration."""
         epoch, position = divmod(iteration, self.iterations_per_epoch)
         cases, repeat = self._sets[kind]
-        order = self._order(len(cases), repeat, epoch, kind + direction)
-        return order[position * self._batch_size : (position + 1) * self._batch_size]
-
-    def _order(self, count: int, repeat: int, epoch: int, stream: str) -> np.ndarray:
-        """Return the order in which a stream reads its repeated list in an epoch."""
+        places = np.arange(position * self._batch_size, (position + 1) * self._batch_size)
         if self._shuffle:
-            return sample_rng(*self._seed, stream, epoch).permutation(count * repeat) % count
-        order = np.tile(np.arange(count), repeat)
-        return order if stream.endswith("a") else order[::-1]
+            return self._shuffled(len(cases) * repeat, epoch, kind + direction)[places] % len(cases)
+        return (places if direction == "a" else len(cases) * repeat - 1 - places) % len(cases)
+
+    def _shuffled(self, count: int, epoch: int, stream: str) -> np.ndarray:
+        """Return a stream's order of an epoch; the last one is kept, which the next iterations read too."""
+        if self._orders.get(stream, (None, None))[0] != epoch:
+            self._orders[stream] = epoch, sample_rng(*self._seed, stream, epoch).permutation(count)
+        return self._orders[stream][1]

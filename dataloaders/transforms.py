@@ -13,6 +13,21 @@ Crop = Literal["random", "centre"]
 OUTSIDE = -1  # index of pixels that a rotation brings in from beyond the image; they become 0
 
 
+@dataclass(frozen=True)
+class Cropping:
+    """What volumes go through at each reading.
+
+    Attributes:
+        size: sides of the crop, in voxels.
+        crop: where it lies.
+        intensity: strength of what shift_intensity() does afterwards.
+    """
+
+    size: Sequence[int]
+    crop: Crop = "random"
+    intensity: float = 0.0
+
+
 def crop_corner(
     shape: Sequence[int], patch_size: Sequence[int], rng: np.random.Generator | None
 ) -> tuple[list[int], list[int]]:

@@ -1,6 +1,5 @@
 """Cropped 3D training volumes and whole evaluation volumes; what LA and Pancreas share."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,22 +9,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from dataloaders.cache import UNREAD, Cache, Cases, Decoding
+from dataloaders.checked import Checked
 from dataloaders.checks import check_apart, check_dimensions
-from dataloaders.datasets import DataSet, StudyData, check_classes
-from dataloaders.files import (
-    Cache,
-    Decoding,
-    has_label,
-    read_affine,
-    read_list,
-    read_sample,
-    read_spacing,
-    with_channels,
-)
+from dataloaders.datasets import DataSet, check_classes, texts_of
+from dataloaders.files import has_label, read_list, read_sample, with_channels
 from dataloaders.streams import Streams
-from dataloaders.transforms import Crop, crop_corner, cropped, shift_intensity
+from dataloaders.study import StudyData, texts_in
+from dataloaders.transforms import Crop, Cropping, crop_corner, cropped, shift_intensity
 from sdcl.inference import Slabs, Windows, window_slabs
-from sdcl.runs.config import patch_of
 from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
 from sdcl.scoring.evaluation import Case, Decision, Task
@@ -40,35 +32,36 @@ class CroppedVolumes:
     Args:
         paths: the files, by the case's name.
         decoding: how they are decoded, checked and kept.
-        patch_size: sides of the samples, in voxels.
-        crop: "random" or "centre".
-        intensity: strength of what shift_intensity() does with a crop.
+        cropping: what they go through then.
+        checked: see Cache.
+
+    Attributes:
+        cache: of the files.
 
     Raises:
         UserError: a file is missing or wrong.
     """
 
     def __init__(
-        self, paths: Mapping[str, Path], decoding: Decoding, patch_size: Sequence[int], crop: Crop, intensity: float = 0
+        self,
+        paths: Mapping[str, Path],
+        decoding: Decoding,
+        cropping: Cropping,
+        checked: Checked = UNREAD,
     ):
-        self._patch_size, self._crop, self._intensity = tuple(patch_size), crop, intensity
+        self._cropping = cropping
         self._names = list(paths)
-        self._cache = Cache(list(paths.values()), "volumes", 3, decoding)
-
-    def cropped_to(self, patch_size: Sequence[int]) -> "CroppedVolumes":
-        """Return the same volumes, in crops of other sides; what is decoded is shared."""
-        other = copy.copy(self)
-        other._patch_size = tuple(patch_size)
-        return other
+        what = f"{'labelled' if decoding.labelled else 'unlabelled'} volumes"
+        self.cache = Cache(list(paths.values()), what, 3, decoding, checked)
 
     def __len__(self) -> int:
         """Count the volumes."""
-        return len(self._cache)
+        return len(self.cache)
 
     @property
     def classes(self) -> set[int]:
         """Return the classes in the labels, background included."""
-        return self._cache.classes
+        return self.cache.classes
 
     def name(self, index: int) -> str:
         """Return a case's name."""
@@ -76,11 +69,11 @@ class CroppedVolumes:
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         """Return a crop: image (channels, X, Y, Z) float32 and label (X, Y, Z) uint8, or None without labels."""
-        case = self._cache[index]
-        where = crop_corner(case.shape, self._patch_size, rng if self._crop == "random" else None)
-        image = cropped(case.image, *where, self._patch_size).astype(np.float32, copy=False)
-        label = None if case.label is None else cropped(case.label, *where, self._patch_size)
-        return shift_intensity(with_channels(image, 3), self._intensity, rng), label
+        case, how = self.cache[index], self._cropping
+        where = crop_corner(case.shape, how.size, rng if how.crop == "random" else None)
+        image = cropped(case.image, *where, how.size).astype(np.float32, copy=False)
+        label = None if case.label is None else cropped(case.label, *where, how.size)
+        return shift_intensity(with_channels(image, 3), how.intensity, rng), label
 
 
 def read_volumes(
@@ -100,10 +93,11 @@ def read_volumes(
     cases = []
     for name in names:
         path = data_set.path_of(root_path, name)
-        sample = read_sample(path, ndim=3, num_classes=data_set.num_classes, channels=data_set.channels)
+        sample = read_sample(
+            path, ndim=3, num_classes=data_set.num_classes, channels=data_set.channels, needs_geometry=not spacing
+        )
         data_set.check_label(path, sample)
-        sides = tuple(spacing) if spacing else read_spacing(path)
-        cases.append(Case(name, sample.image, sample.label, sides, None if spacing else read_affine(path)))
+        cases.append(Case(name, sample.image, sample.label, tuple(spacing or ()) or sample.spacing, sample.affine))
     return cases
 
 
@@ -181,24 +175,29 @@ class VolumeData(StudyData):
         """
         config = self._config
         labelled, unlabelled, scored = self._split(needs_unlabelled)
-        labelled_set = self._volumes(labelled, "random", True)
+        checked = self.read_checked()
+
+        def read(names: Sequence[str], crop: Crop, has_labels: bool) -> CroppedVolumes:
+            paths = {name: self._path_of(name) for name in names}
+            cropping = Cropping(config.patch_size, crop, config.intensity)
+            return CroppedVolumes(paths, self._decoding(has_labels), cropping, checked)
+
+        labelled_set = read(labelled, "random", True)
         check_classes(labelled_set.classes, self._data_set)
-        reads_unlabelled = bool(config.self_iterations and unlabelled)
-        second = self._volumes(unlabelled, config.unlabelled_crop, False) if reads_unlabelled else None
-        used = labelled + (unlabelled if config.self_iterations else [])
+        second = read(unlabelled, config.unlabelled_crop, False) if config.self_iterations and unlabelled else None
+        decoding = replace(self._decoding(True), dtype="float32", needs_geometry=True)
+        validation = Cache(list(map(self._path_of, scored)), "volumes to validate on", 3, decoding, checked)
+        caches = [labelled_set.cache, *([] if second is None else [second.cache])]
         return Training(
             task=self._task(config.patch_size, config.stride),
-            streams=lambda stage: Streams(
-                labelled_set.cropped_to(patch_of(config, stage)),
-                second if stage == "self_train" else None,
-                config,
-                stage,
-            ),
+            streams=lambda stage: Streams(labelled_set, second if stage == "self_train" else None, config, stage),
             lists={"labelled": labelled, "unlabelled": unlabelled},
             trained_on=[*labelled, *unlabelled],
-            validation_cases=read_volumes(scored, config.root_path, self._data_set),
+            validation_cases=Cases(scored, validation),
             validated_on="test" if config.select == "test" else "val",
-            facts=self._facts(used),
+            facts=self._data_set.facts(config.decision_rule, texts_in(*caches)),
+            waiting_bytes=sum(cache.waiting_bytes for cache in (*caches, validation)),
+            keep=lambda folder: self.keep(folder, checked, [*caches, validation]),
         )
 
     def scoring(self, trained: dict[str, Any]) -> Scoring:
@@ -214,7 +213,7 @@ class VolumeData(StudyData):
             task=replace(self._task(size, stride, config.window_weighting, config.tta), decision=decision),
             read_cases=lambda: read_volumes(names, config.root_path, self._data_set, config.spacing),
             split=split,
-            facts=self._facts(names),
+            facts=self._data_set.facts(config.decision_rule, texts_of(map(self._path_of, names))),
         )
 
     def _scored(self, split: str, trained: dict[str, Any]) -> list[str]:
@@ -253,17 +252,9 @@ class VolumeData(StudyData):
     def _path_of(self, name: str) -> Path:
         return self._data_set.path_of(self._config.root_path, name)
 
-    def _volumes(self, names: Sequence[str], crop: Crop, has_labels: bool) -> CroppedVolumes:
-        config, data_set = self._config, self._data_set
-        check = data_set.check_label
-        decoding = Decoding(
-            data_set.num_classes, has_labels, config.cache_gb, config.cache_dtype, check, data_set.channels
-        )
-        paths = {name: self._path_of(name) for name in names}
-        return CroppedVolumes(paths, decoding, config.patch_size, crop, config.intensity)
-
-    def _facts(self, names: Sequence[str]) -> dict[str, Any]:
-        return self._data_set.facts(self._config.decision_rule, [self._path_of(name) for name in names])
+    def _decoding(self, labelled: bool) -> Decoding:
+        config, how = self._config, self._data_set
+        return Decoding(how.num_classes, labelled, config.cache_gb, config.cache_dtype, how.check_label, how.channels)
 
     def _task(self, size: Sequence[int], stride: Sequence[int], *how: Any) -> Task:
         """Return what the data set fixes, predicting by windows of a size and stride; how: see sliding_window()."""

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dataloaders import la, pancreas
-from dataloaders.files import Decoding, read_list, sample_rng
+from dataloaders.cache import Decoding
+from dataloaders.files import read_list, sample_rng
 from dataloaders.phantom import write_la
-from dataloaders.transforms import crop_corner, cropped
+from dataloaders.transforms import Cropping, crop_corner, cropped
 from dataloaders.volumes import CroppedVolumes, read_volumes, split_labelled
 from sdcl.inference import Windows, sliding_window, window_slabs, window_starts
 from sdcl.runs.config import parse
@@ -75,7 +76,7 @@ def test_crops_are_the_published_ones(shape, patch, seed, is_random):
 def test_crops_of_a_case_follow_the_generator_and_image_and_label_agree(tmp_path):
     label = (np.arange(8 * 9 * 10).reshape(8, 9, 10) % 2).astype(np.uint8)
     path = write_h5(tmp_path / "a.h5", image=label.astype(np.float32), label=label)
-    volumes = CroppedVolumes({"a": path}, Decoding(2, True, 1, "float16"), (4, 4, 4), "random")
+    volumes = CroppedVolumes({"a": path}, Decoding(2, True, 1, "float16"), Cropping((4, 4, 4)))
     crops = [volumes.sample(0, sample_rng(k))[0] for k in range(30)]
     for k in range(30):
         image, target = volumes.sample(0, sample_rng(k))
@@ -408,7 +409,7 @@ def test_three_classes_from_data_to_table(tmp_path):
 
     names = read_list(root / "data_split" / "train.txt")
     labelled, unlabelled = (
-        CroppedVolumes({n: la.path_of(root, n) for n in part}, Decoding(3, has, 1), (32, 16, 16), "random")
+        CroppedVolumes({n: la.path_of(root, n) for n in part}, Decoding(3, has, 1), Cropping((32, 16, 16)))
         for part, has in ((names[:2], True), (names[2:], False))
     )
     config = SimpleNamespace(

@@ -15,7 +15,8 @@ from test_joining import lists, save
 from test_raw import run
 from torch import nn
 
-from dataloaders.files import Decoding, read_sample, sample_rng
+from dataloaders.cache import Decoding
+from dataloaders.files import read_sample, sample_rng
 from dataloaders.import_nifti import Config
 from dataloaders.import_nifti import main as import_nifti
 from dataloaders.import_nnunet import Config as NnunetConfig
@@ -26,7 +27,7 @@ from dataloaders.scans.joining import read_table
 from dataloaders.scans.preprocessing import Preprocessing, prepare, prepare_channels
 from dataloaders.scans.reading import read_scan
 from dataloaders.slices import Slices
-from dataloaders.transforms import Augmentation, crop_corner, cropped
+from dataloaders.transforms import Augmentation, Cropping, crop_corner, cropped
 from dataloaders.volumes import CroppedVolumes
 from sdcl.inference import slice_wise, sliding_window
 from sdcl.runs.errors import UserError
@@ -80,7 +81,7 @@ def test_crops_and_augmentations_take_the_same_place_of_every_channel_and_the_la
     image = np.stack([label * 1.0, label + 5.0]).astype(np.float32)
     volumes = CroppedVolumes(
         {"a": write(tmp_path / "a.h5", image=image, label=label)},
-        Decoding(2, True, 1, channels=("t1", "t2")), (6, 6, 6), "random",
+        Decoding(2, True, 1, channels=("t1", "t2")), Cropping((6, 6, 6)),
     )  # fmt: skip
     where = crop_corner((9, 10, 11), (6, 6, 6), sample_rng(4))
     crop, target = volumes.sample(0, sample_rng(4))

@@ -7,7 +7,8 @@ from helpers import ROOT, write_h5
 from scipy import ndimage
 
 from dataloaders.acdc import DATA_SET
-from dataloaders.files import Cache, Decoding, read_list, read_sample, sample_rng
+from dataloaders.cache import Cache, Decoding
+from dataloaders.files import read_list, read_sample, sample_rng
 from dataloaders.slices import Slices, read_volumes, split_by_patients
 from dataloaders.streams import Order, Streams
 from dataloaders.transforms import Augmentation, _rotated, apply_index, augmentation_index

@@ -11,7 +11,7 @@ from test_raw import attributes, run
 from test_scans import affine_of, write_nifti
 
 from dataloaders.acdc import DATA_SET
-from dataloaders.datasets import find_file, missing_classes
+from dataloaders.datasets import find_file, missing_classes, texts_of
 from dataloaders.files import read_list, read_text_attributes
 from dataloaders.own import read_data_set
 from dataloaders.preprocess_pancreas import in_file_order
@@ -145,7 +145,7 @@ def test_acdc_and_its_prediction_do_not_depend_on_how_a_scan_is_stored(tmp_path)
         assert facts["orientation"] == "SPL"
         found[codes] = array, mask
         slices = [find_file(tmp_path / codes / "acdc", f"patient001_frame01_slice_{k}") for k in range(1, 5)]
-        how = Preprocessing.from_dict(DATA_SET.facts("argmax", slices)["preprocessing"])
+        how = Preprocessing.from_dict(DATA_SET.facts("argmax", texts_of(slices))["preprocessing"])
         stored = nibabel.load(raw)
         scan = Scan(raw, np.asarray(stored.dataobj, np.float32), stored.affine)
 
@@ -166,7 +166,7 @@ def test_acdc_and_its_prediction_do_not_depend_on_how_a_scan_is_stored(tmp_path)
 
 
 def test_a_run_takes_the_orientation_of_its_training_files(tmp_path):
-    bare = DATA_SET.facts("argmax", [write(tmp_path / "a.h5")])["preprocessing"]
+    bare = DATA_SET.facts("argmax", texts_of([write(tmp_path / "a.h5")]))["preprocessing"]
     assert (bare["orientation"], bare["slice_axis"]) == ("LPS", "z")  # published files say nothing
     old = {key: value for key, value in json.loads(Preprocessing("minmax", None, layout="slices").to_json()).items()
            if key != "slice_axis"}  # fmt: skip
@@ -174,13 +174,13 @@ def test_a_run_takes_the_orientation_of_its_training_files(tmp_path):
         write(tmp_path / f"{name}.h5", preprocessing=json.dumps(old), orientation=axes)
         for name, axes in (("b", "SAL"), ("c", "SAL"), ("d", "SPL"))
     )
-    facts = DATA_SET.facts("argmax", [one, two])
+    facts = DATA_SET.facts("argmax", texts_of([one, two]))
     assert facts["preprocessing"]["orientation"] == "LAS" and facts["preprocessing"]["slice_axis"] == "z"
     with pytest.raises(UserError, match="the axes of .*b.h5 point to SAL, those of .*d.h5 to SPL: convert all alike"):
-        DATA_SET.facts("argmax", [one, three])
+        DATA_SET.facts("argmax", texts_of([one, three]))
     write(tmp_path / "data" / "e.h5", orientation="SPL")  # a slice made before slices said so: its volume's counts
     slice_ = write(tmp_path / "data" / "slices" / "e_slice_1.h5", preprocessing=json.dumps(old))
-    assert DATA_SET.facts("argmax", [slice_])["preprocessing"]["orientation"] == "LPS"
+    assert DATA_SET.facts("argmax", texts_of([slice_]))["preprocessing"]["orientation"] == "LPS"
 
 
 def test_a_run_of_an_earlier_version_goes_on_and_learns_where_its_axes_point(acdc_phantom, tmp_path):
@@ -249,8 +249,8 @@ def test_label_values_are_kept_by_the_data_set_and_the_run(tmp_path):
     data_set = read_data_set(tmp_path / "out")
     assert data_set.label_values == (700, 5)
     paths = [tmp_path / "out" / "data" / f"c{k}.h5" for k in range(4)]
-    assert data_set.facts("argmax", paths)["label_values"] == [700, 5]
-    assert DATA_SET.facts("argmax", [write(tmp_path / "a.h5")])["label_values"] == [1, 2, 3]
+    assert data_set.facts("argmax", texts_of(paths))["label_values"] == [700, 5]
+    assert DATA_SET.facts("argmax", texts_of([write(tmp_path / "a.h5")]))["label_values"] == [1, 2, 3]
     text = run(IMPORT, *flags, *chosen, "--merge", "6:5", "7:5", "--ignore", 9, fails=True)
     assert "is of an import with other merge: give --overwrite" in text
 

@@ -7,7 +7,8 @@ from helpers import ROOT
 from medpy.metric import binary
 
 from dataloaders import acdc, la, slices
-from dataloaders.files import Decoding, read_list, read_sample
+from dataloaders.cache import Decoding
+from dataloaders.files import read_list, read_sample
 from dataloaders.transforms import Augmentation
 from sdcl.metrics import case_metrics
 

@@ -1,14 +1,13 @@
-"""Options beside the published training: schedules, AdamW, EMA warm-up, intensity, smaller inputs, recipes."""
+"""Options beside the published training: schedules, AdamW, EMA warm-up, intensity, recipes."""
 
 import dataclasses
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, method
+from helpers import method
 from hypothesis import given
 from hypothesis import strategies as st
 from test_3d import call, load
@@ -123,7 +122,7 @@ def test_published_values_are_the_defaults(script):
     given = ["--root_path", "x"] if script == "own_train.py" else []
     config = parse(load(script).Config, given)
     assert (config.lr_schedule, config.warmup, config.weight_decay) == ("constant", 0, 0.0)
-    assert (config.ema_warmup, config.intensity, config.pre_patch_size) == (False, 0.0, None)
+    assert (config.ema_warmup, config.intensity) == (False, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,6 @@ def test_published_values_are_the_defaults(script):
             ["--warmup", "50", "--pre_iterations", "50"],
             "--warmup is 50: it must be below --pre_iterations, which is 50",
         ),
-        (["--pre_patch_size", "60", "64"], "--pre_patch_size is 60 64: every side must be a multiple of 16"),
         (["--lr_schedule", "step"], "invalid choice 'step'"),
         (["--recipe", "faster"], "invalid choice 'faster' for argument '--recipe'"),
     ],
@@ -180,30 +178,12 @@ def test_every_method_takes_a_recipe(name):
             check_settings(config)
 
 
-def test_smaller_inputs_first(acdc_phantom, tmp_path):
-    """The real script: stage 1's batches are small, stage 2's are not, and the run says what it was."""
-
+def test_a_real_run_with_all_of_them(acdc_phantom, tmp_path):
     call(
         "ACDC_train.py", "--root_path", acdc_phantom, "--models_path", tmp_path, "--labelnum", 2, "--batch_size", 2,
-        "--patch_size", 64, 64, "--pre_patch_size", 32, 32, "--pre_iterations", 2, "--self_iterations", 2,
+        "--patch_size", 32, 32, "--pre_iterations", 2, "--self_iterations", 2,
         "--lr_schedule", "cosine", "--warmup", 1, "--intensity", 0.3, "--ema_warmup", "--weight_decay", 0.01,
         "--select", "last",
     )  # fmt: skip
     kept = json.loads((tmp_path / "acdc_SDCL_2_labeled" / "config.json").read_text(encoding="utf-8"))["config"]
-    assert (kept["pre_patch_size"], kept["lr_schedule"], kept["recipe"]) == ([32, 32], "cosine", "published")
-
-
-def test_streams_of_both_stages_have_their_sizes(acdc_phantom):
-    from dataloaders.acdc import DATA_SET
-    from dataloaders.slices import SliceData
-
-    config = parse(
-        load("ACDC_train.py").Config,
-        ["--root_path", str(acdc_phantom), "--labelnum", "2", "--batch_size", "2", "--patch_size", "64", "48",
-         "--pre_patch_size", "32", "32"],
-    )  # fmt: skip
-    training = SliceData(DATA_SET, config).training()
-    shapes = [next(training.streams(s).batches(0, 1))["x_a"].shape[2:] for s in ("pre_train", "self_train")]
-    assert shapes == [(32, 32), (64, 48)]
-    assert SimpleNamespace(**vars(config)).patch_size == (64, 48)
-    assert (ROOT / "docs" / "speedrun.md").exists()
+    assert (kept["lr_schedule"], kept["warmup"], kept["recipe"]) == ("cosine", 1, "published")

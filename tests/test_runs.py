@@ -12,7 +12,8 @@ import pytest
 import torch
 from helpers import method
 
-from dataloaders.files import Decoding, read_list
+from dataloaders.cache import Decoding
+from dataloaders.files import read_list
 from dataloaders.slices import Slices
 from dataloaders.streams import Order, Streams
 from dataloaders.transforms import Augmentation

@@ -33,7 +33,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     gpu: int = 0  # number of the GPU, from 0
     workers: int = 1  # what prepares batches, the same ones: 1: a thread; more: so many processes
-    cache_gb: float = 8.0  # memory for decoded volumes of each list, GiB; beyond it files are read again each time
+    cache_gb: float = 8.0  # memory for decoded volumes of each of up to 3 lists, GiB; the rest waits in a file on disk
     log_every: int = 20  # iterations between readings of the losses
     save_every: int = 100  # iterations between checkpoints, beside those at each validation
     save_minutes: float = 10.0  # minutes between checkpoints, whichever comes first; 0: iterations alone count
@@ -46,7 +46,6 @@ class Config:
 
     # --- data (docs/method.md, "Order of the data") ---
     patch_size: tuple[int, int, int] = (96, 96, 96)  # crop, voxels; multiples of 16
-    pre_patch_size: tuple[int, int, int] | None = None  # pre-training's, smaller to be faster; None: the same
     batch_size: int = 2  # crops in each of the four batches of an iteration
     labelled_repeat: int = 5  # times the labelled list is read in an epoch (30 iterations, then 25)
     unlabelled_repeat: int = 1  # times the unlabelled list is read in an epoch

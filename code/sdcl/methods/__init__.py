@@ -13,8 +13,7 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 from sdcl.steps import TEACHER, Batch, Learners, Losses, Settings, pretrain_step
 
-# Fields that stage 1 reads.
-STAGE_ONE = ("pre_iterations", "pre_patch_size", "pre_dice", "pre_val_from", "pre_val_every", "mask_fraction")
+STAGE_ONE = ("pre_iterations", "pre_dice", "pre_val_from", "pre_val_every", "mask_fraction")  # fields that it reads
 Step = Callable[[Learners, Batch, Tensor, Settings], Losses]
 
 

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sdcl import ranks
 from sdcl.methods import get
 from sdcl.networks import build_network
-from sdcl.runs.config import patch_of
 from sdcl.runs.devices import computes_bf16
 from sdcl.runs.folder import LOGGER
 from sdcl.scoring.evaluation import Predictors
@@ -123,7 +122,7 @@ def plan_of(config: Any, sizes: tuple[int, int], stage: str) -> Plan:
     num_classes, channels = sizes
     method = get(config.method)
     names = [getattr(config, role) for role in ("student_a", "student_b")]
-    shape = (config.batch_size // ranks.count(), channels, *patch_of(config, stage))
+    shape = (config.batch_size // ranks.count(), channels, *config.patch_size)
     if stage == "pre_train":
         heaviest = max(names, key=lambda name: kept_bytes(name, num_classes, shape, config.precision == "bf16"))
         return Plan((heaviest,), None, num_classes, shape, config.precision)
@@ -186,20 +185,22 @@ def tell_memory_of_test(
         )
 
 
-def tell_memory(plans: Sequence[tuple[str, Plan]], device: torch.device) -> None:
+def tell_memory(plans: Sequence[tuple[str, Plan]], device: torch.device, waiting_bytes: int = 0) -> None:
     """Say how much memory stages will take, and, where that is more than there is, which settings would fit.
 
     Args:
         plans: of each stage, by its name.
         device: where they compute.
+        waiting_bytes: see sdcl.runs.data.Training; they lie in the memory of a CPU.
     """
     held = held_gib() if device.type == "cpu" else 0.0
+    waiting = waiting_bytes / GIB if device.type == "cpu" else 0.0
     free = free_gib(device)
-    told = ", ".join(f"{plan.gib + held:.1f} GiB in {stage}" for stage, plan in plans)
+    told = ", ".join(f"{plan.gib + held + waiting:.1f} GiB in {stage}" for stage, plan in plans)
     LOGGER.info("memory: about %s%s", told, "" if free is None else f"; {free + held:.1f} GiB are free on {device}")
     heaviest = max((plan for _, plan in plans), key=lambda plan: plan.gib, default=None)
-    if heaviest is not None and free is not None and heaviest.gib > free:
-        LOGGER.warning("WARNING: that is more than there is: %s", what_fits(heaviest, free, device))
+    if heaviest is not None and free is not None and heaviest.gib > free - waiting:
+        LOGGER.warning("WARNING: that is more than there is: %s", what_fits(heaviest, free - waiting, device))
 
 
 def what_fits(plan: Plan, free: float, device: torch.device) -> str:

@@ -71,12 +71,6 @@ TOLD = (
 )
 
 
-def patch_of(config: Any, stage: str) -> tuple[int, ...]:
-    """Return the sides of a stage's inputs, in voxels, by a header: pre_train's own where it has some."""
-    own = config.pre_patch_size if stage == "pre_train" else None
-    return own or config.patch_size
-
-
 def ramp_length(rampup: int | None, iterations: int) -> int:
     """Return the ramp's length T, iterations: what the header says, else two fifths of self-training's."""
     return round(RAMP_SHARE * iterations) if rampup is None else rampup
@@ -297,18 +291,17 @@ def check_common(config: Any) -> None:
     if not all(math.isfinite(side) and side > 0 for side in values.get("spacing", ())):
         raise UserError(f"--spacing is {' '.join(map(str, config.spacing))}: every side must be above 0 mm.")
     if "patch_size" in values:
-        for name in ("patch_size", "pre_patch_size"):
-            _check_patch(name, values.get(name, config.patch_size), values.get("mask_fraction"))
+        _check_patch(config.patch_size, values.get("mask_fraction"))
 
 
-def _check_patch(name: str, patch_size: tuple[int, ...], mask_fraction: float | None) -> None:
+def _check_patch(patch_size: tuple[int, ...], mask_fraction: float | None) -> None:
     if any(side <= 0 or side % SIDE_DIVISOR for side in patch_size):
         raise UserError(
-            f"--{name} is {' '.join(map(str, patch_size))}: every side must be a multiple of "
+            f"--patch_size is {' '.join(map(str, patch_size))}: every side must be a multiple of "
             f"{SIDE_DIVISOR}, since the networks halve it four times."
         )
     if math.prod(patch_size) == SIDE_DIVISOR ** len(patch_size):
-        raise UserError(f"--{name} leaves a single voxel at the networks' bottom, which no normalisation can use.")
+        raise UserError("--patch_size leaves a single voxel at the networks' bottom, which no normalisation can use.")
     if mask_fraction not in (None, 0) and not (
         0 < mask_fraction < 1 and all(0 < int(side * mask_fraction + 1e-9) < side for side in patch_size)
     ):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sdcl.scoring.evaluation import Case, Task
@@ -18,9 +19,13 @@ class Training:
         streams: makes a stage's batches.
         lists: names of the cases that the run reads, by what they are for: a run does not go on with others.
         trained_on: the training cases, as tests name them: a test says which of its cases are among them.
-        validation_cases: volumes to validate on; none: nothing is validated or selected.
+        validation_cases: volumes to validate on, which may be read as they are asked for; none: nothing is validated or
+            selected.
         validated_on: their name, "val" or "test".
         facts: what config.json keeps of the data set, under "task".
+        waiting_bytes: memory that data will take beside what they take already, since they are decoded when first used.
+        keep: called with the run's folder once everything has passed and the folder is this process's, to keep there
+            what a later start or this run itself finds useful; nothing needs it.
     """
 
     task: Task
@@ -30,6 +35,8 @@ class Training:
     validation_cases: Sequence[Case]
     validated_on: str
     facts: dict[str, Any]
+    waiting_bytes: int = 0
+    keep: Callable[[Path], None] = lambda folder: None
 
 
 @dataclass(frozen=True)

@@ -163,9 +163,9 @@ def wait() -> None:
     agree(0)
 
 
-def share(things: Sequence[T]) -> list[T]:
+def share(things: Sequence[T]) -> Sequence[T]:
     """Return this process's part of things that any of them can do: every so many-th."""
-    return list(things[ranks.rank() :: ranks.count()])
+    return things[ranks.rank() :: ranks.count()]
 
 
 def collect(mine: Any) -> list[Any]:

@@ -37,7 +37,7 @@ from sdcl.runs.folder import (
     trained_among,
 )
 from sdcl.runs.weights import check_prepared, find_weights
-from sdcl.scoring.evaluation import STUDENTS
+from sdcl.scoring.evaluation import STUDENTS, names_of
 from sdcl.scoring.report import test_report, validator
 from sdcl.training import make_learners, pretrain, self_train, validation_iterations
 
@@ -103,13 +103,14 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     share_weights(learners.networks.values())
     pretrained = first(lambda: _check_stages(config, folder, given.facts))
     plans = [(stage, plan_of(config, given.task.sizes, stage)) for stage in stages]
-    tell_memory(plans, device)
+    tell_memory(plans, device, given.waiting_bytes)
     common = {"settings": config, "validate": validator(given.validation_cases, given.task)}
     common |= {"validated_on": given.validated_on, "config": resolved(config)}
     with claimed_by_first(folder):
-        validation = [case.name for case in given.validation_cases]
+        validation = names_of(given.validation_cases)
         reads = Reads({**given.lists, "validation": validation}, given.facts, given.trained_on, pretrained)
         first(lambda: open_run(folder, resolved(config), reads, device))
+        given.keep(folder)
         known = {*given.trained_on, *(pretrained or {}).get("trained_on", ())}
         if seen := [name for name in validation if name in known]:
             LOGGER.warning("NOTE: training reads %d of the cases it is validated on (%s).", len(seen), _few(seen))
@@ -138,7 +139,7 @@ def _check_same(config: Any, given: Training) -> None:
     """Refuse processes of one run with other settings or other data than the first one's."""
     settings = {f"--{name}": v for name, v in as_dict(config).items() if name not in OF_A_MACHINE}
     cases = {f"{name} cases": list(names) for name, names in given.lists.items()}
-    check_same(settings | cases | {"validation cases": [c.name for c in given.validation_cases], "data": given.facts})
+    check_same(settings | cases | {"validation cases": names_of(given.validation_cases), "data": given.facts})
 
 
 def _check_processes(config: Any) -> None:

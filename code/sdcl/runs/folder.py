@@ -40,7 +40,7 @@ ADDED_FIELDS = {
     "method": "sdcl", "correct": "discrepancy", "largest_component": "yes", "teacher_dropout": "yes",
     "consistency_weight": 0.1, "rampup": None, "noise": 0.1, "passes": 8, "paste": "yes",
     "lr_schedule": "constant", "warmup": 0, "weight_decay": 0.0, "ema_warmup": False, "intensity": 0.0,
-    "pre_patch_size": None, "recipe": "published",
+    "recipe": "published",
 }  # fmt: skip
 COMPLETED_LATER = frozenset({"orientation", "slice_axis", "label_values"})  # facts that earlier versions lacked
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")
@@ -372,7 +372,8 @@ def trained_among(folder: Path, cases: Sequence[str]) -> list[str]:
     """Return those cases that a run was trained on, as far as its config.json tells."""
     path = folder / "config.json"
     trained_on = _read_content(path).get("trained_on") if path.exists() else None
-    return [name for name in cases if name in trained_on] if isinstance(trained_on, list) else []
+    known = {name for name in trained_on if isinstance(name, str)} if isinstance(trained_on, list) else set()
+    return [name for name in cases if name in known]
 
 
 class _TqdmHandler(logging.Handler):

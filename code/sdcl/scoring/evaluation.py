@@ -197,6 +197,11 @@ class Predictors:
         return [name for name in self.pictured if len(self.members[name]) == 1]
 
 
+def names_of(cases: Sequence[Case]) -> list[str]:
+    """Return cases' names; of those that are read as they are asked for without reading any."""
+    return list(cases.names) if hasattr(cases, "names") else [case.name for case in cases]
+
+
 def load_predictors(
     folder: Path,
     make_network: Callable[[str], nn.Module],

@@ -17,7 +17,7 @@ from sdcl.runs.atomic import replacing, write_text
 from sdcl.runs.distribution import collect, first, is_first, share, wait
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, MACHINE_FIELDS, duration, write_csv
-from sdcl.scoring.evaluation import Case, CaseRow, Predictors, Task, Validation, evaluate
+from sdcl.scoring.evaluation import Case, CaseRow, Predictors, Task, Validation, evaluate, names_of
 from sdcl.scoring.figures import class_colours, is_xyz, panel, save_case_figure, save_metrics_figure
 from sdcl.scoring.scored import ScoredCases, key_of
 from sdcl.scoring.tables import (
@@ -221,7 +221,7 @@ def _in_order(mine: list[CaseRow], cases: Sequence[Case]) -> list[CaseRow]:
     """Put together the rows that the processes scored, in the order of one process."""
     if ranks.count() == 1:
         return mine
-    places = {case.name: i for i, case in enumerate(cases)}
+    places = {name: i for i, name in enumerate(names_of(cases))}
     return sorted((row for rows in collect(mine) for row in rows), key=lambda row: places[row.case])
 
 
