@@ -38,6 +38,9 @@ SMALL = {
     "la": {"shape": (48, 48, 32), "batch_size": 2, "volume": (66, 48, 32)},
 }
 FAST = ("losses", "labels", "streams", "metrics")  # of the published size with --quick too
+Named = Literal[
+    "losses", "labels", "step", "streams", "evaluation", "metrics", "start", "workers", "memory", "scale", "launches"
+]  # fmt: skip
 SHORTEST_SECONDS = 0.2  # a case that takes less is done several times in a repeat
 
 
@@ -49,22 +52,7 @@ class Config:
     """
 
     quick: bool = False  # smaller networks' inputs, for a look in under 4 minutes
-    only: tuple[
-        Literal[
-            "losses",
-            "labels",
-            "step",
-            "streams",
-            "evaluation",
-            "metrics",
-            "start",
-            "workers",
-            "memory",
-            "scale",
-            "launches",
-        ],
-        ...,
-    ] = ()  # all
+    only: tuple[Named, ...] = ()  # all
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute
     repeats: int = 3  # that are timed, after one that is not
     output: Path = Path(__file__).parent / "results.json"  # the figures, as JSON

@@ -93,7 +93,7 @@ def _header(root: Path) -> SimpleNamespace:
     return SimpleNamespace(
         root_path=root, models_path=root / "models", exp="scale", labelnum=2, select="test", val_cases=0,
         self_iterations=1, cache_gb=8.0, cache_dtype="float32", patch_size=(16, 16), unlabelled_crop="random",
-        augment_probability=0.5, max_angle_deg=20, stride=(16, 16, 16), window_batch=4, precision="fp32",
+        augment_probability=0.5, max_angle_deg=20, intensity=0.0, stride=(16, 16, 16), window_batch=4, precision="fp32",
         decision_rule="argmax", batch_size=4, labelled_repeat=10, unlabelled_repeat=10, seed=1, shuffle=False,
         workers=1, device="cpu",
     )  # fmt: skip

@@ -25,7 +25,7 @@ def header(root, models, **changes):
     """Return what data ask of a training script's header."""
     fields = {
         "root_path": root, "models_path": models, "exp": "x", "labelnum": 2, "select": "test", "val_cases": 0,
-        "self_iterations": 1, "cache_gb": 1.0, "cache_dtype": "float32",
+        "self_iterations": 1, "cache_gb": 1.0, "intensity": 0.0, "cache_dtype": "float32",
         "unlabelled_crop": "random", "augment_probability": 0.5, "max_angle_deg": 20, "stride": (16, 16, 16),
         "window_batch": 4, "precision": "fp32", "decision_rule": "argmax", "batch_size": 2, "labelled_repeat": 4,
         "unlabelled_repeat": 4, "seed": 1, "shuffle": False, "workers": 1, "device": "cpu",
