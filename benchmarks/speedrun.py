@@ -41,8 +41,8 @@ class Config:
     """
 
     name: str  # of this row: what it changes
-    root_path: Path  # the data set's folder
     data_set: Literal["acdc", "la"] = "acdc"  # whose training script
+    root_path: Path | None = None  # the data set's folder; None: Datasets/<data set>
     flags: str = ""  # of the training, quoted as one word: --flags="--precision bf16"
     target: float = 0.7  # mean Dice of the mean of both students
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the trainings
@@ -71,7 +71,8 @@ def run(config: Config, seed: int) -> dict[str, Any]:
     """Train with a seed until the target or the limit, and return its line."""
     folder = config.models_path / f"{config.name}_{seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    where = ["--root_path", config.root_path, "--models_path", folder, "--seed", seed]
+    root = config.root_path or ROOT / "Datasets" / config.data_set
+    where = ["--root_path", root, "--models_path", folder, "--seed", seed]
     command = [sys.executable, ROOT / "code" / SCRIPTS[config.data_set], *where, *shlex.split(config.flags)]
     begin = time.perf_counter()
     child = subprocess.Popen(

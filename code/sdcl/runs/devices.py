@@ -114,6 +114,14 @@ def compile_networks(networks: Iterable[nn.Module], device: torch.device) -> Non
         network.compile()
 
 
+def give_back_freed_memory() -> None:
+    """Return to the system what keep_freed_memory() holds, after work that needed more than what follows (glibc)."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep freed blocks for the next iteration instead of returning each to the system.
 

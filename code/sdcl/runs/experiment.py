@@ -16,7 +16,7 @@ from sdcl.methods import check_settings, get
 from sdcl.networks import build_network
 from sdcl.runs.ahead import out_of_memory, plan_of, tell_memory, tell_memory_of_test
 from sdcl.runs.atomic import claimed
-from sdcl.runs.config import as_dict, check_common, describe, ramp_length
+from sdcl.runs.config import as_dict, check_common, describe, ramp_length, recipe_of
 from sdcl.runs.data import Data, Stage, Training
 from sdcl.runs.devices import computes_bf16, keep_freed_memory, likely_device_type, place, select_device, set_arithmetic
 from sdcl.runs.distribution import check_same, check_share, first, is_first, join, part, share_weights
@@ -67,8 +67,14 @@ def begin(config: Any, check: Callable[[], None] = lambda: None) -> torch.device
         keep_freed_memory()
     if precision == "bf16" and not computes_bf16(device):
         LOGGER.info("NOTE: %s has no bfloat16 arithmetic: --precision fp32 is many times faster here.", device)
+    if named := recipe_of(config):
+        LOGGER.info("recipe %s: %s, where no flag says otherwise", config.recipe, _listed(named))
     LOGGER.info("%s\nComputing on %s, with\n%s", type(config).__doc__.splitlines()[0], device, describe(config))
     return device
+
+
+def _listed(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:

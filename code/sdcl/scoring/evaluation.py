@@ -16,10 +16,12 @@ from sdcl.checkpoints import load_weights
 from sdcl.inference import Slabs, mean_of
 from sdcl.metrics import case_metrics
 from sdcl.pseudo_labels import largest_components
+from sdcl.runs.devices import give_back_freed_memory
 
 STUDENTS = ("student_a", "student_b")
 # What two students are scored by, to the roles whose probabilities are averaged: of stage 1, SDCL and CPS.
 PREDICTORS = {"student_a": ("student_a",), "student_b": ("student_b",), "mean": STUDENTS}
+LARGE_BYTES = 2**29  # of some planes' probabilities, beside which what a training step frees is little
 Rule = Literal["argmax", "threshold"]
 OnCase = Callable[["Case", dict[str, np.ndarray], dict[str, np.ndarray]], None]
 Infer = Callable[[Sequence[nn.Module], np.ndarray], Slabs]
@@ -314,15 +316,22 @@ def _predict(predictors: Predictors, case: Case, task: Task) -> tuple[dict[str, 
     """Return each predictor's label map (*S), and the probabilities (C, *S) of those to keep, of one case."""
     label_maps: dict[str, np.ndarray] = {}
     probabilities: dict[str, np.ndarray] = {}
+    largest = 0
     for where, outputs in task.infer(predictors.networks, case.image):
         for name, members in predictors.members.items():
             found = mean_of([outputs[i] for i in members])
             labels = task.decision.labels(found)
-            label_maps.setdefault(name, np.zeros(case.label.shape, labels.dtype))[where] = labels
+            if name not in label_maps:
+                label_maps[name] = np.zeros(case.label.shape, labels.dtype)
+            label_maps[name][where] = labels
             if name in predictors.kept:
-                whole = probabilities.setdefault(name, np.empty((len(found), *case.label.shape), np.float32))
-                whole[:, where] = found
+                if name not in probabilities:
+                    probabilities[name] = np.empty((len(found), *case.label.shape), np.float32)
+                probabilities[name][:, where] = found
+        largest = max(largest, sum(output.nbytes for output in outputs))
         del outputs, found  # as large as a window's planes: not kept while the next windows are computed
+    if largest > LARGE_BYTES:
+        give_back_freed_memory()  # scoring would need other blocks beside these
     return {name: task.decision.cleaned(labels) for name, labels in label_maps.items()}, probabilities
 
 
