@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RECIPES = {  # docs/speedrun.md
     "fast": {
-        "batch_size": 6, "shuffle": True, "augment_probability": 0.2, "intensity": 0.4, "pre_dice": "whole",
+        "batch_size": 6, "shuffle": True, "augment_probability": 0.0, "intensity": 0.4, "pre_dice": "whole",
         "ema_decay": 0.95, "pre_iterations": 150, "self_iterations": 300,
     },
 }  # fmt: skip
