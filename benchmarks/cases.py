@@ -55,6 +55,7 @@ class Work:
     mse_weight: float = 0.5
     kl_weight: float = 0.05
     ema_decay: float = 0.99
+    ema_warmup: bool = False
     correct: str = "discrepancy"
     largest_component: str = "yes"
 

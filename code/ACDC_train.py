@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {  # docs/speedrun.md
     "fast": {
         "batch_size": 6, "shuffle": True, "augment_probability": 0.0, "intensity": 0.4, "pre_dice": "whole",
-        "ema_decay": 0.95, "pre_iterations": 150, "self_iterations": 300,
+        "ema_decay": 0.95, "pre_iterations": 150, "self_iterations": 500,
     },
 }  # fmt: skip
 
@@ -63,7 +63,7 @@ class Config:
 
     # --- optimisation ---
     base_lr: float = 1e-3  # Adam's learning rate, each student its own optimiser
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of each stage; not constant: it falls to 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of self-training; not constant: it falls to 0
     warmup: int = 0  # iterations at each stage's beginning over which the learning rate rises
     weight_decay: float = 0.0  # decoupled (AdamW), of every weight; 0: plain Adam
     pre_iterations: int = 11_300  # pre-training: 100 epochs

@@ -68,7 +68,7 @@ class Config:
 
     # --- optimisation ---
     base_lr: float = 1e-3  # Adam's learning rate, each student its own optimiser
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of each stage; not constant: it falls to 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of self-training; not constant: it falls to 0
     warmup: int = 0  # iterations at each stage's beginning over which the learning rate rises
     weight_decay: float = 0.0  # decoupled (AdamW), of every weight; 0: plain Adam
     pre_iterations: int = 3_200  # pre-training

@@ -78,7 +78,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
         Undo(LA, '] = "whole"', '] = "regions"', DEFAULTS_3D),
     ),
     10: (
-        Undo("dataloaders/streams.py", 'order if stream.endswith("a") else order[::-1]', "order", "tests/test_data.py"),
+        Undo("dataloaders/streams.py", "len(cases) * repeat - 1 - places)", "places)", "tests/test_data.py"),
         Undo("dataloaders/streams.py", "divmod(iteration, self.iterations_per_epoch)", "0, iteration",
              "tests/test_data.py"),
         Undo(ACDC, "shuffle: bool = False", "shuffle: bool = True", DEFAULTS_2D),

@@ -236,7 +236,9 @@ class _Loop:
         mask = self._mask(batch["x_a"].shape[2:])
         if ranks.rank():  # the mask is everybody's
             torch.manual_seed(iteration_seed(self.settings.seed, self.stage, number, ranks.rank()))
-        self.learners.set_rate(share(number, iterations, self.settings.lr_schedule, self.settings.warmup))
+        # Stage 1's rate does not fall: short ones learn until their end, and self-training goes on from there.
+        schedule = "constant" if self.stage == "pre_train" else self.settings.lr_schedule
+        self.learners.set_rate(share(number, iterations, schedule, self.settings.warmup))
         losses = self.step(self.learners, to_device(batch, self.device), mask, self.settings)
         self._check_names(losses)
         self.unread.append((number, losses))

@@ -1,0 +1,76 @@
+"""Seconds to a Dice: what the driver reads of a training, and when it calls a seed failed."""
+
+import csv
+
+import pytest
+import speedrun
+from launches import launch_line, launch_rows
+
+from sdcl.runs.errors import UserError
+
+TRAINING = """
+import sys, time
+seed = int(sys.argv[sys.argv.index("--seed") + 1])
+print("pre_train 50: Dice on validation cases: student_a 0.9 (best 0.9 at 50), student_b 0.1 (best 0.1 at 50), "
+      "mean 0.5000 (best 0.5000 at 50)")
+for k in (50, 100):
+    dice = 0.6 + 0.001 * k if seed == 1 else 0.55
+    print(f"self_train {k}: Dice on the TEST cases (the published selection): student_a 0.9 (best 0.9 at 50), "
+          f"mean {dice:.4f} (best 0.9000 at 50)", flush=True)
+if seed == 1:
+    time.sleep(60)  # is ended as soon as the target is reached
+if seed == 3:
+    sys.exit("error: no data")
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A header whose training is a stub that says what a training says."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "stub.py").write_text(TRAINING, encoding="utf-8")
+    monkeypatch.setattr(speedrun, "ROOT", tmp_path)
+    monkeypatch.setattr(speedrun, "SCRIPTS", {"acdc": "stub.py"})
+    return speedrun.Config("row", models_path=tmp_path / "runs", output=tmp_path / "rows.csv", seeds=(1, 2))
+
+
+def test_a_seed_ends_at_the_validation_that_reaches_the_target(config, capsys):
+    speedrun.main(config)
+    with config.output.open(encoding="utf-8", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["reached"], first["stage"], first["iteration"], first["dice"]) == ("yes", "self_train", "100", "0.7")
+    assert 0 < float(first["seconds"]) < 30
+    assert (second["reached"], second["stage"], second["dice"]) == ("no", "self_train", "0.55")
+    assert "mean of 1 seeds, 1 of 2 failed" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has a row row already: give another --name"):
+        speedrun.main(config)
+
+
+def test_a_training_that_ends_before_any_validation_is_an_error(config):
+    config.seeds = (3,)
+    script = speedrun.ROOT / "code" / "stub.py"
+    script.write_text("import sys; sys.exit('error: no ACDC data')", encoding="utf-8")
+    with pytest.raises(UserError, match="seed 3 ended without a validation: error: no ACDC data"):
+        speedrun.main(config)
+
+
+def test_a_seed_that_takes_too_long_is_ended(config):
+    config.seeds, config.limit_s = (2,), 1.0
+    (speedrun.ROOT / "code" / "stub.py").write_text(
+        TRAINING.replace("if seed == 1:", "if seed == 2:"), encoding="utf-8"
+    )
+    speedrun.main(config)
+    assert speedrun.read(config.output)[0]["reached"] == "no"
+
+
+def test_launches_are_counted_beside_the_networks_own(monkeypatch):
+    """Two passes there and back of two students, and the teacher's two: 2 * (1 + 2 + 3 + 4) + 2 * 1 = 22."""
+    passes = {"a forward": 1, "a backward": 2, "b forward": 3, "b backward": 4}
+    counted = {f"{n.split()[0]} fp32 train {n.split()[1]}": {"conv": k} for n, k in passes.items()}
+    monkeypatch.setattr("launches.STEPS", {"2D": ("a", "b")})
+    monkeypatch.setattr("launches._counted", lambda: counted | {"sdcl 2D fp32 self_train": {"conv": 20, "add": 13}})
+    (row,) = launch_rows()
+    if "not_measured" in row:
+        pytest.skip(row["not_measured"])
+    assert (row["networks"], row["step"], row["beside"]) == (22, 33, 0.5)
+    assert "33 kernels a step, 22 of them the networks' own: 50% beside them (goal 15%)" in launch_line(row)
