@@ -1,6 +1,5 @@
 """Kernels that a self-training step would launch on a GPU, beside those of its networks' own passes; needs no GPU."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ GOAL = 0.15  # at most so many beside the networks' own, as a share of these
 
 def launch_rows() -> Iterator[dict[str, Any]]:
     """Count both steps, in fp32: each mix's passes of both students, the teacher's two, and all that is beside them."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None or importlib.util.find_spec("ninja") is None:
+    if shutil.which(os.environ.get("CXX", "c++")) is None or shutil.which("ninja") is None:
         yield {"case": "launches", "not_measured": "no C++ compiler, or no ninja"}
         return
     counted = _counted()

@@ -95,7 +95,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
     ),
     13: (
         Undo("code/sdcl/pseudo_labels.py", ">= 0.5", "> 0.5", "tests/test_pseudo_labels.py"),
-        Undo("code/sdcl/scoring/evaluation.py", "[1] > 0.5 if", "[1] >= 0.5 if", "tests/test_evaluation.py"),
+        Undo("code/sdcl/scoring/evaluation.py", "[1] > 0.5).astype", "[1] >= 0.5).astype", "tests/test_evaluation.py"),
         Undo(PANCREAS, '"threshold"] = "argmax"', '"threshold"] = "threshold"', DEFAULTS_3D),
     ),
     14: (
