@@ -18,10 +18,11 @@ GOAL = 0.15  # at most so many beside the networks' own, as a share of these
 
 def launch_rows() -> Iterator[dict[str, Any]]:
     """Count both steps, in fp32: each mix's passes of both students, the teacher's two, and all that is beside them."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None or shutil.which("ninja") is None:
+    if not can_build():
         yield {"case": "launches", "not_measured": "no C++ compiler, or no ninja"}
         return
-    counted = _counted()
+    with tempfile.TemporaryDirectory() as folder:
+        counted = count(build_device(Path(folder)))
     for dimensions, (student_a, student_b) in STEPS.items():
         once = {
             f"{name} {way}": sum(counted[f"{name} fp32 train {way}"].values())
@@ -33,26 +34,46 @@ def launch_rows() -> Iterator[dict[str, Any]]:
         yield {"case": f"launches {dimensions} fp32", "step": step, "networks": own, "beside": step / own - 1}
 
 
-def _counted() -> dict[str, dict[str, int]]:
-    """Build the stub of a GPU's driver, run the real step on it, and return what was counted, by pass and kernel."""
+def can_build() -> bool:
+    """Tell whether there is what build_device() needs: a C++ compiler and ninja."""
+    return shutil.which(os.environ.get("CXX", "c++")) is not None and shutil.which("ninja") is not None
+
+
+def run_python(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run Python on this checkout's code in a process of its own, to its end."""
     path = os.pathsep.join([str(ROOT / "code"), str(ROOT), str(ROOT / "tests")])
-    with tempfile.TemporaryDirectory() as folder:
-        build = (
-            "from torch.utils import cpp_extension; cpp_extension.load('fake_device', "
-            f"[{str(COUNTING / 'device.cpp')!r}], build_directory={folder!r}, is_python_module=False)"
-        )
-        for arguments in (("-c", build), (COUNTING / "checks.py", next_library)):
-            words = [str(a(Path(folder)) if callable(a) else a) for a in arguments]
-            done = subprocess.run(
-                [sys.executable, "-W", "ignore", *words], env=os.environ | {"PYTHONPATH": path}, check=True,
-                capture_output=True, encoding="utf-8",
-            )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True, encoding="utf-8", errors="replace", timeout=300,
+    )  # fmt: skip
 
 
-def next_library(folder: Path) -> Path:
-    """Return the stub that was built into a folder."""
+def build_device(folder: Path) -> Path:
+    """Build the stub of a GPU's driver in a folder.
+
+    Raises:
+        RuntimeError: the compiler failed; with what it said.
+    """
+    done = run_python(
+        "-c",
+        "from torch.utils import cpp_extension; cpp_extension.load('fake_device', "
+        f"[{str(COUNTING / 'device.cpp')!r}], build_directory={str(folder)!r}, is_python_module=False)",
+    )
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
     return next(folder.glob("fake_device*.so"))
+
+
+def count(device: Path) -> dict[str, Any]:
+    """Run the real code on the stub, and return what was counted: of each pass and step its kernels.
+
+    Raises:
+        RuntimeError: a check failed; with what it said.
+    """
+    done = run_python(COUNTING / "checks.py", device)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-5000:])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def launch_line(row: dict[str, Any]) -> str:

@@ -24,9 +24,9 @@ from bench import cpu_name
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import environment, write_csv
+from sdcl.runs.matrix import SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"acdc": "ACDC_train.py", "la": "LA_train.py"}
 # What a training says at the end of each validation, of the mean of both students.
 SCORED = re.compile(r"(?P<stage>pre_train|self_train) (?P<number>\d+): Dice on .*\bmean (?P<dice>[\d.]+) \(best")
 LATE = 2.0  # times the mean: a seed that takes longer has failed
@@ -53,9 +53,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Run every seed, write its line, and say what the row took."""
-    if config.name in {row["name"] for row in read(config.output)}:
+    begun = read(config.output)
+    if config.name in {row["name"] for row in begun}:
         raise UserError(f"{config.output} has a row {config.name} already: give another --name, or remove its lines.")
-    begun = [*read(config.output)]
     rows: list[dict[str, Any]] = []
     for seed in config.seeds:
         rows.append(run(config, seed))
@@ -73,7 +73,7 @@ def run(config: Config, seed: int) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     root = config.root_path or ROOT / "Datasets" / config.data_set
     where = ["--root_path", root, "--models_path", folder, "--seed", seed]
-    command = [sys.executable, ROOT / "code" / SCRIPTS[config.data_set], *where, *shlex.split(config.flags)]
+    command = [sys.executable, ROOT / "code" / SCRIPTS[config.data_set][0], *where, *shlex.split(config.flags)]
     begin = time.perf_counter()
     child = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",

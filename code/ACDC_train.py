@@ -11,8 +11,6 @@ from dataloaders.roots import check_root
 from sdcl.runs.config import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 RECIPES = {  # docs/speedrun.md
     "fast": {
         "batch_size": 6, "shuffle": True, "augment_probability": 0.0, "intensity": 0.4, "pre_dice": "whole",

@@ -108,13 +108,8 @@ class Cache:
         return {k for facts in self.facts for k in facts.classes or ()}
 
     @property
-    def held_bytes(self) -> int:
-        """Return the memory that the decoded files take once all were asked for, shared with forked processes."""
-        return self._store.held
-
-    @property
     def waiting_bytes(self) -> int:
-        """Return how much of that is not taken yet."""
+        """Return the memory that decoded files will take beside what they take now, once all were asked for."""
         return self._store.held - self._store.filled
 
     def open_file(self, folder: Path) -> None:

@@ -7,15 +7,10 @@ time, memory, the threads that clean pseudo-labels, and pinned memory. tests/tes
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 
 import pytest
-from helpers import ROOT
+from launches import COUNTING, build_device, can_build, count, run_python
 
-FOLDER = ROOT / "tests" / "fake_gpu"
 LAUNCHES = {  # at most so many kernels and so many whole copies of tensors a pass or step; a few more than counted
     "vnet fp32 train forward": (102, 0), "vnet fp32 train backward": (100, 0), "vnet bf16 train forward": (164, 0),
     "resvnet fp32 train forward": (180, 4), "resvnet fp32 train backward": (188, 0),
@@ -28,33 +23,17 @@ LAUNCHES = {  # at most so many kernels and so many whole copies of tensors a pa
 }  # fmt: skip
 
 
-def run(*arguments):
-    path = os.pathsep.join([str(ROOT / "code"), str(ROOT), str(ROOT / "tests")])
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, encoding="utf-8", errors="replace", timeout=300,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def device(scratch):
     """The stub, built."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None or shutil.which("ninja") is None:
+    if not can_build():
         pytest.skip("no C++ compiler, or no ninja")
-    build = (
-        "from torch.utils import cpp_extension; cpp_extension.load('fake_device', "
-        f"[{str(FOLDER / 'device.cpp')!r}], build_directory={str(scratch)!r}, is_python_module=False)"
-    )
-    done = run("-c", build)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return next(scratch.glob("fake_device*.so"))
+    return build_device(scratch)
 
 
 @pytest.fixture(scope="module")
 def counted(device):
-    done = run(FOLDER / "checks.py", device)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return count(device)
 
 
 @pytest.mark.parametrize("what", LAUNCHES)
@@ -81,12 +60,12 @@ def test_predictions_are_copied_in_blocks(counted):
     ],
 )
 def test_a_planted_fault_is_seen(fault, message, device):
-    done = run(FOLDER / "checks.py", device, fault)
+    done = run_python(COUNTING / "checks.py", device, fault)
     assert done.returncode == 1 and message in done.stderr
 
 
 def test_a_view_that_is_changed_in_place_is_seen(device):
     """Its backward pass copies: far more than the bound."""
-    done = run(FOLDER / "checks.py", device, "view")
+    done = run_python(COUNTING / "checks.py", device, "view")
     kernels = json.loads(done.stdout.splitlines()[-1])["sdcl 3D fp32 pre_train"]
     assert kernels["copy_"] + kernels["clone"] > 5 * LAUNCHES["sdcl 3D fp32 pre_train"][1]

@@ -4,7 +4,8 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from sdcl.inference import GAUSSIAN_SIGMA, nearest_zoom, slice_wise, sliding_window, window_profile
+from sdcl.inference import nearest_zoom, slice_wise, sliding_window
+from sdcl.windows import GAUSSIAN_SIGMA, window_profile
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 12), (64, 27), (144, 256), (256, 14)])

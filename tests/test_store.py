@@ -63,7 +63,7 @@ def test_the_bound_is_that_of_what_is_held(paths):
     for entries in (0, 1, 2.5, 5, 100):
         one = made(paths, entries)
         kept = min(int(entries), COUNT)
-        assert one.held_bytes == kept * ENTRY <= entries * ENTRY and one.waiting_bytes == 0
+        assert one._store.held == kept * ENTRY <= entries * ENTRY and one.waiting_bytes == 0
         pieces = {id(piece): len(piece) for piece, _ in one._store._places if piece is not None}
         assert sum(pieces.values()) <= (-(-kept // 2)) * (2 * ENTRY + 100)
         assert [one._store.get(k) is not None for k in range(COUNT)] == [k < kept for k in range(COUNT)]
@@ -181,7 +181,7 @@ def test_no_memory_is_a_sentence(monkeypatch):
 def test_a_process_that_is_not_forked_begins_with_empty_places(paths):
     one = made(paths, 3)
     again = pickle.loads(pickle.dumps(one))
-    assert again.held_bytes == one.held_bytes and again._store.get(0) is None
+    assert again._store.held == one._store.held and again._store.get(0) is None
     assert read(again) == read(one)
 
 

@@ -10,7 +10,6 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from sdcl.windows import GAUSSIAN_SIGMA as GAUSSIAN_SIGMA
 from sdcl.windows import Place, SameContent, Weighting, Windows, axis_weight, cut, window_profile, window_starts
 
 # Some planes of a volume, and what each network finds there, float32 (C, planes, ...), one after the other.

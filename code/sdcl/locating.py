@@ -15,6 +15,7 @@ from sdcl.losses import mixed_losses
 from sdcl.networks import build_network
 from sdcl.runs.devices import place
 from sdcl.runs.errors import UserError
+from sdcl.schedule import share
 
 NETWORK = "vnet"
 CLASSES = 2  # the structure and what it is not
@@ -61,7 +62,7 @@ def train_locator(samples: Sequence[Sample], settings: Any, device: torch.device
         if isinstance(layer, nn.Dropout3d):
             layer.p = 0.0  # so short a training needs what it has learned
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.base_lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 1 - i / settings.iterations)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: share(i + 1, settings.iterations, "linear", 0))
     window = training_window([sample.image.shape for sample in samples])
     order: list[int] = []
     for _ in tqdm(range(settings.iterations), desc=title, unit="it", leave=False, dynamic_ncols=True, disable=None):

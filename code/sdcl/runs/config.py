@@ -174,8 +174,11 @@ def recipe_of(config: Any) -> dict[str, Any]:
 
     A script that has recipes names them in its RECIPES: a recipe's name to fields and values.
     """
-    recipes = getattr(sys.modules[type(config).__module__], "RECIPES", {})
-    return recipes.get(getattr(config, "recipe", None), {})
+    return _recipes(type(config)).get(getattr(config, "recipe", None), {})
+
+
+def _recipes(config_class: type) -> dict[str, dict[str, Any]]:
+    return getattr(sys.modules[config_class.__module__], "RECIPES", {})
 
 
 def from_recipe(config_class: type, arguments: list[str]) -> Any:
@@ -185,7 +188,7 @@ def from_recipe(config_class: type, arguments: list[str]) -> Any:
     """
     words = [word for argument in arguments for word in argument.split("=", 1)]
     named = next((b for a, b in itertools.pairwise(words) if a == "--recipe"), None)
-    recipes = getattr(sys.modules[config_class.__module__], "RECIPES", {})
+    recipes = _recipes(config_class)
     if named not in recipes:
         return None
     needed = [f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING]
