@@ -37,7 +37,8 @@ class Config:
     """Train once for each seed until the mean of both students reaches a Dice, and say how long that took.
 
     A seed's time runs from the start of its process to the end of the validation that reaches the target; the training
-    is ended there. Runs go one after the other; nothing else should be at work on the machine.
+    is ended there, unless --finish asks for its end as well. Runs go one after the other; nothing else should be at
+    work on the machine.
     """
 
     name: str  # of this row: what it changes
@@ -47,6 +48,7 @@ class Config:
     target: float = 0.7  # mean Dice of the mean of both students
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the trainings
     limit_s: float = 3600.0  # seconds after which a seed has failed
+    finish: bool = False  # let each training go on to its end, whose Dice is kept too
     models_path: Path = ROOT / "speedrun"  # where runs go; each is removed when it has ended
     output: Path = ROOT / "docs" / "evidence" / "speedrun.csv"  # receives a line a seed, behind those that are there
 
@@ -82,16 +84,18 @@ def run(config: Config, seed: int) -> dict[str, Any]:
     clock = threading.Timer(config.limit_s, child.kill)
     clock.start()
     best: dict[str, Any] = {"dice": 0.0, "stage": "", "iteration": 0, "seconds": 0.0}
+    now, is_reached = best, False
     said: list[str] = []
     for line in child.stdout:
         said.append(line)
         if scored := SCORED.search(line):
             now = {"dice": float(scored["dice"]), "stage": scored["stage"], "iteration": int(scored["number"])}
-            if now["dice"] > best["dice"]:
-                best = now | {"seconds": time.perf_counter() - begin}
-            if best["dice"] >= config.target:
+            now |= {"seconds": time.perf_counter() - begin}
+            if not is_reached and now["dice"] > best["dice"]:
+                best = now
+            is_reached = best["dice"] >= config.target
+            if is_reached and not config.finish:
                 break
-    is_reached = best["dice"] >= config.target
     clock.cancel()
     child.kill()
     child.communicate()
@@ -102,7 +106,9 @@ def run(config: Config, seed: int) -> dict[str, Any]:
     return {
         "name": config.name, "data_set": config.data_set, "seed": seed, "reached": "yes" if is_reached else "no",
         "seconds": round(best["seconds"], 1), "stage": best["stage"], "iteration": best["iteration"],
-        "dice": best["dice"], "threads": torch.get_num_threads(), "processor": cpu_name(), "torch": torch.__version__,
+        "dice": best["dice"], **{f"end_{name}": now[name] for name in ("iteration", "dice")},
+        "end_seconds": round(now["seconds"], 1),
+        "threads": torch.get_num_threads(), "processor": cpu_name(), "torch": torch.__version__,
         "commit": environment(torch.device("cpu"))["commit"], "flags": config.flags,
     }  # fmt: skip
 

@@ -16,15 +16,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from cases import ACDC, LA
+from bench import matmul_peak, step_tflop
+from cases import ACDC, LA, Work
+from torch.profiler import ProfilerActivity, profile
 
 from sdcl import steps
+from sdcl.methods import get, sdcl
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.networks import build_network
 from sdcl.pseudo_labels import PendingLabels
 from sdcl.runs.config import run_script
 from sdcl.runs.devices import keep_freed_memory, place
 from sdcl.training import peak_memory_gib
+
+OPERATORS = 14  # that take most
 
 
 @dataclass
@@ -82,8 +87,9 @@ def main(config: Config) -> None:
     for _ in range(config.repeats + 1):
         clock = Clock(config.device)
         with ExitStack() as stack:
-            for name in ("PendingLabels", "mixed_losses", "discrepancy", "update_teacher", "mix"):
-                stack.enter_context(mock.patch.object(steps, name, clock.wrap(name, getattr(steps, name))))
+            parts = {name: steps for name in ("PendingLabels", "mixed_losses", "update_teacher", "mix")}
+            for name, module in (parts | {"discrepancy": sdcl}).items():
+                stack.enter_context(mock.patch.object(module, name, clock.wrap(name, getattr(module, name))))
             waiting = clock.wrap("waiting for labels", PendingLabels.result)
             stack.enter_context(mock.patch.object(PendingLabels, "result", waiting))
             for role, network in learners.networks.items():
@@ -95,7 +101,7 @@ def main(config: Config) -> None:
             backward = clock.wrap("backward", torch.Tensor.backward)
             stack.enter_context(mock.patch.object(torch.Tensor, "backward", backward))
             begin = clock.now()
-            steps.self_train_step(learners, batch, mask, work)
+            get("sdcl").self_train_step(learners, batch, mask, work)
             total = clock.now() - begin
         rows.append(dict(clock.seconds) | {"other": total - sum(clock.seconds.values()), "total": total})
 
@@ -107,6 +113,23 @@ def main(config: Config) -> None:
         print(f"  {name:20s} {np.median(values):9.3f} s   ({min(values):.3f} to {max(values):.3f})")
     peak = torch.cuda.max_memory_allocated() / 2**30 if config.device != "cpu" else peak_memory_gib()
     print(f"  peak memory          {peak:9.2f} GiB")
+    if config.device == "cpu":
+        tell_operators(lambda: get("sdcl").self_train_step(learners, batch, mask, work), work)
+
+
+def tell_operators(step: Callable[[], Any], work: Work) -> None:
+    """Profile one more step, and print what its operators take and how near its convolutions come to the peak."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        step()
+    seconds = {event.key: event.self_cpu_time_total / 1e6 for event in found.key_averages()}
+    total = sum(seconds.values())
+    print("operators, of one more step, in a profile:")
+    for name in sorted(seconds, key=seconds.__getitem__, reverse=True)[:OPERATORS]:
+        print(f"  {name:40s} {seconds[name]:9.3f} s   {seconds[name] / total:5.1%}")
+    convolutions = sum(taken for name, taken in seconds.items() if "convolution" in name)
+    peak, tflop = matmul_peak(torch.device("cpu"), work.precision), step_tflop(work)
+    print(f"  the networks' {tflop:.2f} TFLOP: {tflop / convolutions / peak:.0%} of the peak of matrix products "
+          f"({peak:.3f} TFLOP/s) in convolutions, {tflop / total / peak:.0%} in the step")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {  # docs/speedrun.md
     "fast": {
         "batch_size": 6, "shuffle": True, "augment_probability": 0.0, "intensity": 0.4, "pre_dice": "whole",
-        "ema_decay": 0.95, "pre_iterations": 150, "self_iterations": 500,
+        "dropout": 0.0, "ema_decay": 0.95, "average_decay": 0.95, "pre_iterations": 150, "self_iterations": 500,
     },
 }  # fmt: skip
 
@@ -64,6 +64,7 @@ class Config:
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of self-training; not constant: it falls to 0
     warmup: int = 0  # iterations at each stage's beginning over which the learning rate rises
     weight_decay: float = 0.0  # decoupled (AdamW), of every weight; 0: plain Adam
+    dropout: float = 1.0  # share of the networks' published rates of dropout, in [0, 1]
     pre_iterations: int = 11_300  # pre-training: 100 epochs
     self_iterations: int = 45_200  # self-training: 400 epochs
 
@@ -85,6 +86,7 @@ class Config:
     ema_decay: float = 0.99  # teacher = ema_decay * teacher + (1 - ema_decay) * student a
     ema_buffers: bool = True  # average BatchNorm's statistics too
     ema_warmup: bool = False  # the teacher follows faster at first: its decay is at most 1 - 1 / (t + 1) (sdcl, bcp)
+    average_decay: float = 0.0  # students are scored and kept as an EMA of self-training's weights; 0: as they are
     consistency_weight: float = 0.1  # of what unlabelled images say (cps, ua_mt, mean_teacher)
     rampup: int | None = None  # iterations until that weight is whole; None: two fifths of self-training (the same)
     noise: float = 0.1  # standard deviation of the inputs' noise, of normalised images (ua_mt, mean_teacher)

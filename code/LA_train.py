@@ -57,6 +57,7 @@ class Config:
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of self-training; not constant: it falls to 0
     warmup: int = 0  # iterations at each stage's beginning over which the learning rate rises
     weight_decay: float = 0.0  # decoupled (AdamW), of every weight; 0: plain Adam
+    dropout: float = 1.0  # share of the networks' published rates of dropout, in [0, 1]
     pre_iterations: int = 3_200  # pre-training: 80 epochs
     self_iterations: int = 11_000  # self-training: 275 epochs
 
@@ -78,6 +79,7 @@ class Config:
     ema_decay: float = 0.99  # teacher = ema_decay * teacher + (1 - ema_decay) * student a
     ema_buffers: bool = False  # these networks have none
     ema_warmup: bool = False  # the teacher follows faster at first: its decay is at most 1 - 1 / (t + 1) (sdcl, bcp)
+    average_decay: float = 0.0  # students are scored and kept as an EMA of self-training's weights; 0: as they are
     consistency_weight: float = 0.1  # of what unlabelled images say (cps, ua_mt, mean_teacher)
     rampup: int | None = None  # iterations until that weight is whole; None: two fifths of self-training (the same)
     noise: float = 0.1  # standard deviation of the inputs' noise, of normalised images (ua_mt, mean_teacher)

@@ -59,17 +59,18 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
              "tests/test_losses.py"),
     ),
     6: (
-        Undo(LOSSES, "/ count.sum((0, 2, 3)).clamp_min(1)", "/ count.sum().clamp_min(1)", "tests/test_losses.py"),
+        Undo(LOSSES, "voxels = count.sum((0, 2, 3)).clamp_min(1)", "voxels = count.sum().clamp_min(1)",
+             "tests/test_losses.py"),
         Undo(ACDC, "u_weight: float = 0.5", "u_weight: float = 1.0", DEFAULTS_2D),
     ),
     7: (
         Undo(LOSSES, "+ count)[:, :, 1:]", "+ count)[:, :, 2:]", "tests/test_losses.py"),
-        Undo(LOSSES, "(-log_p[:, :, 2:]", "(-log_p[:, :, 1:]", "tests/test_losses.py"),
-        Undo(LOSSES, "weigh(entropy) / count[:, :, 2:].sum().clamp_min(1)",
-             "weigh(entropy) / count[:, :, 1:].sum().clamp_min(1)", "tests/test_losses.py"),
+        Undo(LOSSES, "log_p[:, :, :, 2:].sum(", "log_p[:, :, :, 1:].sum(", "tests/test_losses.py"),
+        Undo(LOSSES, "entropy / wrong",
+             "entropy / acting", "tests/test_losses.py"),
     ),
     8: (
-        Undo(LOSSES, '"kl": weigh(entropy)', '"kl": weigh(entropy - count[:, :, 2:].sum((0, 2, 3)) * classes**0.5)',
+        Undo(LOSSES, "entropy / classes])", "entropy / classes - count[:, :, 2:].sum((0, 2, 3)) * classes**0.5])",
              "tests/test_losses.py"),
     ),
     9: (

@@ -1,6 +1,10 @@
 """Both ways of each benchmark do the same work: the figures that they return are the same."""
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +49,17 @@ def test_a_step_counts_the_teacher_and_four_passes_there_and_back():
 
 def test_a_row_that_was_not_measured_says_why():
     assert "not measured: no arithmetic" in line({"case": "step", "not_measured": "no arithmetic"})
+
+
+def test_a_steps_parts_are_all_seen():
+    """In a process of its own, whose memory and profiler are its own."""
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "step_parts.py"
+    given = ["--data_set", "acdc", "--shape", "32", "32", "--batch_size", "2", "--repeats", "1"]
+    done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, timeout=120, check=True)
+    said = done.stdout
+    parts = ["mixed_losses", "discrepancy", "update_teacher", "PendingLabels", "backward", "student_b forward", "total"]
+    assert all(re.search(rf"^  {part} +0\.\d+ s", said, re.MULTILINE) for part in parts), said
+    assert "aten::convolution_backward" in said and "of the peak of matrix products" in said
 
 
 def test_the_start_is_timed_beside_the_import_of_pytorch():

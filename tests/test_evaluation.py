@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sdcl.checkpoints import save
+from sdcl.metrics import case_metrics
 from sdcl.runs.errors import UserError
 from sdcl.scoring import report
 from sdcl.scoring.evaluation import (
@@ -282,6 +283,26 @@ def test_distances_are_nan_where_they_are_not_known_or_not_asked_for():
     assert all(not math.isnan(row.hd95_mm) for row in rows["known"])
     assert all(math.isnan(value) for row in rows["without"] for value in (row.hd95, row.asd, row.hd95_mm, row.asd_mm))
     np.testing.assert_array_equal(given[0][1]["a"].argmax(0), given[0][0]["a"])
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.02, 0.3]))
+@settings(max_examples=25, deadline=None)
+def test_a_class_is_scored_in_its_box_as_in_the_whole_volume(seed, share):
+    """Few voxels or many, in both maps, in one of them or in none."""
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(1, 9, 3))
+    found, label = (rng.integers(0, 4, shape) * (rng.random(shape) < share) for _ in range(2))
+    probabilities = np.stack([found == c for c in range(4)]).astype(np.float32)
+    case = Case("c", np.zeros(shape, np.float32), label.astype(np.uint8), spacing=(3.0, 1.0, 0.5))
+    task = Task("t", ("x", "y", "z"), in_slabs(lambda networks, volume: [probabilities]))
+    for row in evaluate(Predictors([nn.Identity()], {"a": (0,)}), [case], task):
+        number = "xyz".index(row.structure) + 1
+        voxels = case_metrics(found == number, label == number)
+        mm = case_metrics(found == number, label == number, case.spacing)
+        expected = (*astuple(voxels), mm.hd95, mm.asd, np.sum(found == number), np.sum(label == number))
+        got = (row.dice, row.jaccard, row.hd95, row.asd, row.empty, row.hd95_mm, row.asd_mm, row.voxels,
+               row.reference_voxels)  # fmt: skip
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_the_papers_protocol_leaves_what_is_not_empty_and_distances_in_mm():

@@ -11,16 +11,20 @@ from helpers import method
 from hypothesis import given
 from hypothesis import strategies as st
 from test_3d import call, load
+from torch.nn import Dropout, Dropout3d
 
 from dataloaders.transforms import shift_intensity
+from sdcl import checkpoints
+from sdcl.checkpoints import load_weights
 from sdcl.methods import check_settings, method_names
 from sdcl.mixing import copy_paste_mask
 from sdcl.networks import build_network
 from sdcl.runs.config import parse
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import differing_fields
+from sdcl.runs.weights import Weights
 from sdcl.schedule import share
-from sdcl.steps import add_teacher, make_learners, pretrain_step
+from sdcl.steps import STUDENTS, add_averages, add_teacher, averaged, make_learners, move_averages, pretrain_step
 from sdcl.teacher import growing_decay
 
 WITH_RECIPES = ("ACDC_train.py",)
@@ -67,6 +71,16 @@ def test_weight_decay_takes_its_share_of_each_weight():
         after.append([p.detach() for p in learners.students[0].parameters()])
     for first, plain, decayed in zip(before, *after, strict=True):
         torch.testing.assert_close(plain - decayed, 1e-2 * 0.1 * first, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "largest"), [("unet", 0.5), ("vnet", 0.5), ("resvnet", 0.5), ("resunet", 0.0)])
+def test_a_share_of_dropout_is_of_every_published_rate(name, largest):
+    published, half, none = (build_network(name, 2, dropout=share) for share in (1.0, 0.5, 0.0))
+    rates = [[m.p for m in n.modules() if isinstance(m, Dropout | Dropout3d)] for n in (published, half, none)]
+    assert max(rates[0], default=0.0) == largest
+    assert rates[1] == [rate / 2 for rate in rates[0]] and not any(rates[2])
+    image = torch.randn(2, 1, *((32,) * (3 if "vnet" in name else 2)))
+    assert torch.equal(*(none.train()(image) for _ in range(2)))
 
 
 def test_a_rate_of_zero_moves_nothing_and_a_share_is_of_the_base_rate():
@@ -122,13 +136,16 @@ def test_published_values_are_the_defaults(script):
     given = ["--root_path", "x"] if script == "own_train.py" else []
     config = parse(load(script).Config, given)
     assert (config.lr_schedule, config.warmup, config.weight_decay) == ("constant", 0, 0.0)
-    assert (config.ema_warmup, config.intensity) == (False, 0.0)
+    assert (config.ema_warmup, config.intensity, config.average_decay) == (False, 0.0, 0.0)
+    assert config.dropout == 1
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--intensity", "1"], r"--intensity is 1.0: it must lie in \[0, 1\)"),
+        (["--dropout", "1.5"], r"--dropout is 1.5: it must lie in \[0, 1\]"),
+        (["--average_decay", "1"], r"--average_decay is 1.0: it must lie in \[0, 1\)"),
         (["--warmup", "-1"], "--warmup is -1: it must not be negative"),
         (["--weight_decay", "-0.1"], "--weight_decay is -0.1: it must not be negative"),
         (
@@ -187,3 +204,54 @@ def test_a_real_run_with_all_of_them(acdc_phantom, tmp_path):
     )  # fmt: skip
     kept = json.loads((tmp_path / "acdc_SDCL_2_labeled" / "config.json").read_text(encoding="utf-8"))["config"]
     assert (kept["lr_schedule"], kept["warmup"], kept["recipe"]) == ("cosine", 1, "published")
+
+
+def test_an_average_forgets_its_start_and_then_falls_by_its_decay():
+    """After one step it is the student, after two the mean of both; from then on the decay's."""
+    learners = small_learners()
+    add_averages(learners)
+    values = {}
+    for t, value in enumerate((1.0, 2.0, 6.0)):
+        for parameter in learners.students[1].parameters():
+            torch.nn.init.constant_(parameter, value)
+        learners.iteration = t
+        move_averages(learners, 0.5)
+        values |= {t: next(learners.networks["student_b_average"].parameters()).flatten()[0].item()}
+    assert values == pytest.approx({0: 1.0, 1: 1.5, 2: 3.75})
+
+
+def test_averages_stand_in_for_students_alone():
+    own = {"teacher": ("teacher",), "mean": ("student_a", "student_b")}
+    assert averaged(own, 0.0) == own
+    assert averaged(own, 0.9) == {"teacher": ("teacher",), "mean": ("student_a_average", "student_b_average")}
+
+
+def test_averages_are_scored_kept_and_gone_on_with(acdc_phantom, tmp_path):
+    where = [
+        "--root_path", acdc_phantom, "--models_path", tmp_path, "--labelnum", 2, "--batch_size", 2,
+        "--patch_size", 32, 32, "--pre_iterations", 1, "--pre_val_every", 0, "--self_val_every", 2,
+        "--average_decay", 0.6, "--select", "last", "--device", "cpu",
+    ]  # fmt: skip
+    call("ACDC_train.py", *where, "--exp", "long", "--self_iterations", 4)
+    for iterations in (2, 4):  # goes on from averages, too
+        first = ["--pretrained", tmp_path / "acdc_long_2_labeled", "--self_iterations", iterations]
+        call("ACDC_train.py", *where, "--exp", "short", *first)
+    folder, other = (tmp_path / f"acdc_{name}_2_labeled" / "self_train" for name in ("long", "short"))
+    states, others = (checkpoints.load(f / "last.pth")["networks"] for f in (folder, other))
+    assert set(states) == {"teacher", *STUDENTS, "student_a_average", "student_b_average"}
+    same = {role: all(torch.equal(x, others[role][n]) for n, x in states[role].items()) for role in states}
+    assert all(same.values()), same
+    assert list(checkpoints.load(folder / "best_student_a.pth")["networks"]) == ["student_a_average"]
+
+    settings = json.loads((folder.parent / "config.json").read_text(encoding="utf-8"))["config"]
+    loaded = Weights(folder.parent, settings, "self_train", {}).load((4, 1), torch.device("cpu"))
+    found = [next(iter(network.state_dict().values())) for network in loaded.networks]
+    first = {role: next(iter(state.values())) for role, state in states.items()}
+    assert all(any(torch.equal(x, first[f"{role}_average"]) for role in STUDENTS) for x in found[:2])
+    assert not any(torch.equal(x, first[role]) for x in found for role in STUDENTS)
+    network = build_network("unet", 4)
+    for path in (folder / "best_student_a.pth", folder / "last.pth"):  # as --student_a_weights takes them
+        load_weights(network, path, prefer="student_a")
+    assert torch.equal(next(network.parameters()), first["student_a_average"])
+    call("test_ACDC.py", "--root_path", acdc_phantom, "--models_path", tmp_path, "--exp", "long", "--labelnum", 2)
+    assert (folder.parent / "test").is_dir()

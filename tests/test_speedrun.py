@@ -46,6 +46,20 @@ def test_a_seed_ends_at_the_validation_that_reaches_the_target(config, capsys):
         speedrun.main(config)
 
 
+def test_a_training_that_goes_on_to_its_end_keeps_both_scores(config):
+    """The target is reached at the first validation, and a later one is better or worse."""
+    config.seeds, config.target, config.finish = (1, 2), 0.52, True
+    script = speedrun.ROOT / "code" / "stub.py"
+    script.write_text(TRAINING.replace("time.sleep(60)", "pass").replace("0.001 * k", "-0.001 * k"), encoding="utf-8")
+    speedrun.main(config)
+    first, second = speedrun.read(config.output)
+    assert [first[k] for k in ("reached", "iteration", "dice", "end_iteration", "end_dice")] == [
+        "yes", "50", "0.55", "100", "0.5",
+    ]  # fmt: skip
+    assert (second["dice"], second["end_dice"]) == ("0.55", "0.55")
+    assert 0 <= float(first["seconds"]) <= float(first["end_seconds"])
+
+
 def test_a_training_that_ends_before_any_validation_is_an_error(config):
     config.seeds = (3,)
     script = speedrun.ROOT / "code" / "stub.py"

@@ -13,7 +13,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdcl import steps
 from sdcl.losses import class_map
+from sdcl.methods import get
 from sdcl.methods.sdcl import self_train_step
 from sdcl.networks import build_network, resnet, unet, vnet
 from sdcl.pseudo_labels import PendingLabels, largest_components
@@ -184,6 +186,22 @@ def test_gradients_of_a_step_are_one_sum_over_both_mixes():
         self_train_step(learners, batch, mask, settings)
         gradients.append([p.grad.clone() for p in learners.networks["student_a"].parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sdcl", "cps", "mean_teacher", "supervised"])
+def test_gradients_set_aside_between_passes_are_the_same_bits(name, monkeypatch):
+    """As other devices than a CPU do, in few launches; losses, norms and all that moves."""
+    found = []
+    for adds_in_place in ((), ("cpu",)):
+        monkeypatch.setattr(steps, "ADD_IN_PLACE", adds_in_place)
+        learners = learners_of(PAIRS["2d"][0])
+        learners.keep(get(name).roles)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            losses = get(name).self_train_step(learners, *batch_of((32, 48), seed), method(method=name))
+        found.append([*losses.values(), *(p for n in learners.networks.values() for p in n.state_dict().values())])
+        assert not learners.aside and all(p.grad is not None for p in learners.students[0].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_gradients_keep_their_place_in_memory():

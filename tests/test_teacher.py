@@ -22,6 +22,21 @@ def test_parameters_buffers_and_the_rounded_counter():
     assert teacher.running_mean.item() == pytest.approx(1.1)
 
 
+@pytest.mark.parametrize("name", ["unet", "vnet"])
+@pytest.mark.parametrize("laid_out", [torch.channels_last, torch.contiguous_format])
+def test_every_number_moves_whatever_the_memory_layout(name, laid_out):
+    """Of a student that lies in memory as the teacher does, and of one that does not."""
+    torch.manual_seed(0)
+    teacher, student = build_network(name, 2), build_network(name, 2)
+    if name == "unet":
+        teacher, student = teacher.to(memory_format=torch.channels_last), student.to(memory_format=laid_out)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    update_teacher(teacher, student, 0.9, buffers=True, halted=torch.zeros(()))
+    for key, value in teacher.state_dict().items():
+        expected = 0.9 * before[key] + 0.1 * student.state_dict()[key]
+        torch.testing.assert_close(value, expected.to(value.dtype), rtol=1e-5, atol=1e-6)
+
+
 def test_no_gradient_reaches_the_teacher():
     teacher, student = nn.Linear(2, 2), nn.Linear(2, 2)
     update_teacher(teacher, student, 0.99, buffers=True)

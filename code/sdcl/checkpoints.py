@@ -18,6 +18,7 @@ from sdcl.runs.errors import UserError
 
 LAST, PREVIOUS = "last.pth", "last_previous.pth"  # a stage's two latest checkpoints
 PREFIX = re.compile(r"((module|_orig_mod)\.)+")  # what DataParallel and torch.compile put before each name
+AVERAGE = "_average"  # behind a student's role: the average of its weights
 CONTAINERS = ("net", "state_dict", "model_state_dict", "model")  # keys under which files hold one network's weights
 
 
@@ -211,6 +212,8 @@ def _find_state(
             raise UserError(f"{path} holds no networks by role: choose a checkpoint of this repository.")
         if role is None:
             usable = [r for r in states if r != "teacher"] or list(states)  # a file of the teacher alone is meant
+            usable = [r for r in usable if r + AVERAGE not in states]  # where it is kept, a student's average is meant
+            prefer = prefer and prefer + AVERAGE * (prefer + AVERAGE in states)
             fitting = [r for r in usable if states[r].keys() == network.state_dict().keys()]
             if prefer not in (None, *fitting) and fitting not in ([], ["teacher"]):
                 raise UserError(f"{path} holds {', '.join(states)}, no {prefer}: give that student's file.")

@@ -14,8 +14,9 @@ from sdcl import ranks
 DiceOver = Literal["sample", "batch"]
 DICE_SMOOTH = {"sample": 1e-5, "batch": 1e-10}
 REGIONS = ("image", "patch")
+LOSSES = ("dice", "ce", "mse", "kl")
 # Voxels that are worked on together: on a CPU so few a core that what is made of them stays in its cache.
-CORE_CHUNK, DEVICE_CHUNK = 2**15, 2**19
+CORE_CHUNK, DEVICE_CHUNK = 2**15, 2**21
 DEVICE_SPLITS = 256  # pieces of a sample whose sums other devices than a CPU take side by side
 # Log-probabilities are no lower in the sums, since 0 voxels of -inf are nan; a sum that is, is infinite in the losses.
 LEAST_LOG_P, INFINITE = -1e30, 1e29
@@ -25,7 +26,7 @@ def class_map(scores: Tensor) -> Tensor:
     """Return the class of the highest score at each voxel, the first of equal ones.
 
     What argmax over the classes says, in bytes instead of int64, and on a CPU ten times as fast: argmax strides over
-    the classes voxel by voxel, this reads one class after the other.
+    the classes voxel by voxel, this reads one class after the other. Elsewhere argmax is one kernel, and asked.
 
     Args:
         scores: logits or probabilities (N, C, *S).
@@ -33,8 +34,10 @@ def class_map(scores: Tensor) -> Tensor:
     Returns:
         uint8 (N, *S), of more than 256 classes int32; without gradient.
     """
-    highest, *others = scores.detach().unbind(1)
     dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
+    if scores.device.type != "cpu":
+        return scores.detach().argmax(1).to(dtype)
+    highest, *others = scores.detach().unbind(1)
     classes = torch.zeros_like(highest, dtype=dtype)
     for c, score in enumerate(others, start=1):
         classes = torch.maximum(classes, (score > highest).to(dtype) * c)  # where() is slow on bytes
@@ -103,7 +106,7 @@ def mixed_losses(
         sums = _CodeSums.apply(logits.flatten(2), code.flatten(1), len(REGIONS) * states * logits.shape[1])
         sums = ranks.gather(sums)  # of the whole batch
         sums = sums.unflatten(2, (len(REGIONS), states, logits.shape[1]))  # (N, 3 C + 1, region, state, target)
-        return _losses_of_sums(sums, (image_weight, patch_weight), dice)
+        return dict(zip(LOSSES, _LossesOfSums.apply(sums, (image_weight, patch_weight), dice), strict=True))
 
 
 def _codes(
@@ -135,51 +138,85 @@ def _codes(
     return code + target, states
 
 
-def _losses_of_sums(sums: Tensor, weights: tuple[float, float], dice: DiceOver) -> dict[str, Tensor]:
+class _LossesOfSums(torch.autograd.Function):
     """Compute the losses from the sums over the voxels of each sample, region, state and target.
 
-    Args:
-        sums: (N, 3 C + 1, 2, 1 or 3, C), of p, p^2 and log p of each class, and the number of voxels.
-        weights: of the two regions.
-        dice: see mixed_losses().
+    All of it is a few numbers, each kernel of which costs a GPU's launch: autograd's backward pass is some 110 of
+    them, this one 30.
     """
-    classes = sums.shape[-1]
-    count = sums[:, -1]  # (N, region, state, target)
-    # Each (N, region, state, target, class):
-    p, square, log_p = sums[:, :-1].unflatten(1, (3, classes)).movedim(2, -1).unbind(1)
-    p_target, log_p_target = (x.diagonal(dim1=-2, dim2=-1) for x in (p, log_p))  # (N, region, state, target)
 
-    def weigh(regions: Tensor) -> Tensor:
-        return weights[0] * regions[0] + weights[1] * regions[1]
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, weights: tuple[float, float], dice: DiceOver) -> tuple[Tensor, ...]:
+        """Map sums (N, 3 C + 1, 2, 1 or 3, C), of p, p^2 and log p of each class, and the count, to LOSSES.
 
-    # Dice: (N or 1, region, class); "batch" sums the samples too, and has squares in the denominator.
-    overlap, size = p_target.sum(2), count.sum(2) + (p if dice == "sample" else square).sum((2, 3))
-    if dice == "batch":
-        overlap, size = overlap.sum(0, keepdim=True), size.sum(0, keepdim=True)
-    smooth = DICE_SMOOTH[dice]
-    dice_loss = 1 - ((2 * overlap + smooth) / (size + smooth)).mean((0, 2))  # (region)
-    ce = _endless(-log_p_target.sum((0, 2, 3))) / count.sum((0, 2, 3)).clamp_min(1)  # (region)
-    # mean_c (p_c - 1[t=c])^2 = (sum_c p_c^2 - 2 p_t + 1) / C: no one-hot tensor is needed.
-    error = (square.sum(-1) - 2 * p_target + count)[:, :, 1:].sum((0, 2, 3)) / classes
-    entropy = _endless(-log_p[:, :, 2:].sum((0, 2, 3, 4))) / classes
-    return {
-        "dice": weigh(dice_loss),
-        "ce": weigh(ce),
-        "mse": weigh(error) / count[:, :, 1:].sum().clamp_min(1),  # with no voxel the sum is 0 too
-        "kl": weigh(entropy) / count[:, :, 2:].sum().clamp_min(1),
-    }
+        Args:
+            ctx: keeps what backward() needs.
+            sums: over the voxels of each (sample, region, state, target).
+            weights: of the two regions.
+            dice: see mixed_losses().
+        """
+        classes, count = sums.shape[-1], sums[:, -1]  # (N, region, state, target)
+        p, square, log_p = sums[:, :-1].unflatten(1, (3, classes)).unbind(1)  # (N, class, region, state, target)
+        p_target, log_p_target = _of_target(p), _of_target(log_p)  # (N, region, state, target)
+        weight = torch.full_like(sums[0, 0, :, 0, 0], weights[1])  # (region), made on the device
+        weight[0].fill_(weights[0])
+
+        # Dice: (N or 1, region, class); "batch" sums the samples too, and has squares in the denominator.
+        overlap = p_target.sum(2)
+        size = count.sum(2) + (p if dice == "sample" else square).sum((3, 4)).movedim(1, 2)
+        if dice == "batch":
+            overlap, size = overlap.sum(0, keepdim=True), size.sum(0, keepdim=True)
+        doubled, size = 2 * overlap + DICE_SMOOTH[dice], size + DICE_SMOOTH[dice]
+        dice_loss = 1 - (doubled / size).mean((0, 2))  # (region)
+        voxels = count.sum((0, 2, 3)).clamp_min(1)  # (region)
+        ce, entropy = _endless(-torch.stack([log_p_target.sum((0, 2, 3)), log_p[:, :, :, 2:].sum((0, 1, 3, 4))]))
+        # mean_c (p_c - 1[t=c])^2 = (sum_c p_c^2 - 2 p_t + 1) / C: no one-hot tensor is needed.
+        error = (square.sum(1) - 2 * p_target + count)[:, :, 1:].sum((0, 2, 3)) / classes
+        acting, wrong = (count[:, :, state:].sum().clamp_min(1) for state in (1, 2))  # of no voxel the sum is 0 too
+        ctx.save_for_backward(weight, doubled, size, voxels, acting, wrong)
+        ctx.dice, ctx.shape = dice, sums.shape
+        of_regions = torch.stack([dice_loss, ce / voxels, error, entropy / classes])
+        dice_loss, ce, error, entropy = (weight * of_regions).sum(1).unbind()
+        return dice_loss, ce, error / acting, entropy / wrong
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Map the losses' gradients to the sums': 0 to counts, which no logit moves; of infinite ones as if finite."""
+        weight, doubled, size, voxels, acting, wrong = ctx.saved_tensors
+        of_dice, of_ce, of_mse, of_kl = grads
+        classes, samples = ctx.shape[-1], len(size)
+        result = torch.zeros(ctx.shape, dtype=weight.dtype, device=weight.device)
+        p, square, log_p = result[:, :-1].unflatten(1, (3, classes)).unbind(1)
+        p_target, log_p_target = _of_target(p), _of_target(log_p)
+
+        per_size = (of_dice * weight / (samples * classes))[:, None] / size  # (N or 1, region, class)
+        in_size = (per_size * doubled / size).movedim(2, 1)[..., None, None]
+        (p if ctx.dice == "sample" else square).add_(in_size)
+        p_target.sub_(2 * per_size[:, :, None])
+        log_p_target.sub_((of_ce * weight / voxels)[:, None, None])
+        pull = (of_mse * weight / (acting * classes))[:, None, None]
+        square[:, :, :, 1:].add_(pull)
+        p_target[:, :, 1:].sub_(2 * pull)
+        log_p[:, :, :, 2:].sub_((of_kl * weight / (wrong * classes))[:, None, None])
+        return result, None, None
+
+
+def _of_target(of_classes: Tensor) -> Tensor:
+    """Return of (N, class, region, state, target) what is of the target's class, a view (N, region, state, target)."""
+    return of_classes.diagonal(dim1=1, dim2=4)
 
 
 def _endless(sums: Tensor) -> Tensor:
-    """Return sums of -log p, infinite where a p of 0 is among them; with the gradient of a finite sum."""
+    """Return sums of -log p, infinite where a p of 0 is among them."""
     return torch.where(sums > INFINITE, sums + torch.inf, sums)
 
 
 class _CodeSums(torch.autograd.Function):
     """Sum p, p^2 and log p over the voxels of each code: all that the losses need of a batch.
 
-    The full-size work is here and runs in chunks that stay in a core's cache; what is done with the sums is small and
-    left to autograd. Only the logits and the codes, a byte a voxel, wait for the backward pass.
+    The full-size work is here and runs in chunks that stay in a core's cache. Only the logits and the codes, a byte a
+    voxel, wait for the backward pass.
     """
 
     @staticmethod

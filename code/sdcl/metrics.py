@@ -47,7 +47,7 @@ def case_metrics(
     """
     if prediction.shape != reference.shape:
         raise ValueError(f"the prediction's shape {prediction.shape} differs from the reference's {reference.shape}")
-    prediction, reference = _crop_to_both(prediction.astype(bool), reference.astype(bool))
+    prediction, reference = _crop_to_both(np.asarray(prediction, bool), np.asarray(reference, bool))
     size_p, size_r = np.count_nonzero(prediction), np.count_nonzero(reference)
     if size_p == 0 or size_r == 0:
         overlap = math.nan if size_p == size_r else 0.0
@@ -82,7 +82,7 @@ def _border(mask: np.ndarray) -> np.ndarray:
         inner[1:] &= along[:-1]
         inner[:-1] &= along[1:]
         inner[[0, -1]] = False
-    return mask & ~interior
+    return np.greater(mask, interior, out=interior)  # true in the mask alone
 
 
 def _nearest_distances(source: np.ndarray, target: np.ndarray, spacing: Sequence[float] | None) -> np.ndarray:
@@ -92,7 +92,7 @@ def _nearest_distances(source: np.ndarray, target: np.ndarray, spacing: Sequence
     the voxels that both surfaces share need no look at all.
     """
     scale = np.ones(source.ndim) if spacing is None else np.asarray(spacing, float)
-    apart = np.argwhere(source & ~target) * scale
+    apart = np.argwhere(source > target) * scale  # of the source alone
     distances = np.zeros(np.count_nonzero(source))
     if len(apart):
         distances[: len(apart)] = cKDTree(np.argwhere(target) * scale).query(apart)[0]

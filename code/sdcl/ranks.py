@@ -55,13 +55,13 @@ def add_gradients(parameters: Iterable[Tensor]) -> None:
         by_type.setdefault(gradient.dtype, []).append(gradient)
     for gradients in by_type.values():
         # In each one's own memory order, which is the same on all ranks: no copy is laid out anew.
-        flat = torch.cat([_in_memory_order(gradient) for gradient in gradients])
+        flat = torch.cat([in_memory_order(gradient) for gradient in gradients])
         dist.all_reduce(flat)
         parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_([_in_memory_order(gradient) for gradient in gradients], list(parts))
+        torch._foreach_copy_([in_memory_order(gradient) for gradient in gradients], list(parts))
 
 
-def _in_memory_order(x: Tensor) -> Tensor:
+def in_memory_order(x: Tensor) -> Tensor:
     """Return a dense tensor's numbers as they lie in memory, a view (numel,)."""
     return x.as_strided((x.numel(),), (1,))
 

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,6 +20,7 @@ from sdcl.scoring.evaluation import STUDENTS
 from sdcl.teacher import growing_decay, update_teacher
 
 TEACHER = "teacher"  # the EMA teacher's role
+ADD_IN_PLACE = ("cpu",)  # types of devices on which a pass adds its gradients to those of the passes before
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
 
@@ -49,6 +50,7 @@ class Settings(Protocol):
     ema_decay: float
     ema_buffers: bool
     ema_warmup: bool
+    average_decay: float
     consistency_weight: float
     rampup: int | None
     noise: float
@@ -71,6 +73,7 @@ class Learners:
         base_lr: the students' learning rate, of which a schedule takes its share.
         halted: 1 on the device from the first loss or gradient on that is not finite, then nothing moves any more;
             0 before. So nothing needs to wait for the device at each step.
+        aside: parameters and their gradients of passes before the last one; see set_aside().
     """
 
     networks: dict[str, nn.Module]
@@ -79,6 +82,7 @@ class Learners:
     iteration: int = 0
     base_lr: float = 1e-3
     halted: Tensor = field(default_factory=lambda: torch.zeros(()))
+    aside: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
     @property
     def students(self) -> list[nn.Module]:
@@ -156,6 +160,30 @@ def add_teacher(learners: Learners) -> None:
     learners.networks[TEACHER] = copy.deepcopy(learners.networks["student_a"]).requires_grad_(False)
 
 
+def add_averages(learners: Learners) -> None:
+    """Make the averages of the students' weights, copies that no gradient reaches; see move_averages()."""
+    for role in learners.optimisers:
+        learners.networks[role + checkpoints.AVERAGE] = copy.deepcopy(learners.networks[role]).requires_grad_(False)
+
+
+def move_averages(learners: Learners, decay: float) -> None:
+    """Move each average, BatchNorm's statistics included, towards its student after a step, by growing_decay().
+
+    A student that holds what is not finite spoils its average, whose run ends with the next reading of the losses.
+    """
+    for role in learners.optimisers:
+        average, student = learners.networks[role + checkpoints.AVERAGE], learners.networks[role]
+        update_teacher(average, student, growing_decay(learners.iteration, decay), buffers=True)
+
+
+def averaged(predictors: Mapping[str, tuple[str, ...]], decay: float) -> dict[str, tuple[str, ...]]:
+    """Return the roles by predictor, each student's average in its place where there is one: a decay above 0."""
+    return {
+        name: tuple(role + checkpoints.AVERAGE if decay and role in STUDENTS else role for role in roles)
+        for name, roles in predictors.items()
+    }
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Let networks compute in bfloat16 where the precision is "bf16"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -166,8 +194,29 @@ def clear_gradients(learners: Learners) -> None:
     for role, optimiser in learners.optimisers.items():
         device = next(learners.networks[role].parameters()).device
         optimiser.zero_grad(set_to_none=device.type != "cpu")
+    learners.aside = {}
     for parameter in (p for student in learners.students for p in student.parameters() if not p.requires_grad):
         parameter.grad = None  # Adam leaves it alone; with a gradient of 0 its moments would still move it
+
+
+def set_aside(learners: Learners) -> None:
+    """Keep the gradients so far apart from the next backward pass's, which else adds to each in a launch of its own.
+
+    On a CPU, where a launch costs nothing and memory would be cut into pieces, they stay where they are. The sums are
+    the same bits: descend(), or the next call, adds the earlier passes' to the later one's.
+    """
+    found = {
+        p: p.grad
+        for student in learners.students
+        for p in student.parameters()
+        if p.grad is not None and p.device.type not in ADD_IN_PLACE
+    }
+    for parameter in found:
+        parameter.grad = None
+    both = [p for p in found if p in learners.aside]
+    if both:
+        torch._foreach_add_([learners.aside[p] for p in both], [found[p] for p in both])
+    learners.aside = found | learners.aside
 
 
 def descend(learners: Learners, named: Losses) -> Losses:
@@ -181,6 +230,10 @@ def descend(learners: Learners, named: Losses) -> Losses:
         "<student>/grad_norm", the gradients' L2 norms.
     """
     norms: Losses = {}
+    set_aside(learners)
+    for parameter, gradient in learners.aside.items():
+        parameter.grad = gradient
+    learners.aside = {}
     ranks.add_gradients(p for student in learners.students for p in student.parameters())
     for role in learners.optimisers:
         gradients = [p.grad for p in learners.networks[role].parameters() if p.grad is not None]
@@ -265,6 +318,7 @@ def mixed_step(learners: Learners, batch: Batch, mask: Tensor, settings: Setting
         # Asked for only now that the students have run, since pseudo-labels are cleaned meanwhile.
         targets = (where(logits), *labels())
         add_up(named, _learn(logits, targets, mask, weights, settings))
+        set_aside(learners)
     named |= descend(learners, named)
     student = learners.networks["student_a"]
     decay = growing_decay(learners.iteration, settings.ema_decay) if settings.ema_warmup else settings.ema_decay
@@ -328,6 +382,7 @@ def supervised_step(learners: Learners, batch: Batch, settings: Settings) -> Los
             loss.backward()
             found = {"loss": loss, "dice": losses["dice"], "ce": losses["ce"]}
             add_up(named, {f"{role}/{name}": value.detach() for name, value in found.items()})
+        set_aside(learners)
     return named
 
 

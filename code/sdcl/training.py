@@ -25,7 +25,19 @@ from sdcl.runs.records import NoRecord, StageRecord
 from sdcl.runs.resume import resume
 from sdcl.schedule import share
 from sdcl.scoring.evaluation import PREDICTORS, Predictors, Validation
-from sdcl.steps import TEACHER, Batch, Learners, Losses, Settings, add_teacher, make_learners, pretrain_step
+from sdcl.steps import (
+    TEACHER,
+    Batch,
+    Learners,
+    Losses,
+    Settings,
+    add_averages,
+    add_teacher,
+    averaged,
+    make_learners,
+    move_averages,
+    pretrain_step,
+)
 
 MEASURED = 4  # iterations after which the end is foretold
 __all__ = ["make_learners", "pretrain", "pretrain_step", "self_train", "validation_iterations"]
@@ -119,6 +131,8 @@ def self_train(
     learners.keep(method.students)
     if method.has_teacher:
         add_teacher(learners)
+    if settings.average_decay:
+        add_averages(learners)
     validations = _Validations(validate, validate_at, validated_on)
     _Loop("self_train", learners, streams, settings, validations, _Kept(folder, config)).run(settings.self_iterations)
 
@@ -182,7 +196,7 @@ class _Loop:
             self.predictors = PREDICTORS
         else:
             self.step, self.parts, self.totals = method.self_train_step, method.parts, method.totals
-            self.predictors = method.predictors
+            self.predictors = averaged(method.predictors, settings.average_decay)
         self.folder, self.config, self.validations = kept.folder / stage, kept.config, validations
         self.device = next(learners.networks["student_a"].parameters()).device
         if settings.compile:
@@ -240,6 +254,8 @@ class _Loop:
         schedule = "constant" if self.stage == "pre_train" else self.settings.lr_schedule
         self.learners.set_rate(share(number, iterations, schedule, self.settings.warmup))
         losses = self.step(self.learners, to_device(batch, self.device), mask, self.settings)
+        if self.stage == "self_train" and self.settings.average_decay:
+            move_averages(self.learners, self.settings.average_decay)
         self._check_names(losses)
         self.unread.append((number, losses))
         self.learners.iteration = number

@@ -8,7 +8,18 @@ from sdcl.consistency import exact, risen
 from sdcl.losses import class_map
 from sdcl.methods import Method
 from sdcl.scoring.evaluation import PREDICTORS, STUDENTS
-from sdcl.steps import Batch, Learners, Losses, Settings, add_up, autocast, clear_gradients, descend, supervised_step
+from sdcl.steps import (
+    Batch,
+    Learners,
+    Losses,
+    Settings,
+    add_up,
+    autocast,
+    clear_gradients,
+    descend,
+    set_aside,
+    supervised_step,
+)
 
 
 def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Settings) -> Losses:
@@ -38,6 +49,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
             loss = weight * consistency
             loss.backward()
             add_up(named, {f"{role}/consistency": consistency.detach(), f"{role}/loss": loss.detach()})
+        set_aside(learners)
     return named | descend(learners, named)
 
 

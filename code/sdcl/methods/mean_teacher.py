@@ -16,6 +16,7 @@ from sdcl.steps import (
     autocast,
     clear_gradients,
     descend,
+    set_aside,
     supervised_step,
 )
 
@@ -48,6 +49,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
         loss = weight * consistency
         loss.backward()
         add_up(named, {"student_a/consistency": consistency.detach(), "student_a/loss": loss.detach()})
+        set_aside(learners)
     named |= descend(learners, named)
     move_teacher(learners, settings)
     return named

@@ -18,6 +18,7 @@ from sdcl.steps import (
     autocast,
     clear_gradients,
     descend,
+    set_aside,
     supervised_step,
 )
 
@@ -76,6 +77,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
         loss = settings.consistency_weight * rise * consistency
         loss.backward()
         add_up(named, {"student_a/consistency": consistency.detach(), "student_a/loss": loss.detach()})
+        set_aside(learners)
     named |= {"sure": count} | descend(learners, named)
     move_teacher(learners, settings)
     return named

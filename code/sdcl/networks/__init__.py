@@ -10,13 +10,14 @@ from sdcl.networks.vnet import VNet
 NETWORKS: dict[str, type[nn.Module]] = {"vnet": VNet, "resvnet": ResVNet, "unet": UNet, "resunet": ResUNet}
 
 
-def build_network(name: str, num_classes: int, in_channels: int = 1) -> nn.Module:
+def build_network(name: str, num_classes: int, in_channels: int = 1, dropout: float = 1.0) -> nn.Module:
     """Build a network with freshly initialised weights.
 
     Args:
         name: "vnet" or "resvnet" (3D), "unet" or "resunet" (2D).
         num_classes: number of classes C, background included; at least 2.
         in_channels: channels of the input image.
+        dropout: share of the published rates of dropout, in [0, 1].
 
     Returns:
         A module whose forward takes (N, in_channels, *S) and returns logits (N, C, *S); every side of S is a
@@ -31,4 +32,8 @@ def build_network(name: str, num_classes: int, in_channels: int = 1) -> nn.Modul
         raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
     if num_classes < 2 or in_channels < 1:
         raise ValueError(f"num_classes {num_classes} must be at least 2 and in_channels {in_channels} at least 1")
-    return NETWORKS[name](in_channels, num_classes)
+    network = NETWORKS[name](in_channels, num_classes)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout3d):
+            module.p *= dropout
+    return network

@@ -279,11 +279,12 @@ def check_common(config: Any) -> None:
     for name in (name for name in NON_NEGATIVE_FIELDS if name in values):
         if not values[name] >= 0:
             raise UserError(f"--{name} is {values[name]}: it must not be negative.")
-    for name in ("ema_decay", "augment_probability"):
+    for name in ("ema_decay", "augment_probability", "dropout"):
         if not 0 <= values.get(name, 0) <= 1:
             raise UserError(f"--{name} is {values[name]}: it must lie in [0, 1].")
-    if not 0 <= values.get("intensity", 0) < 1:
-        raise UserError(f"--intensity is {config.intensity}: it must lie in [0, 1).")
+    for name in ("intensity", "average_decay"):
+        if not 0 <= values.get(name, 0) < 1:
+            raise UserError(f"--{name} is {values[name]}: it must lie in [0, 1).")
     for stage in ("pre_iterations", "self_iterations"):
         if 0 < values.get(stage, 0) <= values.get("warmup", 0):
             raise UserError(f"--warmup is {config.warmup}: it must be below --{stage}, which is {values[stage]}.")

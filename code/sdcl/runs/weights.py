@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdcl.checkpoints import LAST, load, load_weights
+from sdcl.checkpoints import AVERAGE, LAST, load, load_weights
 from sdcl.methods import get
 from sdcl.networks import build_network
 from sdcl.runs.devices import place
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, differing_tasks, find_run, known_task, pretrained_folder
 from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Predictors, load_predictors
-from sdcl.steps import TEACHER
+from sdcl.steps import TEACHER, averaged
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,8 @@ def load_predictor(config: Any, settings: dict[str, Any], sizes: tuple[int, int]
 
 def make_network(settings: dict[str, Any], role: str, sizes: tuple[int, int], device: torch.device) -> nn.Module:
     """Build the network of a role, as a run's settings name it, on the device; sizes: see load_predictor()."""
-    return place(build_network(settings["student_a" if role == TEACHER else role], *sizes), device)
+    architecture = settings["student_a" if role == TEACHER else role.removesuffix(AVERAGE)]
+    return place(build_network(architecture, *sizes), device)
 
 
 def predictors_of(folder: Path, stage: str, settings: dict[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -228,7 +229,9 @@ def predictors_of(folder: Path, stage: str, settings: dict[str, Any]) -> dict[st
     other = {"self_train": "pre_train", "pre_train": "self_train"}[stage]
     if not (folder / stage / LAST).exists() and (folder / other / LAST).exists():
         raise UserError(f"{folder} has no {stage}, only {other}: give --stage {other}, or train it.")
-    return PREDICTORS if stage == "pre_train" else dict(get(settings.get("method", "sdcl")).predictors)
+    if stage == "pre_train":
+        return PREDICTORS
+    return averaged(get(settings.get("method", "sdcl")).predictors, settings.get("average_decay", 0.0))
 
 
 def check_prepared(run: Path, facts: dict[str, Any], are_given: bool) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from scipy import ndimage
 from torch import nn
 
 from sdcl.checkpoints import load_weights
@@ -294,9 +295,11 @@ def evaluate(
                 label_maps, probabilities = _predict(predictors, case, task)
                 # Scored by other threads while the networks go on with the next case.
                 futures = [
-                    pool.submit(_score, name, case, (c, structure), label_map, distances)
+                    pool.submit(_score, name, case, (c, structure), boxed, distances)
                     for name, label_map in label_maps.items()
-                    for c, structure in enumerate(task.class_names, start=1)
+                    for c, (structure, boxed) in enumerate(
+                        zip(task.class_names, _boxed(label_map, case.label, task.num_classes), strict=True), start=1
+                    )
                 ]
                 waiting.append((case, futures))
                 if on_case is not None:
@@ -335,10 +338,29 @@ def _predict(predictors: Predictors, case: Case, task: Task) -> tuple[dict[str, 
     return {name: task.decision.cleaned(labels) for name, labels in label_maps.items()}, probabilities
 
 
-def _score(predictor: str, case: Case, numbered: tuple[int, str], label_map: np.ndarray, distances: bool) -> CaseRow:
-    """Score a class, given as number and name; its masks are made here, so that only the threads at work hold any."""
+def _boxed(label_map: np.ndarray, reference: np.ndarray, num_classes: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return views of both label maps (*S) for each class from 1 on: the smallest box that holds the class in both.
+
+    No distance or overlap changes, and masks of a small structure are as small as it is, whatever the volume.
+    """
+    boxes = []
+    for of_both in zip(*(ndimage.find_objects(x, num_classes - 1) for x in (label_map, reference)), strict=True):
+        found = [box for box in of_both if box is not None]
+        sides = [
+            slice(min(side.start for side in same), max(side.stop for side in same))
+            for same in zip(*found, strict=True)
+        ]
+        box = tuple(sides) if found else (slice(0),) * reference.ndim
+        boxes.append((label_map[box], reference[box]))
+    return boxes
+
+
+def _score(
+    predictor: str, case: Case, numbered: tuple[int, str], boxed: tuple[np.ndarray, np.ndarray], distances: bool
+) -> CaseRow:
+    """Score a class, given as number and name, in _boxed() maps; only the threads at work hold its masks."""
     number, structure = numbered
-    prediction, reference = label_map == number, case.label == number
+    prediction, reference = (labels == number for labels in boxed)
     voxels = case_metrics(prediction, reference, distances=distances)
     mm = case_metrics(prediction, reference, case.spacing) if case.spacing and distances else None
     hd95_mm, asd_mm = (mm.hd95, mm.asd) if mm else (math.nan, math.nan)
