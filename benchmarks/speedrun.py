@@ -50,7 +50,7 @@ class Config:
     limit_s: float = 3600.0  # seconds after which a seed has failed
     finish: bool = False  # let each training go on to its end, whose Dice is kept too
     models_path: Path = ROOT / "speedrun"  # where runs go; each is removed when it has ended
-    output: Path = ROOT / "docs" / "evidence" / "speedrun.csv"  # receives a line a seed, behind those that are there
+    output: Path = ROOT / "speedrun" / "rows.csv"  # receives a line a seed, behind those that are there
 
 
 def main(config: Config) -> None:
@@ -58,6 +58,7 @@ def main(config: Config) -> None:
     begun = read(config.output)
     if config.name in {row["name"] for row in begun}:
         raise UserError(f"{config.output} has a row {config.name} already: give another --name, or remove its lines.")
+    config.output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for seed in config.seeds:
         rows.append(run(config, seed))

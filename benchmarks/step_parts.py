@@ -38,7 +38,7 @@ class Config:
 
     data_set: Literal["acdc", "la"] = "la"  # whose networks, sizes and settings
     shape: tuple[int, ...] = ()  # spatial size; empty: the published one
-    batch_size: int = 0  # 0: the published one
+    batch_size: int | None = None  # None: the published one
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
     device: str = "cpu"  # or cuda
     repeats: int = 4  # steps that are timed, after one that is not

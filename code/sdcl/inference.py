@@ -296,6 +296,7 @@ def _summed(
                 base = x
             for total, outputs in zip(sums, found, strict=True):
                 cut(total, (0, x - base, y, z), (how.num_classes, *patch)).add_(outputs[k])
+        del found, outputs  # not kept while the next windows are computed
         if how.on_done is not None:
             how.on_done(len(group), len(group) - computed)
     yield base, [total.cpu().numpy() for total in sums]

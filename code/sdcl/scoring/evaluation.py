@@ -3,7 +3,7 @@
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,8 @@ from sdcl.runs.devices import give_back_freed_memory
 STUDENTS = ("student_a", "student_b")
 # What two students are scored by, to the roles whose probabilities are averaged: of stage 1, SDCL and CPS.
 PREDICTORS = {"student_a": ("student_a",), "student_b": ("student_b",), "mean": STUDENTS}
-LARGE_BYTES = 2**29  # of some planes' probabilities, beside which what a training step frees is little
+LARGE_BYTES = 2**25  # of some planes' probabilities, beside which what a training step frees is little
+PLANES = 8  # that labels are decided of at a time
 Rule = Literal["argmax", "threshold"]
 OnCase = Callable[["Case", dict[str, np.ndarray], dict[str, np.ndarray]], None]
 Infer = Callable[[Sequence[nn.Module], np.ndarray], Slabs]
@@ -320,7 +321,7 @@ def _predict(predictors: Predictors, case: Case, task: Task) -> tuple[dict[str, 
     label_maps: dict[str, np.ndarray] = {}
     probabilities: dict[str, np.ndarray] = {}
     largest = 0
-    for where, outputs in task.infer(predictors.networks, case.image):
+    for where, outputs in _in_pieces(task.infer(predictors.networks, case.image)):
         for name, members in predictors.members.items():
             found = mean_of([outputs[i] for i in members])
             labels = task.decision.labels(found)
@@ -336,6 +337,15 @@ def _predict(predictors: Predictors, case: Case, task: Task) -> tuple[dict[str, 
     if largest > LARGE_BYTES:
         give_back_freed_memory()  # scoring would need other blocks beside these
     return {name: task.decision.cleaned(labels) for name, labels in label_maps.items()}, probabilities
+
+
+def _in_pieces(slabs: Slabs) -> Iterator[tuple[slice, list[np.ndarray]]]:
+    """Yield slabs some planes at a time, beside which what is made of them is small."""
+    for where, outputs in slabs:
+        for first in range(where.start, where.stop, PLANES):
+            last = min(first + PLANES, where.stop)
+            yield slice(first, last), [x[:, first - where.start : last - where.start] for x in outputs]
+        del outputs  # not kept while the next windows are computed
 
 
 def _boxed(label_map: np.ndarray, reference: np.ndarray, num_classes: int) -> list[tuple[np.ndarray, np.ndarray]]:
