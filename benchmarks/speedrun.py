@@ -97,6 +97,7 @@ def run(config: Config, seed: int) -> dict[str, Any]:
             is_reached = best["dice"] >= config.target
             if is_reached and not config.finish:
                 break
+    is_ended = not config.finish or child.wait() == 0  # else what was scored last is no end
     clock.cancel()
     child.kill()
     child.communicate()
@@ -107,8 +108,8 @@ def run(config: Config, seed: int) -> dict[str, Any]:
     return {
         "name": config.name, "data_set": config.data_set, "seed": seed, "reached": "yes" if is_reached else "no",
         "seconds": round(best["seconds"], 1), "stage": best["stage"], "iteration": best["iteration"],
-        "dice": best["dice"], **{f"end_{name}": now[name] for name in ("iteration", "dice")},
-        "end_seconds": round(now["seconds"], 1),
+        "dice": best["dice"], **{f"end_{name}": now[name] if is_ended else "" for name in ("iteration", "dice")},
+        "end_seconds": round(now["seconds"], 1) if is_ended else "",
         "threads": torch.get_num_threads(), "processor": cpu_name(), "torch": torch.__version__,
         "commit": environment(torch.device("cpu"))["commit"], "flags": config.flags,
     }  # fmt: skip

@@ -66,7 +66,7 @@ def method(**changes):
         "pre_dice": "regions", "dice": "batch", "u_weight": 0.5, "mse_weight": 0.5, "kl_weight": 0.05,
         "correct": "discrepancy", "pseudo_label_rule": "argmax", "largest_component": "yes", "connectivity": 8,
         "teacher_dropout": "yes", "consistency_weight": 0.1, "rampup": None, "noise": 0.1, "passes": 8, "paste": "yes",
-        "ema_decay": 0.99, "ema_buffers": True, "ema_warmup": False, "average_decay": 0.0,
+        "ema_decay": 0.99, "ema_buffers": True, "ema_warmup": False, "average_decay": 0.0, "dropout": 1.0,
         "lr_schedule": "constant", "warmup": 0, "log_every": 2, "save_every": 2, "save_minutes": 0,
     }  # fmt: skip
     return SimpleNamespace(**(settings | changes))

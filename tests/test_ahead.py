@@ -46,14 +46,15 @@ def test_a_stage_holds_what_its_step_trains_together():
         plan_of(header(**more), (4, 1), stage)
         for stage, more in (("pre_train", {}), ("self_train", {}), ("self_train", {"method": "bcp"}))
     )
-    assert first.students == ("resunet",) and first.teacher is None
-    assert second.students == ("unet", "resunet") and second.teacher == "unet" and bcp.students == ("unet",)
+    assert first.students == ("resunet",) and first.copies == ()
+    assert second.students == ("unet", "resunet") and second.copies == ("unet",) and bcp.students == ("unet",)
     assert second.gib > first.gib > 0 and first.shape == (4, 1, 32, 48)
+    assert plan_of(header(average_decay=0.9), (4, 1), "self_train").copies == ("unet", "unet", "resunet")
 
 
 def test_what_does_not_fit_is_told_with_settings_that_do(monkeypatch, said):
     said()
-    plan = Plan(("vnet", "resvnet"), "vnet", 2, (4, 1, 64, 64, 48), "fp32")
+    plan = Plan(("vnet", "resvnet"), ("vnet",), 2, (4, 1, 64, 64, 48), "fp32")
     monkeypatch.setattr(ahead, "computes_bf16", lambda device: False)
     monkeypatch.setattr(ahead, "free_gib", lambda device: 0.6 * plan.gib)
     tell_memory([("self_train", plan)], CPU)
@@ -70,9 +71,9 @@ def test_what_does_not_fit_is_told_with_settings_that_do(monkeypatch, said):
     monkeypatch.setattr(ahead, "free_gib", lambda device: 0.001)
     monkeypatch.setattr(ahead, "held_gib", lambda: 0.0)
     three = Predictors([None, None], {"a": (0,), "b": (1,), "mean": (0, 1)})
-    # 10 million voxels: 4 bytes of the image, 1 of the reference, 3 of the labels; 200 of 1000 planes of 5 maps of 4
+    # 10 million voxels: 4 bytes of the image, 1 of the reference, 3 of the labels; 200 of 1000 planes of 3 maps of 4
     # classes; where the mean is kept 4 more maps.
-    for kept, gib in (((), 8 * 10**7 + 4 * 4 * 5 * 2 * 10**6), (("mean",), 24 * 10**7 + 4 * 4 * 5 * 2 * 10**6)):
+    for kept, gib in (((), 8 * 10**7 + 4 * 4 * 3 * 2 * 10**6), (("mean",), 24 * 10**7 + 4 * 4 * 3 * 2 * 10**6)):
         tell_memory_of_test(replace(three, kept=kept), (4, 1), (1000, 100, 100), 200, CPU)
         told = said()
         assert f"memory: about {gib / GIB:.1f} GiB for the largest volume" in told and "score fewer predictors" in told

@@ -121,6 +121,17 @@ def test_many_classes_are_counted_beyond_a_byte():
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
+def test_losses_may_be_added_up_in_place():
+    logits = torch.randn(2, 2, 8, 8, requires_grad=True)
+    label = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    found = mixed_losses(logits, label, label, None, image_weight=1.0, patch_weight=1.0, dice="sample")
+    expected = found["dice"].item() + found["ce"].item()
+    loss = found["dice"]
+    loss += found["ce"]
+    loss.backward()
+    assert loss.item() == pytest.approx(expected) and logits.grad.abs().sum() > 0
+
+
 def test_by_hand():
     """One voxel a region, two classes, logits of 0: every probability is 1/2."""
     logits = torch.zeros(1, 2, 2, requires_grad=True)

@@ -60,6 +60,15 @@ def test_a_training_that_goes_on_to_its_end_keeps_both_scores(config):
     assert 0 <= float(first["seconds"]) <= float(first["end_seconds"])
 
 
+def test_a_training_that_fails_after_the_target_has_no_end(config):
+    config.seeds, config.target, config.finish = (1,), 0.52, True
+    script = speedrun.ROOT / "code" / "stub.py"
+    script.write_text(TRAINING.replace("time.sleep(60)", "sys.exit('error: the disk is full')"), encoding="utf-8")
+    speedrun.main(config)
+    (row,) = speedrun.read(config.output)
+    assert (row["reached"], row["end_dice"], row["end_seconds"]) == ("yes", "", "")
+
+
 def test_a_training_that_ends_before_any_validation_is_an_error(config):
     config.seeds = (3,)
     script = speedrun.ROOT / "code" / "stub.py"

@@ -204,6 +204,18 @@ def test_gradients_set_aside_between_passes_are_the_same_bits(name, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_a_step_of_ones_own_finds_whole_gradients_after_the_labelled_images(monkeypatch):
+    """Such as one that clips them, on any device."""
+    monkeypatch.setattr(steps, "ADD_IN_PLACE", ())
+    learners = learners_of(PAIRS["2d"][0])
+    steps.clear_gradients(learners)
+    batch, _ = batch_of((32, 48), 0)
+    named = steps.supervised_step(learners, batch, method())
+    parameters = list(learners.networks["student_a"].parameters())
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+    assert norm > 0.01 and steps.descend(learners, named)["student_a/grad_norm"] == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_gradients_keep_their_place_in_memory():
     """They are zeroed, not freed, so that activations find the same memory at each step; the teacher has none."""
     names, shape, settings = PAIRS["2d"]

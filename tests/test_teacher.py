@@ -37,6 +37,14 @@ def test_every_number_moves_whatever_the_memory_layout(name, laid_out):
         torch.testing.assert_close(value, expected.to(value.dtype), rtol=1e-5, atol=1e-6)
 
 
+def test_numbers_with_gaps_between_them_are_refused():
+    networks = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    for network in networks:
+        network.weight = nn.Parameter(torch.zeros(2, 5)[:, :3])
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) and strides \(5, 1\) is not one piece of memory"):
+        update_teacher(*networks, 0.9, buffers=True)
+
+
 def test_no_gradient_reaches_the_teacher():
     teacher, student = nn.Linear(2, 2), nn.Linear(2, 2)
     update_teacher(teacher, student, 0.99, buffers=True)

@@ -178,7 +178,7 @@ def load_weights(
         network: from build_network; changed only if everything fits.
         path: the checkpoint.
         role: which network of our own checkpoints: "student_a", "student_b" or "teacher"; None takes the only one
-            that fits by name.
+            that fits by name. Where a student's average is kept (`--average_decay`), it stands for the student.
         prefer: the role to take where several fit by name, as of two students of one architecture.
 
     Returns:
@@ -212,7 +212,7 @@ def _find_state(
             raise UserError(f"{path} holds no networks by role: choose a checkpoint of this repository.")
         if role is None:
             usable = [r for r in states if r != "teacher"] or list(states)  # a file of the teacher alone is meant
-            usable = [r for r in usable if r + AVERAGE not in states]  # where it is kept, a student's average is meant
+            usable = [r for r in usable if r + AVERAGE not in states]
             prefer = prefer and prefer + AVERAGE * (prefer + AVERAGE in states)
             fitting = [r for r in usable if states[r].keys() == network.state_dict().keys()]
             if prefer not in (None, *fitting) and fitting not in ([], ["teacher"]):
@@ -224,6 +224,7 @@ def _find_state(
                     "say which one to load."
                 )
             role = fitting[0]
+        role += AVERAGE * (role + AVERAGE in states)
         if role not in states:
             raise UserError(f"{path} holds no {role}, only {', '.join(states)}: choose one of these.")
         return states[role]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdcl.windows import Place, SameContent, Weighting, Windows, axis_weight, cut, window_profile, window_starts
 
-# Some planes of a volume, and what each network finds there, float32 (C, planes, ...), one after the other.
+# Some planes of a volume (a slice with start and stop), and what each network finds there, float32 (C, planes, ...).
 Slabs = Iterable[tuple[slice, list[np.ndarray]]]
 HALVINGS = 4  # of every network
 LEAST_BOTTOM = 4  # voxels at the networks' deepest stage, whose norms need several

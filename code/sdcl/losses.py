@@ -15,8 +15,9 @@ DiceOver = Literal["sample", "batch"]
 DICE_SMOOTH = {"sample": 1e-5, "batch": 1e-10}
 REGIONS = ("image", "patch")
 LOSSES = ("dice", "ce", "mse", "kl")
-# Voxels that are worked on together: on a CPU so few a core that what is made of them stays in its cache.
-CORE_CHUNK, DEVICE_CHUNK = 2**15, 2**21
+# What is worked on together: on a CPU so few voxels a core that what is made of them stays in its cache; elsewhere so
+# many that these are at most so many numbers, 256 MiB.
+CORE_CHUNK, DEVICE_NUMBERS = 2**15, 2**26
 DEVICE_SPLITS = 256  # pieces of a sample whose sums other devices than a CPU take side by side
 # Log-probabilities are no lower in the sums, since 0 voxels of -inf are nan; a sum that is, is infinite in the losses.
 LEAST_LOG_P, INFINITE = -1e30, 1e29
@@ -177,7 +178,7 @@ class _LossesOfSums(torch.autograd.Function):
         ctx.dice, ctx.shape = dice, sums.shape
         of_regions = torch.stack([dice_loss, ce / voxels, error, entropy / classes])
         dice_loss, ce, error, entropy = (weight * of_regions).sum(1).unbind()
-        return dice_loss, ce, error / acting, entropy / wrong
+        return dice_loss.clone(), ce.clone(), error / acting, entropy / wrong  # no views of each other
 
     @staticmethod
     @once_differentiable
@@ -278,7 +279,8 @@ def _chunks(logits: Tensor, code: Tensor, codes: int) -> Iterator[tuple[Tensor, 
 
     The rows are overwritten by the next ones.
     """
-    voxels = CORE_CHUNK * torch.get_num_threads() if logits.device.type == "cpu" else DEVICE_CHUNK
+    rows = 3 * logits.shape[1] + 1 + codes
+    voxels = CORE_CHUNK * torch.get_num_threads() if logits.device.type == "cpu" else DEVICE_NUMBERS // rows
     length = min(max(1, voxels // (len(logits) * ranks.count())), logits.shape[2])
     dtype = torch.promote_types(logits.dtype, torch.float32)
     numbers = torch.arange(codes, dtype=dtype, device=code.device)[:, None]

@@ -62,7 +62,18 @@ def add_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """Return a dense tensor's numbers as they lie in memory, a view (numel,)."""
+    """Return a tensor's numbers as they lie in memory, a view (numel,).
+
+    Raises:
+        ValueError: there are gaps between them, or one stands for several.
+    """
+    step = 1  # between neighbours along the axis that comes next in memory
+    for stride, side in sorted((stride, side) for stride, side in zip(x.stride(), x.shape, strict=True) if side > 1):
+        if stride != step:
+            break
+        step *= side
+    if step != x.numel():
+        raise ValueError(f"a tensor of the shape {tuple(x.shape)} and strides {x.stride()} is not one piece of memory")
     return x.as_strided((x.numel(),), (1,))
 
 

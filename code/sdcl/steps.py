@@ -203,7 +203,7 @@ def set_aside(learners: Learners) -> None:
     """Keep the gradients so far apart from the next backward pass's, which else adds to each in a launch of its own.
 
     On a CPU, where a launch costs nothing and memory would be cut into pieces, they stay where they are. The sums are
-    the same bits: descend(), or the next call, adds the earlier passes' to the later one's.
+    the same bits: join_gradients() adds the earlier passes' to the last one's.
     """
     found = {
         p: p.grad
@@ -219,6 +219,14 @@ def set_aside(learners: Learners) -> None:
     learners.aside = found | learners.aside
 
 
+def join_gradients(learners: Learners) -> None:
+    """Make each parameter's gradient that of all passes since clear_gradients(); see set_aside()."""
+    set_aside(learners)
+    for parameter, gradient in learners.aside.items():
+        parameter.grad = gradient
+    learners.aside = {}
+
+
 def descend(learners: Learners, named: Losses) -> Losses:
     """Move the students one step along their gradients, unless something is not finite.
 
@@ -230,10 +238,7 @@ def descend(learners: Learners, named: Losses) -> Losses:
         "<student>/grad_norm", the gradients' L2 norms.
     """
     norms: Losses = {}
-    set_aside(learners)
-    for parameter, gradient in learners.aside.items():
-        parameter.grad = gradient
-    learners.aside = {}
+    join_gradients(learners)
     ranks.add_gradients(p for student in learners.students for p in student.parameters())
     for role in learners.optimisers:
         gradients = [p.grad for p in learners.networks[role].parameters() if p.grad is not None]
@@ -317,8 +322,8 @@ def mixed_step(learners: Learners, batch: Batch, mask: Tensor, settings: Setting
             logits = {role: learners.networks[role](mixed) for role in learners.optimisers}
         # Asked for only now that the students have run, since pseudo-labels are cleaned meanwhile.
         targets = (where(logits), *labels())
-        add_up(named, _learn(logits, targets, mask, weights, settings))
         set_aside(learners)
+        add_up(named, _learn(logits, targets, mask, weights, settings))
     named |= descend(learners, named)
     student = learners.networks["student_a"]
     decay = growing_decay(learners.iteration, settings.ema_decay) if settings.ema_warmup else settings.ema_decay
@@ -374,6 +379,7 @@ def supervised_step(learners: Learners, batch: Batch, settings: Settings) -> Los
     """
     named: Losses = {}
     for image, label in ((batch["x_a"], batch["y_a"]), (batch["x_b"], batch["y_b"])):
+        set_aside(learners)
         for role in learners.optimisers:
             with autocast(image.device, settings.precision):
                 logits = learners.networks[role](image)
@@ -382,7 +388,7 @@ def supervised_step(learners: Learners, batch: Batch, settings: Settings) -> Los
             loss.backward()
             found = {"loss": loss, "dice": losses["dice"], "ce": losses["ce"]}
             add_up(named, {f"{role}/{name}": value.detach() for name, value in found.items()})
-        set_aside(learners)
+    join_gradients(learners)
     return named
 
 

@@ -104,7 +104,7 @@ def self_train(
     """Run stage 2 to its end: from stage 1's checkpoints, or from where the run's folder left it.
 
     Args:
-        learners: the students; a teacher is added; changed in place.
+        learners: the students; a teacher is added, and averages where the settings ask for them; changed in place.
         streams: batches of two labelled and two unlabelled streams.
         folder: the run's folder; this stage writes into its self_train/.
         settings: the script's header; its `method` names what stage 2 is.

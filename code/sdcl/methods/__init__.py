@@ -85,6 +85,7 @@ def get(name: str) -> Method:
 IDLE = (
     ("correct", "none", ("mse_weight", "kl_weight")),
     ("largest_component", "no", ("connectivity",)),
+    ("dropout", 0.0, ("teacher_dropout",)),
 )
 
 

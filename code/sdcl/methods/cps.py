@@ -40,6 +40,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
     clear_gradients(learners)
     named = supervised_step(learners, batch, settings)
     for images in (batch["u_a"], batch["u_b"]):
+        set_aside(learners)
         with autocast(images.device, settings.precision):
             logits = {role: learners.networks[role](images) for role in learners.optimisers}
         decisions = {role: class_map(z).long() for role, z in logits.items()}
@@ -49,7 +50,6 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
             loss = weight * consistency
             loss.backward()
             add_up(named, {f"{role}/consistency": consistency.detach(), f"{role}/loss": loss.detach()})
-        set_aside(learners)
     return named | descend(learners, named)
 
 

@@ -40,6 +40,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
     clear_gradients(learners)
     named = supervised_step(learners, batch, settings)
     for images in (batch["u_a"], batch["u_b"]):
+        set_aside(learners)
         with see_noise(learners, settings), autocast(images.device, settings.precision):
             logits = student(noisy(images, settings.noise))
             with torch.no_grad():
@@ -49,7 +50,6 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
         loss = weight * consistency
         loss.backward()
         add_up(named, {"student_a/consistency": consistency.detach(), "student_a/loss": loss.detach()})
-        set_aside(learners)
     named |= descend(learners, named)
     move_teacher(learners, settings)
     return named

@@ -70,6 +70,7 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
         sure[name] = entropy < (0.75 + 0.25 * rise) * math.log(targets[name].shape[1])
     count = ranks.total(sum(sure[name].sum() for name in names))
     for name in names:
+        set_aside(learners)
         with see_noise(learners, settings), autocast(mask.device, settings.precision):
             logits = student(noisy(batch[name], settings.noise))
         difference = torch.softmax(exact(logits), 1) - targets[name]
@@ -77,7 +78,6 @@ def self_train_step(learners: Learners, batch: Batch, mask: Tensor, settings: Se
         loss = settings.consistency_weight * rise * consistency
         loss.backward()
         add_up(named, {"student_a/consistency": consistency.detach(), "student_a/loss": loss.detach()})
-        set_aside(learners)
     named |= {"sure": count} | descend(learners, named)
     move_teacher(learners, settings)
     return named

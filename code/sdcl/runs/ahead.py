@@ -30,14 +30,14 @@ class Plan:
 
     Attributes:
         students: architectures that one step of a stage trains together.
-        teacher: architecture of the teacher; None without one.
+        copies: architectures of networks that no gradient reaches: the teacher's, the students' averages'.
         num_classes: number of classes C.
         shape: (N, channels, *S) of a process's batch.
         precision: "fp32", "tf32" or "bf16".
     """
 
     students: tuple[str, ...]
-    teacher: str | None
+    copies: tuple[str, ...]
     num_classes: int
     shape: tuple[int, ...]
     precision: str
@@ -47,8 +47,7 @@ class Plan:
         """The memory that training takes beside what the process holds before, in GiB."""
         kept = sum(kept_bytes(name, self.num_classes, self.shape, self.precision == "bf16") for name in self.students)
         weights = sum(PER_PARAMETER * parameters(name, self.num_classes, self.shape) for name in self.students)
-        if self.teacher is not None:
-            weights += 4 * parameters(self.teacher, self.num_classes, self.shape)
+        weights += sum(4 * parameters(name, self.num_classes, self.shape) for name in self.copies)
         return (BESIDE * kept + weights) / GIB
 
     def smaller(self) -> "list[tuple[str, Plan]]":
@@ -125,9 +124,10 @@ def plan_of(config: Any, sizes: tuple[int, int], stage: str) -> Plan:
     shape = (config.batch_size // ranks.count(), channels, *config.patch_size)
     if stage == "pre_train":
         heaviest = max(names, key=lambda name: kept_bytes(name, num_classes, shape, config.precision == "bf16"))
-        return Plan((heaviest,), None, num_classes, shape, config.precision)
+        return Plan((heaviest,), (), num_classes, shape, config.precision)
     students = tuple(getattr(config, role) for role in method.students)
-    return Plan(students, config.student_a if method.has_teacher else None, num_classes, shape, config.precision)
+    copies = (config.student_a,) * method.has_teacher + students * bool(config.average_decay)
+    return Plan(students, copies, num_classes, shape, config.precision)
 
 
 def free_gib(device: torch.device) -> float | None:
@@ -163,7 +163,8 @@ def tell_memory_of_test(
     """Say how much memory a test takes for its largest volume.
 
     That is the image, a label map of each predictor, and each network's probabilities of so many planes as windows or
-    batches reach at a time; of predictors that are kept those of the whole volume.
+    batches reach at a time, with as much as one's for what windows are made of; of predictors that are kept those of
+    the whole volume.
 
     Args:
         predictors: the networks and what is made of them.
@@ -175,7 +176,7 @@ def tell_memory_of_test(
     free = free_gib(torch.device("cpu"))
     (classes, channels), voxels = sizes, math.prod(shape)
     a_voxel = 4 * channels + 1 + len(predictors.members) + 4 * classes * len(predictors.kept)
-    slab = 4 * classes * (2 * len(predictors.networks) + 1) * min(planes, shape[0]) * math.prod(shape[1:])
+    slab = 4 * classes * (len(predictors.networks) + 1) * min(planes, shape[0]) * math.prod(shape[1:])
     gib = (a_voxel * voxels + slab) / GIB + held_gib()
     of = "" if free is None else f" of {free + held_gib():.1f} GiB that are free"
     LOGGER.info("memory: about %.1f GiB for the largest volume%s, networks on %s", gib, of, device)

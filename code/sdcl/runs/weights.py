@@ -207,7 +207,8 @@ def load_predictor(config: Any, settings: dict[str, Any], sizes: tuple[int, int]
     networks, iteration = [], None
     for role in roles_of[predictor]:
         network = make_network(settings, role, sizes, device)
-        report = load_weights(network, path, role)
+        # Of another checkpoint, such as stage 1's, the student where it keeps no average.
+        report = load_weights(network, path, role.removesuffix(AVERAGE))
         LOGGER.info("%s: %s", role, report)
         networks.append(network)
         iteration = report.iteration

@@ -22,7 +22,7 @@ from sdcl.runs.devices import give_back_freed_memory
 STUDENTS = ("student_a", "student_b")
 # What two students are scored by, to the roles whose probabilities are averaged: of stage 1, SDCL and CPS.
 PREDICTORS = {"student_a": ("student_a",), "student_b": ("student_b",), "mean": STUDENTS}
-LARGE_BYTES = 2**25  # of some planes' probabilities, beside which what a training step frees is little
+LARGE_BYTES = 2**29  # of some planes' probabilities, beside which what a training step frees is little
 PLANES = 8  # that labels are decided of at a time
 Rule = Literal["argmax", "threshold"]
 OnCase = Callable[["Case", dict[str, np.ndarray], dict[str, np.ndarray]], None]
@@ -295,13 +295,13 @@ def evaluate(
             for case in cases:
                 label_maps, probabilities = _predict(predictors, case, task)
                 # Scored by other threads while the networks go on with the next case.
-                futures = [
-                    pool.submit(_score, name, case, (c, structure), boxed, distances)
-                    for name, label_map in label_maps.items()
-                    for c, (structure, boxed) in enumerate(
-                        zip(task.class_names, _boxed(label_map, case.label, task.num_classes), strict=True), start=1
-                    )
-                ]
+                futures, theirs = [], ndimage.find_objects(case.label, task.num_classes - 1)
+                for name, label_map in label_maps.items():
+                    ours = ndimage.find_objects(label_map, task.num_classes - 1)
+                    for c, structure in enumerate(task.class_names, start=1):
+                        box = _joined(ours[c - 1], theirs[c - 1])
+                        both = label_map[box], case.label[box]
+                        futures.append(pool.submit(_score, name, case, (c, structure), both, distances))
                 waiting.append((case, futures))
                 if on_case is not None:
                     on_case(case, label_maps, probabilities)
@@ -321,56 +321,48 @@ def _predict(predictors: Predictors, case: Case, task: Task) -> tuple[dict[str, 
     label_maps: dict[str, np.ndarray] = {}
     probabilities: dict[str, np.ndarray] = {}
     largest = 0
-    for where, outputs in _in_pieces(task.infer(predictors.networks, case.image)):
-        for name, members in predictors.members.items():
-            found = mean_of([outputs[i] for i in members])
-            labels = task.decision.labels(found)
-            if name not in label_maps:
-                label_maps[name] = np.zeros(case.label.shape, labels.dtype)
-            label_maps[name][where] = labels
-            if name in predictors.kept:
-                if name not in probabilities:
-                    probabilities[name] = np.empty((len(found), *case.label.shape), np.float32)
-                probabilities[name][:, where] = found
+    for slab, outputs in task.infer(predictors.networks, case.image):
+        for where, some in _pieces(slab, outputs):  # beside which what is made of them is small
+            for name, members in predictors.members.items():
+                found = mean_of([some[i] for i in members])
+                labels = task.decision.labels(found)
+                if name not in label_maps:
+                    label_maps[name] = np.zeros(case.label.shape, labels.dtype)
+                label_maps[name][where] = labels
+                if name in predictors.kept:
+                    if name not in probabilities:
+                        probabilities[name] = np.empty((len(found), *case.label.shape), np.float32)
+                    probabilities[name][:, where] = found
         largest = max(largest, sum(output.nbytes for output in outputs))
-        del outputs, found  # as large as a window's planes: not kept while the next windows are computed
+        del outputs, some, found  # as large as a window's planes: not kept while the next windows are computed
     if largest > LARGE_BYTES:
         give_back_freed_memory()  # scoring would need other blocks beside these
     return {name: task.decision.cleaned(labels) for name, labels in label_maps.items()}, probabilities
 
 
-def _in_pieces(slabs: Slabs) -> Iterator[tuple[slice, list[np.ndarray]]]:
-    """Yield slabs some planes at a time, beside which what is made of them is small."""
-    for where, outputs in slabs:
-        for first in range(where.start, where.stop, PLANES):
-            last = min(first + PLANES, where.stop)
-            yield slice(first, last), [x[:, first - where.start : last - where.start] for x in outputs]
-        del outputs  # not kept while the next windows are computed
+def _pieces(slab: slice, outputs: Sequence[np.ndarray]) -> Iterator[tuple[slice, list[np.ndarray]]]:
+    """Yield a slab's probabilities (C, planes, ...) of each network some planes at a time, with their place."""
+    for first in range(slab.start, slab.stop, PLANES):
+        last = min(first + PLANES, slab.stop)
+        yield slice(first, last), [x[:, first - slab.start : last - slab.start] for x in outputs]
 
 
-def _boxed(label_map: np.ndarray, reference: np.ndarray, num_classes: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return views of both label maps (*S) for each class from 1 on: the smallest box that holds the class in both.
+def _joined(*boxes: tuple[slice, ...] | None) -> tuple[slice, ...]:
+    """Return the smallest box that holds some boxes, as scipy.ndimage.find_objects() has them; an empty one of None.
 
-    No distance or overlap changes, and masks of a small structure are as small as it is, whatever the volume.
+    A class that is scored there has the same overlaps and distances, and masks as small as it is, whatever the volume.
     """
-    boxes = []
-    for of_both in zip(*(ndimage.find_objects(x, num_classes - 1) for x in (label_map, reference)), strict=True):
-        found = [box for box in of_both if box is not None]
-        sides = [
-            slice(min(side.start for side in same), max(side.stop for side in same))
-            for same in zip(*found, strict=True)
-        ]
-        box = tuple(sides) if found else (slice(0),) * reference.ndim
-        boxes.append((label_map[box], reference[box]))
-    return boxes
+    found = [box for box in boxes if box is not None]
+    sides = zip(*found, strict=True)
+    return tuple(slice(min(s.start for s in same), max(s.stop for s in same)) for same in sides) or (slice(0),)
 
 
 def _score(
-    predictor: str, case: Case, numbered: tuple[int, str], boxed: tuple[np.ndarray, np.ndarray], distances: bool
+    predictor: str, case: Case, numbered: tuple[int, str], both: tuple[np.ndarray, np.ndarray], distances: bool
 ) -> CaseRow:
-    """Score a class, given as number and name, in _boxed() maps; only the threads at work hold its masks."""
+    """Score a class, given as number and name, in both label maps; only the threads at work hold its masks."""
     number, structure = numbered
-    prediction, reference = (labels == number for labels in boxed)
+    prediction, reference = (labels == number for labels in both)
     voxels = case_metrics(prediction, reference, distances=distances)
     mm = case_metrics(prediction, reference, case.spacing) if case.spacing and distances else None
     hd95_mm, asd_mm = (mm.hd95, mm.asd) if mm else (math.nan, math.nan)
