@@ -253,5 +253,6 @@ def test_averages_are_scored_kept_and_gone_on_with(acdc_phantom, tmp_path):
     for path in (folder / "best_student_a.pth", folder / "last.pth"):  # as --student_a_weights takes them
         load_weights(network, path, prefer="student_a")
     assert torch.equal(next(network.parameters()), first["student_a_average"])
+    load_weights(network, folder.parent / "pre_train" / "last.pth", "student_a_average")  # --checkpoint's, without any
     call("test_ACDC.py", "--root_path", acdc_phantom, "--models_path", tmp_path, "--exp", "long", "--labelnum", 2)
     assert (folder.parent / "test").is_dir()

@@ -210,10 +210,10 @@ def _find_state(
         states = payload["networks"]
         if not isinstance(states, dict) or not all(isinstance(r, str) and _is_state(states[r]) for r in states):
             raise UserError(f"{path} holds no networks by role: choose a checkpoint of this repository.")
+        averaged = {r.removesuffix(AVERAGE): state for r, state in states.items() if r.endswith(AVERAGE)}
+        states = {r: state for r, state in states.items() if not r.endswith(AVERAGE)} | averaged
         if role is None:
             usable = [r for r in states if r != "teacher"] or list(states)  # a file of the teacher alone is meant
-            usable = [r for r in usable if r + AVERAGE not in states]
-            prefer = prefer and prefer + AVERAGE * (prefer + AVERAGE in states)
             fitting = [r for r in usable if states[r].keys() == network.state_dict().keys()]
             if prefer not in (None, *fitting) and fitting not in ([], ["teacher"]):
                 raise UserError(f"{path} holds {', '.join(states)}, no {prefer}: give that student's file.")
@@ -224,7 +224,7 @@ def _find_state(
                     "say which one to load."
                 )
             role = fitting[0]
-        role += AVERAGE * (role + AVERAGE in states)
+        role = role.removesuffix(AVERAGE)
         if role not in states:
             raise UserError(f"{path} holds no {role}, only {', '.join(states)}: choose one of these.")
         return states[role]

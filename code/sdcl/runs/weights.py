@@ -207,8 +207,7 @@ def load_predictor(config: Any, settings: dict[str, Any], sizes: tuple[int, int]
     networks, iteration = [], None
     for role in roles_of[predictor]:
         network = make_network(settings, role, sizes, device)
-        # Of another checkpoint, such as stage 1's, the student where it keeps no average.
-        report = load_weights(network, path, role.removesuffix(AVERAGE))
+        report = load_weights(network, path, role)
         LOGGER.info("%s: %s", role, report)
         networks.append(network)
         iteration = report.iteration
