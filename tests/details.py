@@ -54,23 +54,21 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
     ),
     5: (
         Undo(LOSSES, '"batch": 1e-10', '"batch": 1e-5', "tests/test_losses.py"),
-        Undo(LOSSES, '(p if dice == "sample" else square)', "p", "tests/test_losses.py"),
-        Undo(LOSSES, "overlap, size = overlap.sum(0, keepdim=True), size.sum(0, keepdim=True)", "pass",
-             "tests/test_losses.py"),
+        Undo(LOSSES, 'p if dice == "sample" else square', "p", "tests/test_losses.py"),
+        Undo(LOSSES, '(x if dice == "sample" else total)', "x", "tests/test_losses.py"),
     ),
     6: (
-        Undo(LOSSES, "voxels = count.sum((0, 2, 3)).clamp_min(1)", "voxels = count.sum().clamp_min(1)",
+        Undo(LOSSES, "count[region, :, :, ce + 3 * regions]", "count[:, :, :, ce + 3 * regions]",
              "tests/test_losses.py"),
         Undo(ACDC, "u_weight: float = 0.5", "u_weight: float = 1.0", DEFAULTS_2D),
     ),
     7: (
-        Undo(LOSSES, "+ count)[:, :, 1:]", "+ count)[:, :, 2:]", "tests/test_losses.py"),
-        Undo(LOSSES, "log_p[:, :, :, 2:].sum(", "log_p[:, :, :, 1:].sum(", "tests/test_losses.py"),
-        Undo(LOSSES, "entropy / wrong",
-             "entropy / acting", "tests/test_losses.py"),
+        Undo(LOSSES, "count[:, 1:, :, mse + 3", "count[:, 2:, :, mse + 3", "tests/test_losses.py"),
+        Undo(LOSSES, "over_classes[log_p, region, 2:", "over_classes[log_p, region, 1:", "tests/test_losses.py"),
+        Undo(LOSSES, "count[:, 2:, :, kl + 3", "count[:, 1:, :, kl + 3", "tests/test_losses.py"),
     ),
     8: (
-        Undo(LOSSES, "entropy / classes])", "entropy / classes - count[:, :, 2:].sum((0, 2, 3)) * classes**0.5])",
+        Undo(LOSSES, ":, kl] = -1 / classes", ":, kl] = -1 / classes; count[region, 2:, :, kl] = -math.log(classes)",
              "tests/test_losses.py"),
     ),
     9: (

@@ -95,6 +95,22 @@ def test_chunks_of_any_length_give_the_textbooks_float64(batch, dice, chunk):
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
 
 
+@settings(max_examples=30, deadline=None)
+@given(batches(), st.sampled_from(["sample", "batch"]), st.booleans(), st.booleans())
+def test_students_taken_together_have_each_ones_losses(batch, dice, is_masked, is_corrected):
+    logits, other, image_label, patch_label, mask = batch
+    given = (image_label, patch_label, mask if is_masked else None)
+    call = weights(True) | {"dice": dice, "discrepancy": discrepancy(logits, other) if is_corrected else None}
+    alone, together = ([z.double().requires_grad_() for z in (logits, other)] for _ in range(2))
+    expected = [mixed_losses(z, *given, **call) for z in alone]
+    found = mixed_losses(together, *given, **call)
+    for k, name in enumerate(NAMES, start=1):
+        torch.testing.assert_close(found[name], torch.stack([losses[name] for losses in expected]))
+        for loss in (k * found[name].sum(), *(k * losses[name] for losses in expected)):
+            loss.backward(retain_graph=True)
+    torch.testing.assert_close([z.grad for z in together], [z.grad for z in alone])
+
+
 def test_the_hand_derived_gradient_is_the_numerical_one():
     generator = torch.Generator().manual_seed(0)
     logits, other = torch.randn(2, 2, 3, 4, 3, generator=generator, dtype=torch.float64)

@@ -1,7 +1,8 @@
 """The losses of one mixed batch: Dice, cross-entropy, and the two that act on the students' discrepancy."""
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,11 +17,11 @@ DICE_SMOOTH = {"sample": 1e-5, "batch": 1e-10}
 REGIONS = ("image", "patch")
 LOSSES = ("dice", "ce", "mse", "kl")
 # What is worked on together: on a CPU so few voxels a core that what is made of them stays in its cache; elsewhere so
-# many that these are at most so many numbers, 256 MiB.
-CORE_CHUNK, DEVICE_NUMBERS = 2**15, 2**26
+# many that these are at most so many numbers, 512 MiB.
+CORE_CHUNK, DEVICE_NUMBERS = 2**15, 2**27
 DEVICE_SPLITS = 256  # pieces of a sample whose sums other devices than a CPU take side by side
 # Log-probabilities are no lower in the sums, since 0 voxels of -inf are nan; a sum that is, is infinite in the losses.
-LEAST_LOG_P, INFINITE = -1e30, 1e29
+LEAST_LOG_P, INFINITE = -1e25, 1e20
 
 
 def class_map(scores: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def class_map(scores: Tensor) -> Tensor:
     """
     dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
     if scores.device.type != "cpu":
-        return scores.detach().argmax(1).to(dtype)
+        return _decide(scores).to(dtype)
     highest, *others = scores.detach().unbind(1)
     classes = torch.zeros_like(highest, dtype=dtype)
     for c, score in enumerate(others, start=1):
@@ -45,6 +46,11 @@ def class_map(scores: Tensor) -> Tensor:
         if c < len(others):
             highest = torch.maximum(highest, score)
     return classes
+
+
+def _decide(scores: Tensor) -> Tensor:
+    """Return class_map(), to be compared: of what lies on no CPU as argmax gives it, without a kernel that converts."""
+    return class_map(scores) if scores.device.type == "cpu" else scores.detach().argmax(1)
 
 
 def discrepancy(logits_a: Tensor, logits_b: Tensor) -> Tensor:
@@ -59,11 +65,11 @@ def discrepancy(logits_a: Tensor, logits_b: Tensor) -> Tensor:
 
     Source: docs/method.md, "Stage 2", step 4.
     """
-    return class_map(logits_a) != class_map(logits_b)
+    return _decide(logits_a) != _decide(logits_b)
 
 
 def mixed_losses(
-    logits: Tensor,
+    logits: Tensor | Sequence[Tensor],
     image_label: Tensor,
     patch_label: Tensor,
     mask: Tensor | None,
@@ -73,10 +79,11 @@ def mixed_losses(
     dice: DiceOver,
     discrepancy: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Compute the four losses of one student on one mixed batch, from one log-softmax in float32.
+    """Compute the four losses of one student on one mixed batch, from one log-softmax in float32; or of several.
 
     Args:
-        logits: (N, C, *S), any float dtype.
+        logits: (N, C, *S), any float dtype; or a sequence of such, one a student, whose losses are taken together: for
+            a GPU as many launches as those of one.
         image_label: (N, *S), integer classes; the target where the mask is 1.
         patch_label: (N, *S), the target where the mask is 0.
         mask: (*S) or (N, *S), bool or 0/1; None: the image's region is the whole batch.
@@ -87,9 +94,9 @@ def mixed_losses(
         discrepancy: bool or 0/1 (N, *S), where the students disagree; None: "mse" and "kl" are 0.
 
     Returns:
-        Scalars in float32: "dice" and "ce", each the weighted sum over the two regions; "mse", the pull to the target
-        where the students disagree; "kl", the entropy raised where they disagree and this one is wrong. None of them
-        carries its loss weight.
+        Scalars in float32, of a sequence one a student (K): "dice" and "ce", each the weighted sum over the two
+        regions; "mse", the pull to the target where the students disagree; "kl", the entropy raised where they disagree
+        and this one is wrong. None of them carries its loss weight.
 
     Raises:
         ValueError: the shapes do not fit each other, labels are no integers, or the kind of Dice is unknown.
@@ -101,13 +108,19 @@ def mixed_losses(
 
     Source: docs/method.md, "Losses of one mixed batch".
     """
-    _check_shapes(logits, image_label, patch_label, mask, discrepancy, dice)
-    with torch.autocast(logits.device.type, enabled=False):  # sums stay in float32
-        code, states = _codes(logits, image_label, patch_label, mask, discrepancy)
-        sums = _CodeSums.apply(logits.flatten(2), code.flatten(1), len(REGIONS) * states * logits.shape[1])
-        sums = ranks.gather(sums)  # of the whole batch
-        sums = sums.unflatten(2, (len(REGIONS), states, logits.shape[1]))  # (N, 3 C + 1, region, state, target)
-        return dict(zip(LOSSES, _LossesOfSums.apply(sums, (image_weight, patch_weight), dice), strict=True))
+    students = (logits,) if isinstance(logits, Tensor) else tuple(logits)
+    for z in students:
+        _check_shapes(z, image_label, patch_label, mask, discrepancy, dice)
+    z = students[0] if len(students) == 1 else torch.cat(students)  # (K * N, C, *S)
+    with torch.autocast(z.device.type, enabled=False):  # sums stay in float32
+        code, states = _codes(z, image_label, patch_label, mask, discrepancy)
+        sums = _CodeSums.apply(z.flatten(2), code.flatten(1), len(REGIONS) * states * z.shape[1])
+        sums = ranks.gather(sums.unflatten(0, (len(students), -1)).movedim(0, 1))  # of the whole batch
+        sums = sums.unflatten(3, (len(REGIONS), states, z.shape[1]))  # (N, K, 3 C + 1, region, state, target)
+        losses = _LossesOfSums.apply(sums, (image_weight, patch_weight), dice).unbind(1)  # (K) each
+        if isinstance(logits, Tensor):
+            losses = [loss.squeeze(0).clone() for loss in losses]  # no views of each other
+        return dict(zip(LOSSES, losses, strict=True))
 
 
 def _codes(
@@ -115,102 +128,135 @@ def _codes(
 ) -> tuple[Tensor, int]:
     """Say all that the losses ask of a voxel beside its probabilities in one number: (region, state, target).
 
+    Of the logits (K * N, C, *S) of K students; labels, mask and discrepancy (N, *S) are the same for each.
+
     The region is 0 where the mask is 1 and else 1; the state 0 where the students agree, 1 where they disagree and this
     one is right, 2 where it is wrong.
 
     Returns:
-        (N, *S), uint8 while that can count them all, and the number of states: 1 without a discrepancy, else 3.
+        (K * N, *S), uint8 while that can count them all, and the number of states: 1 without a discrepancy, else 3.
     """
     classes, states = logits.shape[1], 1 if discrepancy is None else 3
     dtype = torch.uint8 if len(REGIONS) * states * classes <= 256 else torch.int32
     for label in (image_label, patch_label):
         if label.dtype != torch.uint8:  # bytes would hide what is wrong with others
             torch._assert_async(((label >= 0) & (label < classes)).all(), f"labels must lie in [0, {classes})")
-    target, code = image_label.to(dtype), 0
+    target = code = image_label.to(dtype)
     if mask is not None:
         inside = mask.bool()
-        target = target * inside + patch_label.to(dtype) * ~inside  # where() is slow on bytes
-        code = (~inside).to(dtype) * (states * classes)
+        target = torch.where(inside, target, patch_label.to(dtype))
+        code = torch.add(target, ~inside, alpha=states * classes)
     torch._assert_async(target.max() < classes, f"labels must lie in [0, {classes})")  # waits for no GPU
     if discrepancy is not None:
         disagree = discrepancy.bool()  # of 0 and 255 too
-        wrong = disagree & (class_map(logits) != target)
-        code = code + (disagree.to(dtype) + wrong) * classes
-    return code + target, states
+        wrong = disagree & (_decide(logits).unflatten(0, (-1, len(target))) != target)  # (K, N, *S)
+        code = torch.add(torch.add(code, disagree, alpha=classes), wrong, alpha=classes)
+    return code.expand(len(logits) // len(target), *target.shape).flatten(0, 1), states
 
 
 class _LossesOfSums(torch.autograd.Function):
-    """Compute the losses from the sums over the voxels of each sample, region, state and target.
+    """Compute the losses from the sums over the voxels of each sample, student, region, state and target.
 
-    All of it is a few numbers, each kernel of which costs a GPU's launch: autograd's backward pass is some 110 of
-    them, this one 30.
+    All of it is a few numbers, each kernel of which costs a GPU's launch. So what the losses add up, all of which is
+    linear, is one product with a table, and what is left are quotients.
     """
 
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, weights: tuple[float, float], dice: DiceOver) -> tuple[Tensor, ...]:
-        """Map sums (N, 3 C + 1, 2, 1 or 3, C), of p, p^2 and log p of each class, and the count, to LOSSES.
+    def forward(ctx: Any, sums: Tensor, weights: tuple[float, float], dice: DiceOver) -> Tensor:
+        """Map sums (N, K, 3 C + 1, 2, 1 or 3, C), of p, p^2 and log p of each class and the count, to LOSSES (K, 4).
 
         Args:
             ctx: keeps what backward() needs.
-            sums: over the voxels of each (sample, region, state, target).
+            sums: over the voxels of each (sample, student, region, state, target).
             weights: of the two regions.
             dice: see mixed_losses().
         """
-        classes, count = sums.shape[-1], sums[:, -1]  # (N, region, state, target)
-        p, square, log_p = sums[:, :-1].unflatten(1, (3, classes)).unbind(1)  # (N, class, region, state, target)
-        p_target, log_p_target = _of_target(p), _of_target(log_p)  # (N, region, state, target)
-        weight = torch.full_like(sums[0, 0, :, 0, 0], weights[1])  # (region), made on the device
-        weight[0].fill_(weights[0])
-
-        # Dice: (N or 1, region, class); "batch" sums the samples too, and has squares in the denominator.
-        overlap = p_target.sum(2)
-        size = count.sum(2) + (p if dice == "sample" else square).sum((3, 4)).movedim(1, 2)
-        if dice == "batch":
-            overlap, size = overlap.sum(0, keepdim=True), size.sum(0, keepdim=True)
-        doubled, size = 2 * overlap + DICE_SMOOTH[dice], size + DICE_SMOOTH[dice]
-        dice_loss = 1 - (doubled / size).mean((0, 2))  # (region)
-        voxels = count.sum((0, 2, 3)).clamp_min(1)  # (region)
-        ce, entropy = _endless(-torch.stack([log_p_target.sum((0, 2, 3)), log_p[:, :, :, 2:].sum((0, 1, 3, 4))]))
-        # mean_c (p_c - 1[t=c])^2 = (sum_c p_c^2 - 2 p_t + 1) / C: no one-hot tensor is needed.
-        error = (square.sum(1) - 2 * p_target + count)[:, :, 1:].sum((0, 2, 3)) / classes
-        acting, wrong = (count[:, :, state:].sum().clamp_min(1) for state in (1, 2))  # of no voxel the sum is 0 too
-        ctx.save_for_backward(weight, doubled, size, voxels, acting, wrong)
-        ctx.dice, ctx.shape = dice, sums.shape
-        of_regions = torch.stack([dice_loss, ce / voxels, error, entropy / classes])
-        dice_loss, ce, error, entropy = (weight * of_regions).sum(1).unbind()
-        return dice_loss.clone(), ce.clone(), error / acting, entropy / wrong  # no views of each other
+        classes = sums.shape[-1]
+        of_classes = sums[:, :, :-1].unflatten(2, (3, classes))  # (N, K, 3, class, region, state, target)
+        read = [of_classes.diagonal(dim1=3, dim2=6), of_classes.sum(3), of_classes.sum((5, 6)), sums[:, :, -1]]
+        table, weight = _constants(classes, sums.shape[-2], dice, weights, sums.dtype, sums.device)
+        x = torch.cat([part.flatten(2) for part in read], 2) @ table  # (N, K, see _constants())
+        total = x.sum(0, keepdim=True)
+        # (N or 1, K, region, class)
+        doubled, size = _halves((x if dice == "sample" else total)[..., : 4 * classes] + DICE_SMOOTH[dice], classes)
+        overlap = doubled / size
+        dice_loss = 1 - overlap.mean((0, 3))  # (K, region)
+        sums_of, voxels = _halves(total[0, :, 4 * classes :], 3)  # (K, region, 3)
+        voxels = voxels.clamp_min(1)  # of no voxel the sum is 0 too
+        others = (sums_of / voxels).masked_fill_(sums_of > INFINITE, torch.inf)
+        ctx.save_for_backward(table, weight, overlap, size, voxels)
+        ctx.shape = sums.shape
+        return weight @ torch.cat([dice_loss[..., None], others], 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor, None, None]:
         """Map the losses' gradients to the sums': 0 to counts, which no logit moves; of infinite ones as if finite."""
-        weight, doubled, size, voxels, acting, wrong = ctx.saved_tensors
-        of_dice, of_ce, of_mse, of_kl = grads
-        classes, samples = ctx.shape[-1], len(size)
-        result = torch.zeros(ctx.shape, dtype=weight.dtype, device=weight.device)
-        p, square, log_p = result[:, :-1].unflatten(1, (3, classes)).unbind(1)
-        p_target, log_p_target = _of_target(p), _of_target(log_p)
-
-        per_size = (of_dice * weight / (samples * classes))[:, None] / size  # (N or 1, region, class)
-        in_size = (per_size * doubled / size).movedim(2, 1)[..., None, None]
-        (p if ctx.dice == "sample" else square).add_(in_size)
-        p_target.sub_(2 * per_size[:, :, None])
-        log_p_target.sub_((of_ce * weight / voxels)[:, None, None])
-        pull = (of_mse * weight / (acting * classes))[:, None, None]
-        square[:, :, :, 1:].add_(pull)
-        p_target[:, :, 1:].sub_(2 * pull)
-        log_p[:, :, :, 2:].sub_((of_kl * weight / (wrong * classes))[:, None, None])
+        table, weight, overlap, size, voxels = ctx.saved_tensors
+        classes, (regions, states, targets) = size.shape[-1], ctx.shape[3:]
+        of_regions = grads[:, None] * weight[:, None]  # (K, region, 4)
+        of_doubled = of_regions[:, :, :1] / (size * -(len(size) * classes))  # (N or 1, K, region, class)
+        of_size = -of_doubled * overlap
+        of_others = (of_regions[:, :, 1:] / voxels).expand(len(size), -1, -1, -1)
+        of_x = torch.cat([part.flatten(2) for part in (of_doubled, of_size, of_others)], 2)
+        of_read = of_x @ table[:, : of_x.shape[2]].mT
+        result = torch.zeros(ctx.shape, dtype=size.dtype, device=size.device)
+        of_classes = result[:, :, :-1].unflatten(2, (3, classes))
+        cells = 3 * regions * states * targets
+        of_target, over_classes, over_voxels, _ = of_read.tensor_split((cells, 2 * cells, 2 * cells + 6 * classes), 2)
+        of_classes += over_classes.unflatten(2, (3, 1, regions, states, targets))
+        of_classes += over_voxels.unflatten(2, (3, classes, regions, 1, 1))
+        of_classes.diagonal(dim1=3, dim2=6).add_(of_target.unflatten(2, (3, regions, states, targets)))
         return result, None, None
 
 
-def _of_target(of_classes: Tensor) -> Tensor:
-    """Return of (N, class, region, state, target) what is of the target's class, a view (N, region, state, target)."""
-    return of_classes.diagonal(dim1=1, dim2=4)
+def _halves(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Split (..., 2 * regions * length) in two of (..., regions, length)."""
+    first, second = x.unflatten(-1, (2, len(REGIONS), length)).unbind(-3)
+    return first, second
 
 
-def _endless(sums: Tensor) -> Tensor:
-    """Return sums of -log p, infinite where a p of 0 is among them."""
-    return torch.where(sums > INFINITE, sums + torch.inf, sums)
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)  # constants of every later call, whatever the first one is for
+def _constants(
+    classes: int, states: int, dice: DiceOver, weights: tuple[float, float], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Say what the losses add up, in a table, and return the weights of both regions as a tensor.
+
+    A row of the table is what a sample's sums give: p, p^2 and log p of the target's class by (region, state, target);
+    the sums of each over the classes; of each class over states and targets, by (class, region); and the count of
+    voxels by (region, state, target). A column is what the losses ask for: Dice's doubled overlaps and then its sizes,
+    by (region, class); the sums of CE, MSE and KL by region, and then the voxels of each, by region.
+    """
+    regions = len(REGIONS)
+    cells = (regions, states, classes)
+    rows, columns = 7 * math.prod(cells) + 3 * classes * regions, 2 * regions * (classes + 3)
+    table = torch.zeros(rows, columns, dtype=dtype, device=device)
+    lengths = [3 * math.prod(cells), 3 * math.prod(cells), 3 * classes * regions, math.prod(cells)]
+    of_target, over_classes, over_voxels, count = table.split(lengths)
+    of_target, over_classes = (part.unflatten(0, (3, *cells)) for part in (of_target, over_classes))
+    over_voxels, count = over_voxels.unflatten(0, (3, classes, regions)), count.unflatten(0, cells)
+    p, square, log_p = range(3)
+    for region in range(regions):
+        doubled, size = (slice(k * classes, (k + 1) * classes) for k in (region, regions + region))
+        of_target[p, region, :, :, doubled].diagonal(dim1=1, dim2=2).fill_(2)
+        over_voxels[p if dice == "sample" else square, :, region, size].fill_diagonal_(1)
+        count[region, :, :, size].diagonal(dim1=1, dim2=2).fill_(1)
+
+        ce, mse, kl = (2 * regions * classes + 3 * region + k for k in range(3))
+        of_target[log_p, region, :, :, ce] = -1
+        # mean_c (p_c - 1[t=c])^2 = (sum_c p_c^2 - 2 p_t + 1) / C, where the students disagree
+        over_classes[square, region, 1:, :, mse] = 1 / classes
+        of_target[p, region, 1:, :, mse] = -2 / classes
+        count[region, 1:, :, mse] = 1 / classes
+        over_classes[log_p, region, 2:, :, kl] = -1 / classes
+
+        count[region, :, :, ce + 3 * regions] = 1
+        count[:, 1:, :, mse + 3 * regions] = 1  # of both regions
+        count[:, 2:, :, kl + 3 * regions] = 1
+    weight = torch.full((regions,), weights[1], dtype=dtype, device=device)
+    weight[0].fill_(weights[0])
+    return table, weight
 
 
 class _CodeSums(torch.autograd.Function):
@@ -225,14 +271,15 @@ class _CodeSums(torch.autograd.Function):
         """Map logits (N, C, V) and codes (N, V) below `codes` to sums (N, 3 C + 1, codes), the last the count."""
         ctx.save_for_backward(logits, code)
         ctx.codes = codes
-        classes, sums, splits = logits.shape[1], 0, _splits(logits)
+        classes, sums, splits = logits.shape[1], None, _splits(logits)
         for z, is_code in _chunks(_split(logits, splits), _split(code, splits), codes):
             features = z.new_ones(len(z), 3 * classes + 1, z.shape[2])
             p, square, log_p, _ = features.split(classes, 1)
             torch.clamp(F.log_softmax(z, 1), min=LEAST_LOG_P, out=log_p)
             torch.exp(log_p, out=p)
             torch.mul(p, p, out=square)
-            sums = sums + features @ is_code.mT
+            found = features @ is_code.mT
+            sums = found if sums is None else sums + found
         return sums if splits == 1 else sums.unflatten(0, (-1, splits)).sum(1)
 
     @staticmethod
@@ -250,7 +297,8 @@ class _CodeSums(torch.autograd.Function):
             grad_p, grad_square, grad_log_p = (per_code @ is_code).chunk(3, 1)  # each (N, C, v)
             # dp_k/dz_c = p_k (1[k=c] - p_c) and dlog p_k/dz_c = 1[k=c] - p_c
             pull = grad_p.addcmul_(p, grad_square, value=2).mul_(p).add_(grad_log_p)
-            grads[..., first : first + z.shape[2]] = pull.addcmul_(p, pull.sum(1, keepdim=True), value=-1)
+            into = grads[..., first : first + z.shape[2]]
+            torch.addcmul(pull, p, pull.sum(1, keepdim=True), value=-1, out=into)
             first += z.shape[2]
         return _join(grads, splits), None, None
 
@@ -283,11 +331,12 @@ def _chunks(logits: Tensor, code: Tensor, codes: int) -> Iterator[tuple[Tensor, 
     voxels = CORE_CHUNK * torch.get_num_threads() if logits.device.type == "cpu" else DEVICE_NUMBERS // rows
     length = min(max(1, voxels // (len(logits) * ranks.count())), logits.shape[2])
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    numbers = torch.arange(codes, dtype=dtype, device=code.device)[:, None]
-    rows = numbers.new_empty(len(logits), codes, length)
+    # On a CPU comparing floats into floats is many times as fast as what has to be converted.
+    compared = dtype if logits.device.type == "cpu" else code.dtype
+    numbers = torch.arange(codes, dtype=compared, device=code.device)[:, None]
+    rows = numbers.new_empty(len(logits), codes, length, dtype=dtype)
     for z, c in zip(logits.split(length, 2), code.split(length, 1), strict=True):
-        # Comparing floats into floats is many times as fast as into bools that are then converted.
-        yield z.to(dtype), torch.eq(c[:, None].to(dtype), numbers, out=rows[..., : z.shape[2]])
+        yield z.to(dtype), torch.eq(c[:, None].to(compared), numbers, out=rows[..., : z.shape[2]])
 
 
 def _check_shapes(

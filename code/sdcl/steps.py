@@ -242,10 +242,9 @@ def descend(learners: Learners, named: Losses) -> Losses:
     ranks.add_gradients(p for student in learners.students for p in student.parameters())
     for role in learners.optimisers:
         gradients = [p.grad for p in learners.networks[role].parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        is_broken = ~torch.isfinite(norm + named[f"{role}/loss"])
-        learners.halted = torch.maximum(learners.halted, is_broken.float())
-        norms[f"{role}/grad_norm"] = norm
+        norms[f"{role}/grad_norm"] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    numbers = torch.stack([*norms.values(), *(named[f"{role}/loss"] for role in learners.optimisers)])
+    learners.halted = learners.halted.masked_fill(~torch.isfinite(numbers).all(), 1.0)
     for role in learners.optimisers:
         learners.optimisers[role].found_inf = learners.halted  # a fused Adam reads it on the device
         learners.optimisers[role].step()
@@ -313,7 +312,7 @@ def mixed_step(learners: Learners, batch: Batch, mask: Tensor, settings: Setting
         (("x_a", "u_b"), lambda: (batch["y_a"], pending[1].result()), (1.0, settings.u_weight)),
     ]
     clear_gradients(learners)
-    named: Losses = {}
+    of_students: Losses = {}
     # Two separate forward passes a student: BatchNorm's statistics are each mix's own. Going backward after each mix
     # adds up the same gradient as after both, and halves the memory of what the backward passes need.
     for (image, patch), labels, weights in mixes:
@@ -323,7 +322,10 @@ def mixed_step(learners: Learners, batch: Batch, mask: Tensor, settings: Setting
         # Asked for only now that the students have run, since pseudo-labels are cleaned meanwhile.
         targets = (where(logits), *labels())
         set_aside(learners)
-        add_up(named, _learn(logits, targets, mask, weights, settings))
+        add_up(of_students, _learn(logits, targets, mask, weights, settings))
+    named = {"discrepancy": of_students.pop("discrepancy")} if "discrepancy" in of_students else {}
+    for name, values in of_students.items():
+        named |= {f"{role}/{name}": value for role, value in zip(learners.optimisers, values.unbind(), strict=True)}
     named |= descend(learners, named)
     student = learners.networks["student_a"]
     decay = growing_decay(learners.iteration, settings.ema_decay) if settings.ema_warmup else settings.ema_decay
@@ -340,6 +342,8 @@ def _learn(
 ) -> Losses:
     """Add one mix's gradient to the students, and return its part of mixed_step()'s losses.
 
+    Both students' are taken together: each loss is (students), and "discrepancy", where there is one, a scalar.
+
     Args:
         logits: of each student (N, C, *S); emptied.
         targets: where the corrections act (N, *S) or None, and the labels (N, *S) where the mask is True and False.
@@ -348,20 +352,20 @@ def _learn(
         settings: see mixed_step().
     """
     acting, image_label, patch_label = targets
-    named: Losses = {} if acting is None else {"discrepancy": ranks.total(acting.sum())}
-    for role in list(logits):
-        losses = mixed_losses(
-            logits.pop(role), image_label, patch_label, mask,
-            image_weight=weights[0], patch_weight=weights[1], dice=settings.dice, discrepancy=acting,
-        )  # fmt: skip
-        loss = (losses["dice"] + losses["ce"]) / 2
-        if acting is None:
-            losses = {name: losses[name] for name in ("dice", "ce")}
-        else:
-            loss = loss + settings.mse_weight * losses["mse"] + settings.kl_weight * losses["kl"]
-        loss.backward()
-        named |= {f"{role}/{name}": value.detach() for name, value in losses.items()} | {f"{role}/loss": loss.detach()}
-    return named
+    losses = mixed_losses(
+        list(logits.values()), image_label, patch_label, mask,
+        image_weight=weights[0], patch_weight=weights[1], dice=settings.dice, discrepancy=acting,
+    )  # fmt: skip
+    logits.clear()
+    loss = (losses["dice"] + losses["ce"]) / 2
+    if acting is None:
+        losses = {name: losses[name] for name in ("dice", "ce")}
+    else:
+        loss = torch.add(loss, losses["mse"], alpha=settings.mse_weight)
+        loss = torch.add(loss, losses["kl"], alpha=settings.kl_weight)
+    loss.backward(torch.ones_like(loss))
+    found = {name: value.detach() for name, value in losses.items()} | {"loss": loss.detach()}
+    return found if acting is None else found | {"discrepancy": ranks.total(acting.sum())}
 
 
 def supervised_step(learners: Learners, batch: Batch, settings: Settings) -> Losses:
