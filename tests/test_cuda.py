@@ -23,19 +23,20 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def test_losses_and_gradients_are_the_cpus():
+@pytest.mark.parametrize("is_together", [False, True])
+def test_losses_and_gradients_are_the_cpus(is_together):
     logits, other = torch.randn(2, 2, 3, 24, 20).unbind(0)
     labels = torch.randint(3, (2, 2, 24, 20), dtype=torch.uint8)
     mask = torch.ones(24, 20).bool()
     mask[4:12, 3:9] = False
     results = []
     for device in ("cpu", "cuda"):
-        z = logits.to(device).requires_grad_()
+        z, second = logits.to(device).requires_grad_(), other.to(device)
         losses = mixed_losses(
-            z, labels[0].to(device), labels[1].to(device), mask.to(device), image_weight=0.5, patch_weight=1.0,
-            dice="batch", discrepancy=discrepancy(z, other.to(device)),
+            [z, second] if is_together else z, *labels.to(device), mask.to(device), image_weight=0.5, patch_weight=1.0,
+            dice="batch", discrepancy=discrepancy(z, second),
         )  # fmt: skip
-        (gradient,) = torch.autograd.grad(sum(losses.values()), z)
+        (gradient,) = torch.autograd.grad(sum(losses.values()).sum(), z)
         results.append([*(value.detach().cpu() for value in losses.values()), gradient.cpu()])
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
