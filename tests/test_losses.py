@@ -111,6 +111,38 @@ def test_students_taken_together_have_each_ones_losses(batch, dice, is_masked, i
     torch.testing.assert_close([z.grad for z in together], [z.grad for z in alone])
 
 
+def test_losses_of_an_evaluation_may_be_those_of_a_training_later():
+    """Neither constants made while nothing is trained nor labels that change before backward() get in its way."""
+    for constants in (losses_module._table, losses_module._pair):
+        constants.cache_clear()
+    logits, label = torch.randn(1, 2, 4, 4, requires_grad=True), torch.ones(1, 4, 4, dtype=torch.uint8)
+    call = {**weights(True), "dice": "batch"}
+    with torch.inference_mode():
+        mixed_losses(logits, label, label, None, **call)
+    (expected,) = torch.autograd.grad(mixed_losses(logits, label, label, None, **call)["ce"], logits)
+    loss = mixed_losses(logits, label, label, None, **call)["ce"]
+    label.zero_()
+    assert torch.equal(torch.autograd.grad(loss, logits)[0], expected) and expected.abs().sum() > 0
+
+
+def test_weights_that_change_are_read_anew():
+    logits, label, weight = torch.randn(1, 2, 4, 4), torch.ones(1, 4, 4, dtype=torch.uint8), torch.tensor(0.5)
+    half, tenth = (
+        mixed_losses(logits, label, label, None, image_weight=weight.fill_(w), patch_weight=0, dice="batch")[
+            "ce"
+        ].item()
+        for w in (0.5, 0.1)
+    )
+    assert half == pytest.approx(5 * tenth)
+
+
+@pytest.mark.parametrize("shapes", [[], [(1, 2, 4, 4), (1, 3, 4, 4)], [(1, 2, 4, 4), (1, 2, 4, 5)]])
+def test_students_that_do_not_fit_each_other_are_refused(shapes):
+    label = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="one student at least, all of one shape on one device; these are"):
+        mixed_losses([torch.zeros(shape) for shape in shapes], label, label, None, **weights(True), dice="batch")
+
+
 def test_the_hand_derived_gradient_is_the_numerical_one():
     generator = torch.Generator().manual_seed(0)
     logits, other = torch.randn(2, 2, 3, 4, 3, generator=generator, dtype=torch.float64)

@@ -20,7 +20,8 @@ LOSSES = ("dice", "ce", "mse", "kl")
 # many that these are at most so many numbers, 512 MiB.
 CORE_CHUNK, DEVICE_NUMBERS = 2**15, 2**27
 DEVICE_SPLITS = 256  # pieces of a sample whose sums other devices than a CPU take side by side
-# Log-probabilities are no lower in the sums, since 0 voxels of -inf are nan; a sum that is, is infinite in the losses.
+# Log-probabilities are no lower in the sums, since 0 voxels of -inf are nan; a sum beyond the other is infinite in the
+# losses. No sum overflows between both: what overflows would be nan in the products.
 LEAST_LOG_P, INFINITE = -1e25, 1e20
 
 
@@ -79,11 +80,11 @@ def mixed_losses(
     dice: DiceOver,
     discrepancy: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Compute the four losses of one student on one mixed batch, from one log-softmax in float32; or of several.
+    """Compute the four losses of one student, or of several at once, on one mixed batch, from one log-softmax.
 
     Args:
-        logits: (N, C, *S), any float dtype; or a sequence of such, one a student, whose losses are taken together: for
-            a GPU as many launches as those of one.
+        logits: (N, C, *S), any float dtype; or a sequence of such, one a student, whose losses then take a GPU as many
+            launches as those of one.
         image_label: (N, *S), integer classes; the target where the mask is 1.
         patch_label: (N, *S), the target where the mask is 0.
         mask: (*S) or (N, *S), bool or 0/1; None: the image's region is the whole batch.
@@ -94,23 +95,29 @@ def mixed_losses(
         discrepancy: bool or 0/1 (N, *S), where the students disagree; None: "mse" and "kl" are 0.
 
     Returns:
-        Scalars in float32, of a sequence one a student (K): "dice" and "ce", each the weighted sum over the two
-        regions; "mse", the pull to the target where the students disagree; "kl", the entropy raised where they disagree
-        and this one is wrong. None of them carries its loss weight.
+        Scalars, of a sequence tensors (K) that are views of one; in float32, of float64 logits in float64: "dice" and
+        "ce", each the weighted sum over the two regions; "mse", the pull to the target where the students disagree;
+        "kl", the entropy raised where they disagree and this one is wrong. None of them carries its loss weight.
 
     Raises:
-        ValueError: the shapes do not fit each other, labels are no integers, or the kind of Dice is unknown.
+        ValueError: the shapes do not fit each other, labels are no integers, or the kind of Dice is unknown; there is
+            no student, or they differ in shape or device.
         RuntimeError: a label lies outside the classes (on a GPU later, at the next call that waits for it).
 
     Where torch.distributed has a group, each process gives its own samples, as many as every other. The losses are then
     those of the whole batch on each of them, and backward() gives the part of the own samples: add the gradients up
     (ranks.add_gradients(); a mean, such as DistributedDataParallel's, is too small by the number of processes).
 
+    Matrix products need whole float32, PyTorch's default: in TF32 (torch.backends.cuda.matmul.allow_tf32, which the
+    training scripts never set) the losses are right to three digits alone.
+
     Source: docs/method.md, "Losses of one mixed batch".
     """
     students = (logits,) if isinstance(logits, Tensor) else tuple(logits)
-    for z in students:
-        _check_shapes(z, image_label, patch_label, mask, discrepancy, dice)
+    if len({(z.shape, z.device) for z in students}) != 1:
+        found = ", ".join(f"{tuple(z.shape)} on {z.device}" for z in students)
+        raise ValueError(f"logits need one student at least, all of one shape on one device; these are [{found}]")
+    _check_shapes(students[0], image_label, patch_label, mask, discrepancy, dice)
     z = students[0] if len(students) == 1 else torch.cat(students)  # (K * N, C, *S)
     with torch.autocast(z.device.type, enabled=False):  # sums stay in float32
         code, states = _codes(z, image_label, patch_label, mask, discrepancy)
@@ -128,10 +135,9 @@ def _codes(
 ) -> tuple[Tensor, int]:
     """Say all that the losses ask of a voxel beside its probabilities in one number: (region, state, target).
 
-    Of the logits (K * N, C, *S) of K students; labels, mask and discrepancy (N, *S) are the same for each.
-
-    The region is 0 where the mask is 1 and else 1; the state 0 where the students agree, 1 where they disagree and this
-    one is right, 2 where it is wrong.
+    The logits (K * N, C, *S) are of K students; labels, mask and discrepancy are the same for each. The region is 0
+    where the mask is 1 and else 1; the state 0 where the students agree, 1 where they disagree and this one is right, 2
+    where it is wrong.
 
     Returns:
         (K * N, *S), uint8 while that can count them all, and the number of states: 1 without a discrepancy, else 3.
@@ -141,8 +147,10 @@ def _codes(
     for label in (image_label, patch_label):
         if label.dtype != torch.uint8:  # bytes would hide what is wrong with others
             torch._assert_async(((label >= 0) & (label < classes)).all(), f"labels must lie in [0, {classes})")
-    target = code = image_label.to(dtype)
-    if mask is not None:
+    target = image_label.to(dtype)
+    if mask is None:
+        code = target.clone()  # waits for the backward pass, whatever the caller does to the labels
+    else:
         inside = mask.bool()
         target = torch.where(inside, target, patch_label.to(dtype))
         code = torch.add(target, ~inside, alpha=states * classes)
@@ -174,15 +182,16 @@ class _LossesOfSums(torch.autograd.Function):
         classes = sums.shape[-1]
         of_classes = sums[:, :, :-1].unflatten(2, (3, classes))  # (N, K, 3, class, region, state, target)
         read = [of_classes.diagonal(dim1=3, dim2=6), of_classes.sum(3), of_classes.sum((5, 6)), sums[:, :, -1]]
-        table, weight = _constants(classes, sums.shape[-2], dice, weights, sums.dtype, sums.device)
-        x = torch.cat([part.flatten(2) for part in read], 2) @ table  # (N, K, see _constants())
+        table = _table(classes, sums.shape[-2], dice, sums.dtype, sums.device)
+        weight = _pair(float(weights[0]), float(weights[1]), sums.dtype, sums.device)  # (region)
+        x = torch.cat([part.flatten(2) for part in read], 2) @ table  # (N, K, see _table())
         total = x.sum(0, keepdim=True)
         # (N or 1, K, region, class)
         doubled, size = _halves((x if dice == "sample" else total)[..., : 4 * classes] + DICE_SMOOTH[dice], classes)
         overlap = doubled / size
         dice_loss = 1 - overlap.mean((0, 3))  # (K, region)
         sums_of, voxels = _halves(total[0, :, 4 * classes :], 3)  # (K, region, 3)
-        voxels = voxels.clamp_min(1)  # of no voxel the sum is 0 too
+        voxels = voxels.clamp_min(1)  # where there is none, the sum is 0 as well
         others = (sums_of / voxels).masked_fill_(sums_of > INFINITE, torch.inf)
         ctx.save_for_backward(table, weight, overlap, size, voxels)
         ctx.shape = sums.shape
@@ -218,10 +227,17 @@ def _halves(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)  # constants of every later call, whatever the first one is for
-def _constants(
-    classes: int, states: int, dice: DiceOver, weights: tuple[float, float], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Say what the losses add up, in a table, and return the weights of both regions as a tensor.
+def _pair(first: float, second: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return two numbers on a device, (2), made there."""
+    pair = torch.full((2,), second, dtype=dtype, device=device)
+    pair[0].fill_(first)
+    return pair
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _table(classes: int, states: int, dice: DiceOver, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Build the table by which what the losses add up is read off the sums.
 
     A row of the table is what a sample's sums give: p, p^2 and log p of the target's class by (region, state, target);
     the sums of each over the classes; of each class over states and targets, by (class, region); and the count of
@@ -240,7 +256,7 @@ def _constants(
     for region in range(regions):
         doubled, size = (slice(k * classes, (k + 1) * classes) for k in (region, regions + region))
         of_target[p, region, :, :, doubled].diagonal(dim1=1, dim2=2).fill_(2)
-        over_voxels[p if dice == "sample" else square, :, region, size].fill_diagonal_(1)
+        over_voxels[p if dice == "sample" else square, :, region, size].diagonal().fill_(1)
         count[region, :, :, size].diagonal(dim1=1, dim2=2).fill_(1)
 
         ce, mse, kl = (2 * regions * classes + 3 * region + k for k in range(3))
@@ -254,9 +270,7 @@ def _constants(
         count[region, :, :, ce + 3 * regions] = 1
         count[:, 1:, :, mse + 3 * regions] = 1  # of both regions
         count[:, 2:, :, kl + 3 * regions] = 1
-    weight = torch.full((regions,), weights[1], dtype=dtype, device=device)
-    weight[0].fill_(weights[0])
-    return table, weight
+    return table
 
 
 class _CodeSums(torch.autograd.Function):
