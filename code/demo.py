@@ -77,7 +77,7 @@ def main(config: Config) -> None:
         print(f"  {name:9s} {scores}")
     print("Look at:")
     for folder in folders.values():
-        for file in ("cases.png", "metrics.png", "cases.csv"):
+        for file in ("report.html", "cases.png", "metrics.png", "cases.csv"):
             print(f"  {folder / file}")
 
 

@@ -343,7 +343,7 @@ UNSAFE = r"is not a checkpoint that can be read safely \(.*\): copy it again, or
 NO_CONFIG = r"config.json cannot be read: restore it from a copy, or remove the folder"
 FILES: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]] = {
     "checkpoint missing": (weights, lambda path: None, r"a.pth does not exist: train first, or give"),
-    "checkpoint is a folder": (weights, lambda path: path.mkdir(), r"a.pth does not exist: train first, or give"),
+    "checkpoint is a folder": (weights, lambda path: path.mkdir(), r"a.pth is a folder: give a checkpoint in it, such"),
     "checkpoint empty": (weights, lambda path: path.touch(), UNSAFE),
     "checkpoint of text": (weights, lambda path: path.write_text("hello"), UNSAFE),
     "checkpoint cut short": (weights, cut, UNSAFE),

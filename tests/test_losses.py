@@ -141,6 +141,9 @@ def test_students_that_do_not_fit_each_other_are_refused(shapes):
     label = torch.zeros(1, 4, 4, dtype=torch.uint8)
     with pytest.raises(ValueError, match="one student at least, all of one shape on one device; these are"):
         mixed_losses([torch.zeros(shape) for shape in shapes], label, label, None, **weights(True), dice="batch")
+    if shapes:
+        with pytest.raises(ValueError, match="all of one shape on one device; these are"):
+            discrepancy(*(torch.zeros(shape) for shape in shapes))
 
 
 def test_the_hand_derived_gradient_is_the_numerical_one():

@@ -161,6 +161,11 @@ def test_wrong_values_are_refused(flags, message):
         parse(load("ACDC_train.py").Config, flags)
 
 
+def test_a_script_without_recipes_says_which_has_them():
+    with pytest.raises(UserError, match="unknown argument --recipe: this script has no recipes, only code/ACDC_train"):
+        parse(load("LA_train.py").Config, ["--recipe", "fast"])
+
+
 def test_a_planned_end_cannot_be_moved_where_the_rate_falls_to_it():
     there = {"self_iterations": 10, "lr_schedule": "cosine"}
     assert "self_iterations 10 there, 20 now" in differing_fields(there, there | {"self_iterations": 20})

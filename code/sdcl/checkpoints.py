@@ -98,6 +98,8 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged, or holds more than tensors and plain values.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give a checkpoint in it, such as self_train/last.pth of a run.")
     if not path.is_file():
         raise UserError(f"{path} does not exist: train first, or give the path of a checkpoint.")
     try:

@@ -64,8 +64,12 @@ def discrepancy(logits_a: Tensor, logits_b: Tensor) -> Tensor:
     Returns:
         Bool tensor (N, *S), without gradient.
 
+    Raises:
+        ValueError: the students differ in shape or device.
+
     Source: docs/method.md, "Stage 2", step 4.
     """
+    _check_students((logits_a, logits_b))
     return _decide(logits_a) != _decide(logits_b)
 
 
@@ -114,9 +118,7 @@ def mixed_losses(
     Source: docs/method.md, "Losses of one mixed batch".
     """
     students = (logits,) if isinstance(logits, Tensor) else tuple(logits)
-    if len({(z.shape, z.device) for z in students}) != 1:
-        found = ", ".join(f"{tuple(z.shape)} on {z.device}" for z in students)
-        raise ValueError(f"logits need one student at least, all of one shape on one device; these are [{found}]")
+    _check_students(students)
     _check_shapes(students[0], image_label, patch_label, mask, discrepancy, dice)
     z = students[0] if len(students) == 1 else torch.cat(students)  # (K * N, C, *S)
     with torch.autocast(z.device.type, enabled=False):  # sums stay in float32
@@ -351,6 +353,13 @@ def _chunks(logits: Tensor, code: Tensor, codes: int) -> Iterator[tuple[Tensor, 
     rows = numbers.new_empty(len(logits), codes, length, dtype=dtype)
     for z, c in zip(logits.split(length, 2), code.split(length, 1), strict=True):
         yield z.to(dtype), torch.eq(c[:, None].to(compared), numbers, out=rows[..., : z.shape[2]])
+
+
+def _check_students(students: Sequence[Tensor]) -> None:
+    """Raise ValueError where students' logits do not fit each other."""
+    if len({(z.shape, z.device) for z in students}) != 1:
+        found = ", ".join(f"{tuple(z.shape)} on {z.device}" for z in students)
+        raise ValueError(f"logits need one student at least, all of one shape on one device; these are [{found}]")
 
 
 def _check_shapes(
