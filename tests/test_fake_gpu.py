@@ -9,7 +9,7 @@ time, memory, the threads that clean pseudo-labels, and pinned memory. tests/tes
 import json
 
 import pytest
-from launches import COUNTING, build_device, can_build, count, run_python
+from launches import COUNTING, build_device, count, lacking, run_python
 
 LAUNCHES = {  # at most so many kernels and so many whole copies of tensors a pass or step; a few more than counted
     "vnet fp32 train forward": (102, 0), "vnet fp32 train backward": (100, 0), "vnet bf16 train forward": (164, 0),
@@ -26,8 +26,8 @@ LAUNCHES = {  # at most so many kernels and so many whole copies of tensors a pa
 @pytest.fixture(scope="module")
 def device(scratch):
     """The stub, built."""
-    if not can_build():
-        pytest.skip("no C++ compiler, or no ninja")
+    if missing := lacking():
+        pytest.skip(missing)
     return build_device(scratch)
 
 

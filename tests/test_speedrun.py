@@ -86,12 +86,20 @@ def test_a_seed_that_takes_too_long_is_ended(config):
     assert speedrun.read(config.output)[0]["reached"] == "no"
 
 
+def test_what_counting_launches_lacks_is_said(monkeypatch):
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    assert "not measured: this PyTorch is built for CUDA" in launch_line(next(launch_rows()))
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "not measured: no C++ compiler, or no ninja" in launch_line(next(launch_rows()))
+
+
 def test_launches_are_counted_beside_the_networks_own(monkeypatch):
     """Two passes there and back of two students, and the teacher's two: 2 * (1 + 2 + 3 + 4) + 2 * 1 = 22."""
     passes = {"a forward": 1, "a backward": 2, "b forward": 3, "b backward": 4}
     counted = {f"{n.split()[0]} fp32 train {n.split()[1]}": {"conv": k} for n, k in passes.items()}
     monkeypatch.setattr("launches.STEPS", {"2D": ("a", "b")})
-    monkeypatch.setattr("launches.can_build", lambda: True)
+    monkeypatch.setattr("launches.lacking", lambda: "")
     monkeypatch.setattr("launches.build_device", lambda folder: folder)
     monkeypatch.setattr("launches.count", lambda _: counted | {"sdcl 2D fp32 self_train": {"conv": 20, "add": 13}})
     (row,) = launch_rows()
