@@ -127,13 +127,10 @@ def test_losses_of_an_evaluation_may_be_those_of_a_training_later():
 
 def test_weights_that_change_are_read_anew():
     logits, label, weight = torch.randn(1, 2, 4, 4), torch.ones(1, 4, 4, dtype=torch.uint8), torch.tensor(0.5)
-    half, tenth = (
-        mixed_losses(logits, label, label, None, image_weight=weight.fill_(w), patch_weight=0, dice="batch")[
-            "ce"
-        ].item()
-        for w in (0.5, 0.1)
-    )
-    assert half == pytest.approx(5 * tenth)
+    call = {"image_weight": weight, "patch_weight": 0, "dice": "batch"}
+    half = mixed_losses(logits, label, label, None, **call)["ce"].item()
+    weight.fill_(0.1)
+    assert half == pytest.approx(5 * mixed_losses(logits, label, label, None, **call)["ce"].item())
 
 
 @pytest.mark.parametrize("shapes", [[], [(1, 2, 4, 4), (1, 3, 4, 4)], [(1, 2, 4, 4), (1, 2, 4, 5)]])

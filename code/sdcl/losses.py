@@ -37,21 +37,26 @@ def class_map(scores: Tensor) -> Tensor:
     Returns:
         uint8 (N, *S), of more than 256 classes int32; without gradient.
     """
-    dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
+    return _decided(scores).to(_label_dtype(scores.shape[1]))
+
+
+def _label_dtype(count: int) -> torch.dtype:
+    """Return the type of the numbers below a count: bytes while these can hold them."""
+    return torch.uint8 if count <= 256 else torch.int32
+
+
+def _decided(scores: Tensor) -> Tensor:
+    """Return class_map(), to be compared: elsewhere than on a CPU as argmax has it, without a kernel that converts."""
     if scores.device.type != "cpu":
-        return _decide(scores).to(dtype)
+        return scores.detach().argmax(1)
     highest, *others = scores.detach().unbind(1)
+    dtype = _label_dtype(scores.shape[1])
     classes = torch.zeros_like(highest, dtype=dtype)
     for c, score in enumerate(others, start=1):
         classes = torch.maximum(classes, (score > highest).to(dtype) * c)  # where() is slow on bytes
         if c < len(others):
             highest = torch.maximum(highest, score)
     return classes
-
-
-def _decide(scores: Tensor) -> Tensor:
-    """Return class_map(), to be compared: of what lies on no CPU as argmax gives it, without a kernel that converts."""
-    return class_map(scores) if scores.device.type == "cpu" else scores.detach().argmax(1)
 
 
 def discrepancy(logits_a: Tensor, logits_b: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def discrepancy(logits_a: Tensor, logits_b: Tensor) -> Tensor:
     Source: docs/method.md, "Stage 2", step 4.
     """
     _check_students((logits_a, logits_b))
-    return _decide(logits_a) != _decide(logits_b)
+    return _decided(logits_a) != _decided(logits_b)
 
 
 def mixed_losses(
@@ -145,7 +150,7 @@ def _codes(
         (K * N, *S), uint8 while that can count them all, and the number of states: 1 without a discrepancy, else 3.
     """
     classes, states = logits.shape[1], 1 if discrepancy is None else 3
-    dtype = torch.uint8 if len(REGIONS) * states * classes <= 256 else torch.int32
+    dtype = _label_dtype(len(REGIONS) * states * classes)
     for label in (image_label, patch_label):
         if label.dtype != torch.uint8:  # bytes would hide what is wrong with others
             torch._assert_async(((label >= 0) & (label < classes)).all(), f"labels must lie in [0, {classes})")
@@ -159,7 +164,7 @@ def _codes(
     torch._assert_async(target.max() < classes, f"labels must lie in [0, {classes})")  # waits for no GPU
     if discrepancy is not None:
         disagree = discrepancy.bool()  # of 0 and 255 too
-        wrong = disagree & (_decide(logits).unflatten(0, (-1, len(target))) != target)  # (K, N, *S)
+        wrong = disagree & (_decided(logits).unflatten(0, (-1, len(target))) != target)  # (K, N, *S)
         code = torch.add(torch.add(code, disagree, alpha=classes), wrong, alpha=classes)
     return code.expand(len(logits) // len(target), *target.shape).flatten(0, 1), states
 
@@ -189,10 +194,11 @@ class _LossesOfSums(torch.autograd.Function):
         x = torch.cat([part.flatten(2) for part in read], 2) @ table  # (N, K, see _table())
         total = x.sum(0, keepdim=True)
         # (N or 1, K, region, class)
-        doubled, size = _halves((x if dice == "sample" else total)[..., : 4 * classes] + DICE_SMOOTH[dice], classes)
+        of_dice = 2 * len(REGIONS) * classes  # columns
+        doubled, size = _halves((x if dice == "sample" else total)[..., :of_dice] + DICE_SMOOTH[dice], classes)
         overlap = doubled / size
         dice_loss = 1 - overlap.mean((0, 3))  # (K, region)
-        sums_of, voxels = _halves(total[0, :, 4 * classes :], 3)  # (K, region, 3)
+        sums_of, voxels = _halves(total[0, :, of_dice:], 3)  # (K, region, 3)
         voxels = voxels.clamp_min(1)  # where there is none, the sum is 0 as well
         others = (sums_of / voxels).masked_fill_(sums_of > INFINITE, torch.inf)
         ctx.save_for_backward(table, weight, overlap, size, voxels)
@@ -213,12 +219,17 @@ class _LossesOfSums(torch.autograd.Function):
         of_read = of_x @ table[:, : of_x.shape[2]].mT
         result = torch.zeros(ctx.shape, dtype=size.dtype, device=size.device)
         of_classes = result[:, :, :-1].unflatten(2, (3, classes))
-        cells = 3 * regions * states * targets
-        of_target, over_classes, over_voxels, _ = of_read.tensor_split((cells, 2 * cells, 2 * cells + 6 * classes), 2)
+        of_target, over_classes, over_voxels, _ = of_read.split(_lengths(classes, states), 2)
         of_classes += over_classes.unflatten(2, (3, 1, regions, states, targets))
         of_classes += over_voxels.unflatten(2, (3, classes, regions, 1, 1))
         of_classes.diagonal(dim1=3, dim2=6).add_(of_target.unflatten(2, (3, regions, states, targets)))
         return result, None, None
+
+
+def _lengths(classes: int, states: int) -> list[int]:
+    """Return how many rows of _table() each of its four parts has."""
+    cells = len(REGIONS) * states * classes
+    return [3 * cells, 3 * cells, 3 * len(REGIONS) * classes, cells]
 
 
 def _halves(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -248,9 +259,8 @@ def _table(classes: int, states: int, dice: DiceOver, dtype: torch.dtype, device
     """
     regions = len(REGIONS)
     cells = (regions, states, classes)
-    rows, columns = 7 * math.prod(cells) + 3 * classes * regions, 2 * regions * (classes + 3)
-    table = torch.zeros(rows, columns, dtype=dtype, device=device)
-    lengths = [3 * math.prod(cells), 3 * math.prod(cells), 3 * classes * regions, math.prod(cells)]
+    lengths = _lengths(classes, states)
+    table = torch.zeros(sum(lengths), 2 * regions * (classes + 3), dtype=dtype, device=device)
     of_target, over_classes, over_voxels, count = table.split(lengths)
     of_target, over_classes = (part.unflatten(0, (3, *cells)) for part in (of_target, over_classes))
     over_voxels, count = over_voxels.unflatten(0, (3, classes, regions)), count.unflatten(0, cells)

@@ -159,10 +159,8 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
         raise UserError(_sentence(output.getvalue())) from None
     if unknown:
         flags = [f"--{field.name}" for field in dataclasses.fields(config_class)]
-        close = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), flags, n=1)
+        close = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), flags, n=1, cutoff=0.7)
         hint = f"did you mean {close[0]}?" if close else "see --help for the flags there are."
-        if unknown[0].partition("=")[0] == "--recipe":
-            hint = "this script has no recipes, only code/ACDC_train.py has."
         earlier = [word for word in arguments[: arguments.index(unknown[0])] if word.startswith("--")]
         if not unknown[0].startswith("-") and earlier:
             hint = f"{earlier[-1]} takes fewer values; see --help."
