@@ -27,7 +27,7 @@ from sdcl.schedule import share
 from sdcl.steps import STUDENTS, add_averages, add_teacher, averaged, make_learners, move_averages, pretrain_step
 from sdcl.teacher import growing_decay
 
-WITH_RECIPES = ("ACDC_train.py",)
+WITH_RECIPES = ("ACDC_train.py", "LA_train.py")
 
 
 def test_the_published_rate_is_constant():
@@ -163,7 +163,7 @@ def test_wrong_values_are_refused(flags, message):
 
 def test_a_script_without_recipes_takes_their_flag_for_no_other():
     with pytest.raises(UserError, match="unknown argument --recipe: see --help for the flags there are"):
-        parse(load("LA_train.py").Config, ["--recipe", "fast"])
+        parse(load("pancreas/Pancreas_train.py").Config, ["--recipe", "fast"])
 
 
 def test_a_planned_end_cannot_be_moved_where_the_rate_falls_to_it():

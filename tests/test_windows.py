@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sdcl.inference import Windows, put_together, window_slabs
-from sdcl.windows import KEPT_VALUES, only_value
+from sdcl.windows import KEPT_VALUES, evenly, only_value
 
 
 class Counting(nn.Module):
@@ -32,22 +32,32 @@ def found(volume, *, batch_size=4, skip_air=True, **how):
     return result, network.windows, tuple(map(sum, zip(*told, strict=True)))
 
 
-def half_empty(shape=(24, 8, 8)):
-    """Noise in the last eight planes, zeros before them."""
+def half_empty(shape=(8, 8, 24)):
+    """Noise in the last axis's last eight planes, zeros before them."""
     volume = np.zeros(shape, np.float32)
-    volume[..., 16:, :, :] = np.random.default_rng(0).random(volume[..., 16:, :, :].shape)
+    volume[..., 16:] = np.random.default_rng(0).random(volume[..., 16:].shape)
     return volume
 
 
+@given(st.integers(1, 60), st.integers(1, 9))
+def test_groups_are_even(count, most):
+    groups = evenly([(k, 0, 0) for k in range(count)], most)
+    sizes = [len(group) for group in groups]
+    assert [place[0] for group in groups for place in group] == list(range(count))
+    assert len(groups) == -(-count // most) and max(sizes) <= most and max(sizes) - min(sizes) <= 1
+    assert min(sizes) > 1 or count == 1 or most <= 2
+
+
 @pytest.mark.parametrize("how", [{}, {"weighting": "gaussian"}])
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5])
 def test_empty_windows_are_computed_once(batch_size, how):
     """Windows begin at planes 0, 4, 8, 12 and 16; the first three are zeros: of five, two need not be computed."""
     result, windows, done = found(half_empty(), batch_size=batch_size, **how)
     plain, all_windows, all_done = found(half_empty(), batch_size=batch_size, skip_air=False, **how)
     assert done == (5, 2) and all_done == (5, 0) and all_windows == 5
-    # The only window of a batch that had more goes through the networks twice: 0 of (0, 4), and 12 of (8, 12), by twos.
-    assert windows == {1: 3, 2: 3 + 2, 3: 3 + 1, 4: 3}[batch_size]
+    # Batches are (0), (4, 8), (12, 16) by twos and (0, 4), (8, 12, 16) by threes and fours; 0, the only window left of
+    # a batch that had more, goes through the network twice.
+    assert windows == {1: 3, 2: 3, 3: 3 + 1, 4: 3 + 1, 5: 3}[batch_size]
     np.testing.assert_allclose(result, plain, atol=1e-6)
     np.testing.assert_array_equal(result.argmax(0), plain.argmax(0))
 

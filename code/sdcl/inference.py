@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations, product
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from sdcl.windows import Place, SameContent, Weighting, Windows, axis_weight, cut, window_profile, window_starts
+from sdcl.windows import Place, SameContent, Weighting, Windows, axis_weight, cut, evenly, window_profile, window_starts
 
 # Some planes of a volume (a slice with start and stop), and what each network finds there, float32 (C, planes, ...).
 Slabs = Iterable[tuple[slice, list[np.ndarray]]]
@@ -273,32 +273,30 @@ def _summed(
     device, patch = device_of(networks), tuple(how.patch_size)
     weight = torch.einsum("i,j,k->ijk", *profiles).to(device)
     run = predict_flipped if how.tta else predict
-    places = list(product(*starts))
-    groups = [places[k : k + how.batch_size] for k in range(0, len(places), how.batch_size)]
-    reach = max(group[-1][0] - group[0][0] for group in groups) + patch[0]  # planes that the windows of a group show
     sums = [torch.zeros(how.num_classes, patch[0], *padded.shape[2:], device=device) for _ in networks]
-    base, seen, region, same = 0, -1, None, SameContent(padded, patch, how.skip_air)
+    sames = [SameContent(padded, patch, how.skip_air) for _ in networks]
+    base = 0
+    for x in starts[0]:
+        if x > base:  # no further window reaches the planes before it
+            yield base, [total[:, : x - base].cpu().numpy() for total in sums]
+            _move_on(sums, x - base)
+            base = x
+        region = torch.from_numpy(padded[:, x : x + patch[0]]).to(device)  # at once: windows are cut on the device
 
-    def compute(chosen: Sequence[Place]) -> list[list[Tensor]]:
-        windows = torch.stack([cut(region, (0, x - seen, y, z), (len(padded), *patch)) for x, y, z in chosen])
-        with torch.inference_mode():
-            return [list(found.mul_(weight)) for found in run(networks, windows, how.precision)]
+        def compute(network: nn.Module, chosen: Sequence[Place], region: Tensor = region) -> list[Tensor]:
+            windows = torch.stack([cut(region, (0, 0, y, z), (len(padded), *patch)) for _, y, z in chosen])
+            with torch.inference_mode():
+                return list(run([network], windows, how.precision)[0].mul_(weight))
 
-    for group in groups:
-        if group[0][0] != seen:  # at once: windows are cut on the device
-            seen = group[0][0]
-            region = torch.from_numpy(padded[:, seen : seen + reach]).to(device)
-        found, computed = same.outputs(group, compute)
-        for k, (x, y, z) in enumerate(group):
-            if x > base:  # no further window reaches the planes before it
-                yield base, [total[:, : x - base].cpu().numpy() for total in sums]
-                _move_on(sums, x - base)
-                base = x
-            for total, outputs in zip(sums, found, strict=True):
-                cut(total, (0, x - base, y, z), (how.num_classes, *patch)).add_(outputs[k])
-        del found, outputs  # not kept while the next windows are computed
-        if how.on_done is not None:
-            how.on_done(len(group), len(group) - computed)
+        for group in evenly(list(product([x], *starts[1:])), how.batch_size):
+            # One network after the other, whose outputs are not kept while the next one computes.
+            for network, total, same in zip(networks, sums, sames, strict=True):
+                found, computed = same.outputs(group, partial(compute, network))
+                for (_, y, z), output in zip(group, found, strict=True):
+                    cut(total, (0, 0, y, z), (how.num_classes, *patch)).add_(output)
+                del found, output
+            if how.on_done is not None:
+                how.on_done(len(group), len(group) - computed)
     yield base, [total.cpu().numpy() for total in sums]
 
 

@@ -48,6 +48,16 @@ def window_starts(side: int, patch: int, stride: int) -> list[int]:
     return [min(stride * i, side - patch) for i in range(count)]
 
 
+def evenly(places: Sequence[Place], most: int) -> list[Sequence[Place]]:
+    """Cut places into as few groups as hold at most so many, of sizes as equal as can be.
+
+    None is left over alone (but by twos): a CPU rounds a batch of one window otherwise than larger ones.
+    """
+    count = math.ceil(len(places) / most)
+    ends = [len(places) * k // count for k in range(count + 1)]
+    return [places[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+
+
 def window_profile(patch: int, weighting: Weighting) -> Tensor:
     """Return a window's weight along one axis (patch,); a window's weight is the product over its axes."""
     if weighting == "constant":
@@ -81,7 +91,7 @@ def only_value(volume: np.ndarray, start: Sequence[int], sides: Sequence[int]) -
 
 
 class SameContent:
-    """Keeps what networks find in windows of one value throughout, since a window's content decides it.
+    """Keeps what a network finds in windows of one value throughout, since a window's content decides it.
 
     Args:
         volume: (channels, *S), whose windows are computed.
@@ -91,16 +101,16 @@ class SameContent:
 
     def __init__(self, volume: np.ndarray, patch: Sequence[int], enabled: bool):
         self._volume, self._patch, self._enabled = volume, patch, enabled
-        self._kept: dict[tuple[float, ...], list[Tensor]] = {}
+        self._kept: dict[tuple[float, ...], Tensor] = {}
 
     def outputs(
-        self, places: Sequence[Place], compute: Callable[[Sequence[Place]], list[list[Tensor]]]
-    ) -> tuple[list[list[Tensor]], int]:
-        """Return what each network finds in the windows at some places, and how many of them were computed.
+        self, places: Sequence[Place], compute: Callable[[Sequence[Place]], list[Tensor]]
+    ) -> tuple[list[Tensor], int]:
+        """Return what the network finds in the windows at some places, and how many of them were computed.
 
         Args:
             places: where the windows begin.
-            compute: returns the outputs of windows, (C, *patch) of each network and window.
+            compute: returns the outputs of windows, (C, *patch) of each.
         """
         values = [only_value(self._volume, place, self._patch) if self._enabled else None for place in places]
         news = list(dict.fromkeys(v for v in values if v is not None and v not in self._kept))
@@ -110,9 +120,8 @@ class SameContent:
         # A CPU rounds a batch of one window otherwise than larger ones: the only one left of several goes twice.
         repeats = 2 if len(chosen) == 1 < len(places) else 1
         computed = compute([places[k] for k in chosen * repeats]) if chosen else []
-        found = {k: [of_network[number] for of_network in computed] for number, k in enumerate(chosen)}
-        for k, one in found.items():
+        found = dict(zip(chosen, computed, strict=False))
+        for k, output in found.items():
             if values[k] is not None:
-                self._kept[values[k]] = [output.clone() for output in one]
-        each = [found[k] if k in found else self._kept[v] for k, v in enumerate(values)]
-        return [list(of_network) for of_network in zip(*each, strict=True)], len(chosen)
+                self._kept[values[k]] = output.clone()
+        return [found[k] if k in found else self._kept[v] for k, v in enumerate(values)], len(chosen)
