@@ -1,4 +1,4 @@
-"""Seconds from a training's start to a fixed Dice, over seeds: `sh runs/acdc_speedrun.sh`, `sh runs/la_speedrun.sh`; docs/speedrun.md."""
+"""Seconds from a training's start to a fixed Dice, over seeds: `sh runs/*_speedrun.sh`; docs/speedrun.md."""
 
 import contextlib
 import csv
