@@ -78,7 +78,7 @@ def needed_flags(header, given):
 # --- every command runs ---
 
 PAGES_RUN = ("experiments", "own_data", "training", "testing", "predicting", "methods", "data")
-SLOW_PAGES = ("experiments", "testing", "methods", "training", "own_data")
+SLOW_PAGES = ("experiments", "testing", "methods", "training", "own_data", "predicting")
 NOT_TO_COPY = shutil.ignore_patterns("data", "__pycache__", "*.egg-info")
 SMALL = {  # in the scripts' headers, edited as a user would
     r"(pre|self)_iterations: int = [\d_]+": r"\1_iterations: int = 1",
