@@ -48,7 +48,7 @@ def window_starts(side: int, patch: int, stride: int) -> list[int]:
     return [min(stride * i, side - patch) for i in range(count)]
 
 
-def evenly(places: Sequence[Place], most: int) -> list[Sequence[Place]]:
+def evenly(places: list[Place], most: int) -> list[list[Place]]:
     """Cut places into as few groups as hold at most so many, of sizes as equal as can be.
 
     None is left over alone (but by twos): a CPU rounds a batch of one window otherwise than larger ones.
