@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {  # docs/speedrun.md
     "fast": {
         "patch_size": (128, 128, 80), "batch_size": 1, "dropout": 0.0, "warmup": 30, "ema_decay": 0.95,
-        "average_decay": 0.95, "pre_iterations": 100, "self_iterations": 200,
+        "average_decay": 0.95, "pre_iterations": 200, "self_iterations": 200,
     },
 }  # fmt: skip
 
