@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.." || exit
 row=${1:-fast}
 [ $# -gt 0 ] && shift
 case $row in
-  published) flags="--pre_iterations 500 --self_iterations 500 --stride 56 56 40" ;;
-  bf16) flags="--pre_iterations 500 --self_iterations 500 --stride 56 56 40 --precision bf16" ;;
+  published) flags="--pre_iterations 500 --self_iterations 500 --stride 112 112 80" ;;
+  bf16) flags="--pre_iterations 500 --self_iterations 500 --stride 112 112 80 --precision bf16" ;;
   fast) flags="--recipe fast --stride 128 128 80 --precision bf16" ;;
   *) echo "error: no row $row: choose published, bf16 or fast." >&2; exit 1 ;;
 esac

@@ -1,5 +1,6 @@
 """Lists, files, slices, augmentation, streams."""
 
+import h5py
 import numpy as np
 import pytest
 import scipy
@@ -37,6 +38,24 @@ def test_the_published_lists():
         assert first == slices[:labelled] and rest == slices[labelled:]
     published = read_list(LISTS / "acdc" / "data_split" / "train_lab.list")
     assert split_by_patients(slices, 7, DATA_SET.patient_of)[0] == published
+
+
+@pytest.mark.parametrize("stored", [
+    {}, {"compression": "gzip"}, {"compression": "lzf", "shuffle": True, "fletcher32": True, "chunks": (4, 5)},
+    {"chunks": True, "maxshape": (None, None)},
+])  # fmt: skip
+@pytest.mark.parametrize("types", [("f4", "u1"), (">f8", "?"), ("<f2", ">i4"), (">u2", "<f4"), ("i1", "i8")])
+def test_however_an_array_is_stored_its_numbers_are_read(types, stored, tmp_path):
+    """Byte order, width and kind of the numbers, filters and chunks, as h5py writes them."""
+    image = np.arange(48).reshape(6, 8) % 7 + 0.5 * (np.dtype(types[0]).kind == "f")
+    label = (image > 3).astype(np.uint8)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, array, kind in zip(("image", "label"), (image, label), types, strict=True):
+            file.create_dataset(name, data=array.astype(kind), **stored)
+    sample = read_sample(tmp_path / "a.h5", ndim=2, num_classes=2)
+    assert (sample.image.dtype, sample.label.dtype) == (np.float32, np.uint8)
+    assert sample.image.dtype.isnative and sample.image.flags.c_contiguous
+    assert np.array_equal(sample.image, image) and np.array_equal(sample.label, label)
 
 
 @pytest.mark.parametrize("labelnum", [0, -1, 71])
