@@ -14,9 +14,6 @@ from dataloaders.checks import check_declared, check_file, check_image, check_la
 from sdcl.runs.errors import UserError
 
 MAX_LIST_BYTES = 2**24
-# How files are opened: h5py would make this for each of them, which takes a tenth of a small file's time.
-ACCESS = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-ACCESS.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
 
 
 @dataclass(frozen=True)
@@ -193,7 +190,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
     """Open an HDF5 file; whatever its reading meets ends in one sentence."""
     check_file(path)
     try:
-        with h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, ACCESS)) as file:
+        with h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY)) as file:
             yield file
     except UserError:
         raise

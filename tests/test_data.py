@@ -58,6 +58,30 @@ def test_however_an_array_is_stored_its_numbers_are_read(types, stored, tmp_path
     assert np.array_equal(sample.image, image) and np.array_equal(sample.label, label)
 
 
+@pytest.mark.parametrize("chunks", [None, (4, 5)])
+def test_what_was_never_written_is_what_the_file_says(chunks, tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        image = file.create_dataset("image", (6, 8), "f4", fillvalue=2.5, chunks=chunks)
+        image[:2] = IMAGE[:2]
+        file.create_dataset("label", (6, 8), "u1", fillvalue=1, chunks=chunks)
+        expected = image[()]
+    sample = read_sample(tmp_path / "a.h5", ndim=2, num_classes=2)
+    assert np.array_equal(sample.image, expected) and (sample.image[2:] == 2.5).all() and (sample.label == 1).all()
+
+
+def test_a_file_is_read_that_is_open_and_left_closed(tmp_path):
+    """Beside h5py's own reading in the same process; a file that was refused can be written again."""
+    path = write_h5(tmp_path / "a.h5", image=IMAGE, label=LABEL)
+    with h5py.File(path) as file:
+        assert np.array_equal(read_sample(path, ndim=2, num_classes=4).image, file["image"][()])
+    for refused in ({"ndim": 3}, {"num_classes": 2}, {"channels": ("a", "b")}):
+        with pytest.raises(UserError):
+            read_sample(path, **{"ndim": 2, "num_classes": 4, **refused})
+    with h5py.File(path, "r+") as file:
+        file["image"][0, 0] = 7
+    assert read_sample(path, ndim=2, num_classes=4).image[0, 0] == 7
+
+
 @pytest.mark.parametrize("labelnum", [0, -1, 71])
 def test_labelnum_that_no_list_has(labelnum):
     slices = read_list(LISTS / "acdc" / "data_split" / "train_slices.list")
