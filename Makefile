@@ -18,7 +18,7 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 	$(AVX2) $(RUN) -m pytest $(ARITHMETIC)
 
-# What starts and stops many processes, which takes minutes.
+# What `make test` leaves out, since it takes minutes.
 slow: .venv/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
 

@@ -402,6 +402,7 @@ def test_a_test_case_among_the_training_cases(la_phantom, tmp_path):
         call("LA_train.py", "--root_path", root, "--models_path", tmp_path / "models", *TINY)
 
 
+@pytest.mark.slow
 def test_three_classes_from_data_to_table(tmp_path):
     """The same loops, with argmax and a component for each class."""
     root = write_la(tmp_path / "data", cases=(3, 1), labelled_cases=2, size=(40, 36, 32), classes=3)

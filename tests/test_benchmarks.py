@@ -62,6 +62,7 @@ def test_a_steps_parts_are_all_seen():
     assert "aten::convolution_backward" in said and "of the peak of matrix products" in said
 
 
+@pytest.mark.slow
 def test_the_start_is_timed_beside_the_import_of_pytorch():
     rows = start_rows(1)
     assert {row["case"] for row in rows} == {f"start {name}" for name in ANSWERS}

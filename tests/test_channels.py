@@ -282,7 +282,8 @@ def test_a_change_of_any_channel_is_seen(brats, tmp_path, said):
 # --- whole runs ---
 
 
-@pytest.mark.parametrize("layout", ["volume", pytest.param("slices", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["volume", "slices"])
 def test_from_raw_channels_to_predictions(brats, tmp_path, layout):
     size = (32, 16, 16) if layout == "volume" else (32, 32)
     root, models = tmp_path / "mine", tmp_path / "models"

@@ -229,6 +229,7 @@ def test_the_version_is_that_of_the_checks_own_text():
     assert checked.version() == checked.version() and len(checked.version()) == 64
 
 
+@pytest.mark.slow
 def test_a_script_says_so_and_ends_the_same(la_phantom, tmp_path):
     where = ["--root_path", la_phantom, *VOLUMES, "--pre_iterations", 2, "--select", "last", "--exp", "x"]
     rows = []

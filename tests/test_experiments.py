@@ -149,6 +149,7 @@ def test_a_matrix_that_is_killed_ends_the_same(whole, acdc_phantom, tmp_path):
             assert cases[0] == cases[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_holds_back_no_other(whole, acdc_phantom, tmp_path):
     """One run's folder is spoilt, another is claimed by a process that lives on."""
     models = tmp_path / "models"

@@ -133,6 +133,7 @@ def test_given_weights_are_tested_as_they_were_trained_each_in_a_folder_of_its_o
     assert len(list((stage / "test").glob("weights_*_test"))) == 2
 
 
+@pytest.mark.slow
 def test_the_same_architecture_twice_can_be_tested_by_its_files(la, models):
     where = ["--root_path", la, "--models_path", models, *VOLUMES, "--pre_iterations", 1, "--self_iterations", 0]
     main("LA_train.py", *where, "--select", "last", "--exp", "twins", "--student_b", "vnet")

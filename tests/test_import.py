@@ -368,6 +368,7 @@ def test_raw_files_that_changed_are_converted_again(tmp_path):
 # --- what is refused, and what works though it looks odd ---
 
 
+@pytest.mark.slow
 def test_odd_names_work_from_import_to_the_test(tmp_path):
     names = ["scan [1]", "scan [2]", "it's, odd", "ünïcode (2)", "a.b.c", "a&b;c", "-r", "#1 50%", "x_$_{$"]
     flags = write_set(tmp_path, {name: ((32, 32, 4), (1.0, 1.0, 3.0)) for name in names})

@@ -76,6 +76,7 @@ def test_colours_become_channels_and_palettes_classes(tiles, said):
     np.testing.assert_array_equal(one.image, sample.image[:, 0])
 
 
+@pytest.mark.slow
 def test_from_pictures_to_masks(tiles):
     import_nifti(flags(tiles, class_names=("bright", "brighter"), label_values=(1, 2), val_fraction=0.2))
     root, models, out = tiles / "mine", tiles / "models", tiles / "out"

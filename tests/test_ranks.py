@@ -148,12 +148,9 @@ def whole(acdc_phantom, scratch):
 
 @pytest.mark.parametrize(
     ("number", "to"),
-    [
-        ("SIGKILL", "last"),
-        pytest.param("SIGUSR1", "last", marks=pytest.mark.slow),
-        pytest.param("SIGTERM", "torchrun and all", marks=pytest.mark.slow),
-    ],
+    [("SIGKILL", "last"), ("SIGUSR1", "last"), ("SIGTERM", "torchrun and all")],
 )
+@pytest.mark.slow
 def test_a_run_that_loses_a_process_goes_on_to_the_same_end(number, to, whole, acdc_phantom, tmp_path):
     """The others end within seconds; after a signal to one of them, or to all and torchrun (its echo), all save."""
     number = getattr(signal, number)

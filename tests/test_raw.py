@@ -366,7 +366,11 @@ def test_import_writes_lists_and_classes(own):
 
 
 @pytest.mark.parametrize(
-    "name, size, n", [("mine", ("32", "16", "16"), 4), ("flat", ("32", "32"), 3)], ids=["3D", "2D"]
+    "name, size, n",
+    [
+        pytest.param("mine", ("32", "16", "16"), 4, id="3D"),
+        pytest.param("flat", ("32", "32"), 3, id="2D", marks=pytest.mark.slow),
+    ],
 )
 def test_own_data_from_training_to_a_prediction_on_the_scan(own, tmp_path, name, size, n):
     where = ("--root_path", own / name, "--models_path", tmp_path / "models")

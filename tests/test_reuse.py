@@ -145,6 +145,7 @@ def own_from(la, output):
     return output / "clinic"
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_on_another_compatible_data_set_and_its_held_out_cases(la_phantom, scratch, tmp_path):
     where = ["--root_path", la_phantom, "--models_path", scratch, *VOLUMES, "--exp", "held"]
     main("LA_train.py", *where, "--pre_iterations", 2, "--self_iterations", 1, "--select", "val", "--val_cases", 1)

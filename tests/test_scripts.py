@@ -225,7 +225,10 @@ def test_testing_without_a_run(acdc_phantom, tmp_path, content, message):
         script.main(parse(script.Config, ["--root_path", str(acdc_phantom), "--models_path", str(tmp_path)]))
 
 
-@pytest.mark.parametrize(("name", "is_heard"), [("SIGINT", True), ("SIGTERM", True), ("SIGTERM", False)])
+@pytest.mark.parametrize(
+    ("name", "is_heard"),
+    [("SIGINT", True), pytest.param("SIGTERM", True, marks=pytest.mark.slow), ("SIGTERM", False)],
+)
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
 def test_a_signal_saves_and_the_same_command_goes_on(acdc_phantom, tmp_path, name, is_heard):
     """Also where what read the output is gone, as with Ctrl-C and `| tee`, which ends both."""
