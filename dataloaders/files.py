@@ -1,7 +1,6 @@
 """Reading lists and HDF5 cases, with every mistake named."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -190,7 +189,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
     """Open an HDF5 file; whatever its reading meets ends in one sentence."""
     check_file(path)
     try:
-        with h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY)) as file:
+        with h5py.File(path, "r") as file:
             yield file
     except UserError:
         raise

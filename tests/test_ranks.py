@@ -146,11 +146,8 @@ def whole(acdc_phantom, scratch):
     return scratch / "acdc_SDCL_2_labeled"
 
 
-@pytest.mark.parametrize(
-    ("number", "to"),
-    [("SIGKILL", "last"), ("SIGUSR1", "last"), ("SIGTERM", "torchrun and all")],
-)
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "to"), [("SIGKILL", "last"), ("SIGUSR1", "last"), ("SIGTERM", "torchrun and all")])
 def test_a_run_that_loses_a_process_goes_on_to_the_same_end(number, to, whole, acdc_phantom, tmp_path):
     """The others end within seconds; after a signal to one of them, or to all and torchrun (its echo), all save."""
     number = getattr(signal, number)
