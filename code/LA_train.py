@@ -39,6 +39,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     gpu: int = 0  # number of the GPU, from 0
     workers: int = 1  # what prepares batches, the same ones: 1: a thread; more: so many processes
+    cuda_graphs: bool = True  # replay the networks' passes on a CUDA GPU, the same kernels; no: queue each kernel again
     cache_gb: float = 8.0  # memory for decoded volumes of each of up to 3 lists, GiB; the rest waits in a file on disk
     log_every: int = 20  # iterations between readings of the losses
     save_every: int = 100  # iterations between checkpoints, beside those at each validation

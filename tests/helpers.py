@@ -61,7 +61,7 @@ def fill(network, seed):
 def method(**changes):
     """Return ACDC's settings, those that the loops read, with changes."""
     settings = {
-        "method": "sdcl", "seed": 1, "precision": "fp32", "compile": False,
+        "method": "sdcl", "seed": 1, "precision": "fp32", "compile": False, "cuda_graphs": True,
         "pre_iterations": 4, "self_iterations": 4, "mask_fraction": 2 / 3,
         "pre_dice": "regions", "dice": "batch", "u_weight": 0.5, "mse_weight": 0.5, "kl_weight": 0.05,
         "correct": "discrepancy", "pseudo_label_rule": "argmax", "largest_component": "yes", "connectivity": 8,

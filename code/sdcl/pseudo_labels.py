@@ -52,19 +52,19 @@ def largest_components(labels: np.ndarray, connectivity: int) -> np.ndarray:
     if connectivity not in CONNECTIVITIES.get(labels.ndim, ()):
         raise ValueError(f"connectivity {connectivity} is not one of {CONNECTIVITIES} (by number of dimensions)")
     components = cc3d.connected_components(np.ascontiguousarray(labels), connectivity=connectivity).ravel()
-    foreground = np.flatnonzero(labels)  # a small part of most images: all the rest looks at it alone
-    members, classes = components[foreground], labels.ravel()[foreground]
+    foreground = np.flatnonzero(labels != 0)  # a small part of most images: all the rest looks at it alone
+    members = components.take(foreground)
     sizes = np.bincount(members, minlength=1)
     class_of = np.zeros(len(sizes), labels.dtype)
-    class_of[members] = classes
+    class_of[members] = labels.take(foreground)
     keep = np.zeros_like(class_of)
-    for c in np.unique(classes):
+    for c in set(class_of.tolist()) - {0}:
         candidates = np.flatnonzero(class_of == c)
         largest = candidates[sizes[candidates] == sizes[candidates].max()]
         first = members[np.isin(members, largest)][0] if len(largest) > 1 else largest[0]
         keep[first] = c
     result = np.zeros_like(labels, order="C")
-    result.ravel()[foreground] = keep[members]
+    result.ravel()[foreground] = keep.take(members)
     return result
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcl import checkpoints, ranks
+from sdcl.graphs import is_recorded
 from sdcl.losses import DiceOver, mixed_losses
 from sdcl.mixing import mix
 from sdcl.pseudo_labels import PendingLabels, Rule
@@ -20,7 +21,6 @@ from sdcl.scoring.evaluation import STUDENTS
 from sdcl.teacher import growing_decay, update_teacher
 
 TEACHER = "teacher"  # the EMA teacher's role
-ADD_IN_PLACE = ("cpu",)  # types of devices on which a pass adds its gradients to those of the passes before
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
 
@@ -32,6 +32,7 @@ class Settings(Protocol):
     seed: int
     precision: Literal["fp32", "tf32", "bf16"]
     compile: bool
+    cuda_graphs: bool
     lr_schedule: Schedule
     warmup: int
     pre_iterations: int
@@ -189,11 +190,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def adds_in_place(student: nn.Module) -> bool:
+    """Tell whether a student's passes add to the gradients that are there: on a CPU, and as recorded graphs."""
+    return next(student.parameters()).device.type == "cpu" or is_recorded(student)
+
+
 def clear_gradients(learners: Learners) -> None:
-    """Clear the students' gradients before a step: on a CPU in place, elsewhere so that nothing is added to zeros."""
+    """Clear the students' gradients before a step; see adds_in_place()."""
     for role, optimiser in learners.optimisers.items():
-        device = next(learners.networks[role].parameters()).device
-        optimiser.zero_grad(set_to_none=device.type != "cpu")
+        optimiser.zero_grad(set_to_none=not adds_in_place(learners.networks[role]))
     learners.aside = {}
     for parameter in (p for student in learners.students for p in student.parameters() if not p.requires_grad):
         parameter.grad = None  # Adam leaves it alone; with a gradient of 0 its moments would still move it
@@ -208,8 +213,9 @@ def set_aside(learners: Learners) -> None:
     found = {
         p: p.grad
         for student in learners.students
+        if not adds_in_place(student)
         for p in student.parameters()
-        if p.grad is not None and p.device.type not in ADD_IN_PLACE
+        if p.grad is not None
     }
     for parameter in found:
         parameter.grad = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdcl import checkpoints, ranks
+from sdcl.graphs import recorded
 from sdcl.methods import get
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.runs.data import Stage
@@ -224,7 +225,7 @@ class _Loop:
         hidden = None if is_first() else True
         bar = tqdm(total=iterations, initial=start, desc=self.stage, unit="it", dynamic_ncols=True, disable=hidden)
         try:
-            with StopRequest() as stop:
+            with StopRequest() as stop, recorded(self._to_record()):
                 self.clock = self.saved_at = time.perf_counter()
                 for batch in self.streams.batches(start, iterations):
                     if code := self._iterate(batch, iterations, record, bar, stop):
@@ -284,6 +285,13 @@ class _Loop:
             self._log_cost()
         bar.update()
         return code
+
+    def _to_record(self) -> Collection[nn.Module]:
+        """Return the networks whose passes become CUDA graphs; several processes talk within theirs."""
+        is_wanted = self.settings.cuda_graphs and not self.settings.compile
+        return (
+            self.learners.networks.values() if is_wanted and self.device.type == "cuda" and ranks.count() == 1 else ()
+        )
 
     def _set_modes(self) -> None:
         for role, network in self.learners.networks.items():

@@ -14,6 +14,8 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a number to
 BITS = 15  # that decide on an element
 SHORTEST_BF16 = 2  # up to this first spatial side 3D convolutions compute in float32 on a CPU
 ROW = 1024  # numbers that BatchNorm sums side by side
+PIECES = 64  # at most so many of a channel are summed side by side on a GPU
+LARGE = 2**16  # voxels of a channel from which on that pays
 
 
 def every_second(x: Tensor) -> Tensor:
@@ -48,9 +50,46 @@ class InstanceNorm(nn.InstanceNorm3d):
         # A group norm of single channels is the same and PyTorch's is four times as fast on a CPU. On a GPU what
         # instance_norm returns is a view, so that what changes it in place is copied in the backward pass; and autocast
         # turns group_norm, but not native_group_norm, into float32.
-        n, channels = x.shape[:2]
+        x, (n, channels) = x.contiguous(), x.shape[:2]
         size = x.numel() // (n * channels)
-        return torch.native_group_norm(x.contiguous(), None, None, n, channels, size, channels, self.eps)[0]
+        if x.is_cuda and size >= LARGE and not torch.compiler.is_compiling() and hasattr(torch, "batch_norm_stats"):
+            return _NormaliseInPieces.apply(x, math.gcd(size, PIECES), self.eps)
+        return torch.native_group_norm(x, None, None, n, channels, size, channels, self.eps)[0]
+
+
+class _NormaliseInPieces(torch.autograd.Function):
+    """InstanceNorm of few large channels on a GPU, where PyTorch's has one block of threads a channel.
+
+    A channel's pieces are looked at as if each were a channel, by what SyncBatchNorm does with those of several GPUs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pieces: int, eps: float) -> Tensor:
+        """Normalise x (N, C, *S), contiguous."""
+        n, channels = x.shape[:2]
+        cut = x.view(1, n * channels * pieces, -1)
+        mean, inverse = torch.batch_norm_stats(cut, eps)
+        counts = mean.new_full((pieces,), cut.shape[2])
+        found = (values.view(-1, pieces).t() for values in (mean, inverse))
+        both = torch.batch_norm_gather_stats_with_counts(mean, *found, None, None, 0.0, eps, counts)
+        mean, inverse = (values.repeat_interleave(pieces) for values in both)
+        ctx.save_for_backward(x, mean, inverse)
+        ctx.pieces = pieces
+        normal = torch.batch_norm_elemt(cut, None, None, mean, inverse, eps)
+        return torch.ops.aten._unsafe_view(normal, x.shape)  # no view, so that a ReLU may work in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Map the output's gradient (N, C, *S) to the input's."""
+        x, mean, inverse = ctx.saved_tensors
+        cut = x.view(1, len(mean), -1)
+        pull = grad.contiguous().view(cut.shape)
+        sums = torch.batch_norm_backward_reduce(pull, cut, mean, inverse, None, True, False, False)[:2]
+        sums = (values.view(-1, ctx.pieces).sum(1).repeat_interleave(ctx.pieces) for values in sums)
+        count = torch.full((1,), ctx.pieces * cut.shape[2], dtype=torch.int32, device=x.device)
+        to_x = torch.batch_norm_backward_elemt(pull, cut, mean, inverse, None, *sums, count)
+        return to_x.view(x.shape), None, None
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -32,7 +32,7 @@ NETWORKS = ("vnet", "resvnet", "unet", "resunet")  # by their names in config.js
 MACHINE_FIELDS = frozenset(
     {
         "root_path", "models_path", "device", "gpu", "cache_gb", "log_every", "save_every", "save_minutes",
-        "window_batch", "workers", "recipe",
+        "window_batch", "workers", "recipe", "cuda_graphs",
     }
 )  # fmt: skip
 # Fields that earlier versions lacked, as they computed.
