@@ -1,5 +1,6 @@
 """What is measured: each case does the same work in our way and in the textbook's."""
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dataloaders.slices import Slices
 from dataloaders.streams import Order, Streams
 from dataloaders.transforms import Augmentation, Cropping
 from dataloaders.volumes import CroppedVolumes
+from sdcl.graphs import recorded
 from sdcl.inference import Slabs, Windows, slice_slabs, window_slabs
 from sdcl.losses import discrepancy, mixed_losses
 from sdcl.methods.sdcl import self_train_step
@@ -114,6 +116,9 @@ def step(work: Work, is_ours: bool) -> Run:
     rates = [module.p for module in dropouts]
     for module in dropouts:
         module.p = 0.0
+    passes = contextlib.ExitStack()
+    if is_ours and work.device == "cuda":  # as the scripts do
+        passes.enter_context(recorded(learners.networks.values()))
 
     def run() -> dict[str, float]:
         if is_ours:
@@ -124,6 +129,7 @@ def step(work: Work, is_ours: bool) -> Run:
             module.p = rate
         return {name: float(found[f"{name}/loss"]) for name in STUDENTS}
 
+    run.passes = passes  # as long as it is called
     return run
 
 

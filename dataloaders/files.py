@@ -1,5 +1,6 @@
 """Reading lists and HDF5 cases, with every mistake named."""
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -225,5 +226,10 @@ def _read_array(path: Path, file: h5py.File, key: str) -> np.ndarray:
 
 def sample_rng(*numbers: int | str) -> np.random.Generator:
     """Make the generator of one sample from what identifies it, so that no order of reading can change it."""
-    words = [int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) if isinstance(n, str) else n for n in numbers]
+    words = [_word(n) if isinstance(n, str) else n for n in numbers]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+
+
+@functools.cache
+def _word(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)

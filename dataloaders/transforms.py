@@ -79,18 +79,22 @@ def _rotated(shape: tuple[int, int], angle_deg: int, rows: np.ndarray, columns: 
         columns: of the rotated image (W').
 
     Returns:
-        int32 (H', W'), OUTSIDE where no pixel of the image lies.
+        intp (H', W'), OUTSIDE where no pixel of the image lies.
     """
     cosine, sine = special.cosdg(angle_deg), special.sindg(angle_deg)
     matrix = np.array([[cosine, sine], [-sine, cosine]])
     centre = (np.array(shape) - 1) / 2
     offset = centre - matrix @ centre
-    index, is_inside = np.int32(0), True
+    numbers, is_outside = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)), bool)
     for axis, side in enumerate(shape):
         place = np.add.outer(offset[axis] + matrix[axis, 0] * rows, matrix[axis, 1] * columns)
-        is_inside = is_inside & (place >= 0) & (place <= side - 1)
-        index = index * np.int32(side) + (place + 0.5).astype(np.int32)  # rounds down what is inside
-    return np.where(is_inside, index, np.int32(OUTSIDE))
+        is_outside |= place < 0
+        is_outside |= place > side - 1
+        place += 0.5
+        numbers *= side
+        numbers += np.floor(place, out=place)
+    numbers[is_outside] = OUTSIDE
+    return numbers.astype(np.intp)
 
 
 @dataclass(frozen=True)
@@ -122,22 +126,31 @@ def augmentation_index(shape: tuple[int, int], how: Augmentation, rng: np.random
         rng: source of randomness.
 
     Returns:
-        int32 (H', W').
+        intp (H', W').
 
     Source: docs/method.md, "Order of the data", ACDC's augmentation.
     """
-    numbers = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
+    # Without an angle the map is a sum of one number a row and one a column.
+    of_rows, of_columns = np.arange(0, shape[0] * shape[1], shape[1]), np.arange(shape[1])
     angle_deg = None
     if rng.random() < how.probability:
-        numbers = np.flip(np.rot90(numbers, rng.integers(4)), rng.integers(2))
+        for _ in range(rng.integers(4)):  # np.rot90, once each
+            of_rows, of_columns = of_columns[::-1], of_rows
+        if rng.integers(2):  # np.flip along that axis
+            of_columns = of_columns[::-1]
+        else:
+            of_rows = of_rows[::-1]
     elif rng.random() < how.probability and how.max_angle_deg:
         angle_deg = int(rng.integers(-how.max_angle_deg, how.max_angle_deg))
-    rows, columns = (zoom_index(side, out) for side, out in zip(numbers.shape, how.size, strict=True))
-    if angle_deg is None:  # the map is a sum of one number a row and one a column
-        index = numbers[rows, 0][:, None] + (numbers[0, columns] - numbers[0, 0])
+    sides = len(of_rows), len(of_columns)
+    rows, columns = (zoom_index(side, out) for side, out in zip(sides, how.size, strict=True))
+    if angle_deg is None:
+        index = np.add.outer(of_rows[rows], of_columns[columns])
     else:
         index = _rotated(shape, angle_deg, rows, columns)
-    index[rows < 0] = index[:, columns < 0] = OUTSIDE
+    for axis, shown in enumerate((rows, columns)):
+        if shown.min() < 0:
+            np.moveaxis(index, axis, 0)[shown < 0] = OUTSIDE
     return index
 
 
@@ -173,4 +186,4 @@ def apply_index(array: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Show a slice (H, W), or (channels, H, W), through a map of augmentation_index; pixels from outside are 0."""
     if array.ndim == 3:
         return np.stack([apply_index(channel, index) for channel in array])
-    return np.append(array.ravel(), array.dtype.type(0)).take(index)  # OUTSIDE, -1, reads the appended 0
+    return np.append(array.ravel(), array.dtype.type(0)).take(index, mode="wrap")  # OUTSIDE, -1, reads the appended 0

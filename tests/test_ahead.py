@@ -43,13 +43,21 @@ def test_memory_grows_with_the_batch_and_shrinks_in_bf16(name):
 
 def test_a_stage_holds_what_its_step_trains_together():
     first, second, bcp = (
-        plan_of(header(**more), (4, 1), stage)
+        plan_of(header(**more), (4, 1), stage, CPU)
         for stage, more in (("pre_train", {}), ("self_train", {}), ("self_train", {"method": "bcp"}))
     )
     assert first.students == ("resunet",) and first.copies == ()
     assert second.students == ("unet", "resunet") and second.copies == ("unet",) and bcp.students == ("unet",)
     assert second.gib > first.gib > 0 and first.shape == (4, 1, 32, 48)
-    assert plan_of(header(average_decay=0.9), (4, 1), "self_train").copies == ("unet", "unet", "resunet")
+    assert plan_of(header(average_decay=0.9), (4, 1), "self_train", CPU).copies == ("unet", "unet", "resunet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "together"), [({}, True), ({"cuda_graphs": False}, False), ({"compile": True}, False)]
+)
+def test_recorded_passes_keep_what_both_students_leave_in_stage_1(changes, together):
+    plan = plan_of(header(**changes), (4, 1), "pre_train", torch.device("cuda"))
+    assert plan.students == (("unet", "resunet") if together else ("resunet",)) and plan.copies == ()
 
 
 def test_what_does_not_fit_is_told_with_settings_that_do(monkeypatch, said):

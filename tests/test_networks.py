@@ -5,9 +5,10 @@ import pytest
 import torch
 from helpers import GOLDEN, fill, strided
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdcl.networks import NETWORKS, build_network
+from sdcl.networks import NETWORKS, build_network, layers
 from sdcl.networks.layers import BatchNorm, Dropout, every_second
 from sdcl.networks.resnet import BasicBlock
 from sdcl.networks.unet import UpBlock
@@ -235,3 +236,51 @@ def test_the_gradient_of_every_convolution_in_bfloat16_is_the_gradient(name, sid
         if not (gradients[1] - gradients[0]).norm() < 0.03 * gradients[0].norm():
             wrong.append((text, tuple(shape)))
     assert not wrong
+
+
+def _mean_and_inverse(x, eps):
+    return x.float().mean((0, 2)), (x.float().var((0, 2), correction=0) + eps).rsqrt()
+
+
+def _gathered(_, means, inverses, mean_kept, var_kept, momentum, eps, counts):
+    assert mean_kept is var_kept is None and counts.shape == means.shape[:1]
+    mean = (means * counts[:, None]).sum(0) / counts.sum()
+    spread = inverses**-2 - eps + (means - mean) ** 2
+    return mean, ((spread * counts[:, None]).sum(0) / counts.sum() + eps).rsqrt()
+
+
+def _normal(x, weight, bias, mean, inverse, eps):
+    return ((x.float() - mean[:, None]) * inverse[:, None]).to(x.dtype)
+
+
+def _sums(grad, x, mean, inverse, weight, *_):
+    return grad.float().sum((0, 2)), (grad.float() * (x.float() - mean[:, None])).sum((0, 2)), None, None
+
+
+def _to_x(grad, x, mean, inverse, weight, sum_grad, sum_product, counts):
+    n, (mean, inverse, sum_grad, sum_product) = (
+        counts.sum(),
+        (v[:, None] for v in (mean, inverse, sum_grad, sum_product)),
+    )
+    pulled = grad.float() - sum_grad / n - (x.float() - mean) * inverse**2 * sum_product / n
+    return (pulled * inverse).to(x.dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("pieces", [1, 4, 64])
+def test_instances_in_pieces_are_normalised_as_whole_ones(dtype, tolerance, pieces, monkeypatch):
+    """SyncBatchNorm's kernels, which a CPU lacks, by what they compute; on a GPU test_cuda.py has the real ones."""
+    kernels = {
+        "batch_norm_stats": _mean_and_inverse, "batch_norm_gather_stats_with_counts": _gathered,
+        "batch_norm_elemt": _normal, "batch_norm_backward_reduce": _sums, "batch_norm_backward_elemt": _to_x,
+    }  # fmt: skip
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(torch, name, kernel)
+    x, pull = torch.randn(2, 3, 8, 16, 4) * 3 + 5, torch.randn(2, 3, 8, 16, 4)
+    ours, exact = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
+    normal = layers._NormaliseInPieces.apply(ours, pieces, 1e-5)
+    wanted = F.instance_norm(exact, eps=1e-5)
+    torch.testing.assert_close(normal.double(), wanted, rtol=tolerance, atol=tolerance)
+    normal.mul_(2).backward(pull.to(dtype))  # in place, as a ReLU works
+    wanted.mul(2).backward(pull.to(dtype).double())
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from unittest import mock
 
 import numpy as np
@@ -566,6 +567,21 @@ def test_compiling_is_of_the_stages_networks(tmp_path):
         pretrain(learners, TinyStreams(), tmp_path, method(pre_iterations=1, compile=True), **UNSCORED)
     ((networks, device), _), = compiled.call_args_list  # fmt: skip
     assert list(networks) == list(learners.networks.values()) and device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.4])
+def test_a_run_that_waits_for_its_batches_says_so(tmp_path, monkeypatch, seconds):
+    class SlowStreams(TinyStreams):
+        def batches(self, start, stop):
+            for batch in super().batches(start, stop):
+                time.sleep(seconds)
+                yield batch
+
+    monkeypatch.setattr("sdcl.training.WATCHED", 7)
+    pretrain(tiny_learners(), SlowStreams(), tmp_path, method(pre_iterations=8), **UNSCORED)
+    log = (tmp_path / "pre_train" / "log.txt").read_text()
+    told = re.findall(r"pre_train waits for batches for (\d+) % of its time: more --workers", log)
+    assert len(told) == bool(seconds) and all(20 < int(share) <= 100 for share in told)
 
 
 def test_a_stage_tells_its_cost(tmp_path):

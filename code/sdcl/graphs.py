@@ -82,11 +82,11 @@ class _Passes:
         return _Replay.apply(image, self.token, self, one)
 
     def _kind(self, image: Tensor, learns: bool) -> Hashable:
-        """Return all that a recording fixes: shapes, modes, and where in memory everything lies."""
+        """Return all that a recording fixes: shapes, the layers' settings, and where in memory everything lies."""
         held = [*self.parameters, *self.buffers, *((p.grad for p in self.parameters) if learns else ())]
-        modes = tuple((layer.training, getattr(layer, "momentum", None)) for layer in self.layers)
+        settings = [[getattr(layer, name, None) for layer in self.layers] for name in ("training", "momentum", "p")]
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        return tuple(image.shape), image.dtype, learns, cast, modes, tuple(tensor.data_ptr() for tensor in held)
+        return tuple(image.shape), image.dtype, learns, cast, str(settings), tuple(tensor.data_ptr() for tensor in held)
 
 
 class _Pass:

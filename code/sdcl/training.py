@@ -1,5 +1,6 @@
 """The two stages of the method as one loop, the same for 2D and 3D."""
 
+import itertools
 import math
 import sys
 import time
@@ -18,7 +19,7 @@ from sdcl.graphs import recorded
 from sdcl.methods import get
 from sdcl.mixing import box_size, copy_paste_mask
 from sdcl.runs.data import Stage
-from sdcl.runs.devices import compile_networks
+from sdcl.runs.devices import compile_networks, records_passes
 from sdcl.runs.distribution import agree, check_weights, first, is_first, part, wait
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, StopRequest, duration
@@ -41,6 +42,8 @@ from sdcl.steps import (
 )
 
 MEASURED = 4  # iterations after which the end is foretold
+WATCHED = 200  # iterations after which a run that waits for its batches says so
+MUCH = 0.2  # share of the time
 __all__ = ["make_learners", "pretrain", "pretrain_step", "self_train", "validation_iterations"]
 
 
@@ -206,6 +209,7 @@ class _Loop:
         self.told_cost = False  # of saving
         self.seconds: list[float] = []
         self.begun_at = 0  # the iteration that this process goes on from
+        self.waited = 0.0  # seconds, for batches
         self.shown: dict[str, str] = {}  # the last validation, beside the losses in the progress bar
 
     def run(self, iterations: int) -> None:
@@ -223,11 +227,12 @@ class _Loop:
         LOGGER.info("%s: iterations %d to %d in %s", self.stage, start + 1, iterations, self.folder)
         # Where nobody watches a bar, a line at each reading of the losses tells as much.
         hidden = None if is_first() else True
+        to_record = self.learners.networks.values() if records_passes(self.settings, self.device) else ()
         bar = tqdm(total=iterations, initial=start, desc=self.stage, unit="it", dynamic_ncols=True, disable=hidden)
         try:
-            with StopRequest() as stop, recorded(self._to_record()):
+            with StopRequest() as stop, recorded(to_record):
                 self.clock = self.saved_at = time.perf_counter()
-                for batch in self.streams.batches(start, iterations):
+                for batch in self._timed(self.streams.batches(start, iterations)):
                     if code := self._iterate(batch, iterations, record, bar, stop):
                         break
                 else:
@@ -286,12 +291,23 @@ class _Loop:
         bar.update()
         return code
 
-    def _to_record(self) -> Collection[nn.Module]:
-        """Return the networks whose passes become CUDA graphs; several processes talk within theirs."""
-        is_wanted = self.settings.cuda_graphs and not self.settings.compile
-        return (
-            self.learners.networks.values() if is_wanted and self.device.type == "cuda" and ranks.count() == 1 else ()
-        )
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches, and say once where preparing them is what the run waits for."""
+        for number in itertools.count():
+            begin = time.perf_counter()
+            if number == MEASURED:  # the first ones decode files
+                begun, self.waited = begin, 0.0
+            batch = next(batches, None)
+            if batch is None:
+                return
+            now = time.perf_counter()
+            self.waited += now - begin
+            if number == WATCHED and self.waited > MUCH * (now - begun):
+                LOGGER.info(
+                    "NOTE: %s waits for batches for %.0f %% of its time: more --workers prepare them in processes of "
+                    "their own.", self.stage, 100 * self.waited / (now - begun),
+                )  # fmt: skip
+            yield batch
 
     def _set_modes(self) -> None:
         for role, network in self.learners.networks.items():
@@ -430,7 +446,7 @@ class _Loop:
 
     def _log_cost(self) -> None:
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            peak = torch.cuda.max_memory_reserved(self.device) / 2**30  # graphs hold what counts as free between them
         else:
             peak = peak_memory_gib()
         LOGGER.info(

@@ -43,6 +43,7 @@ GPU = torch.device("cuda", 0)
 SHAPES = {2: (256, 256), 3: (112, 112, 80)}
 PAIRS = {2: ("unet", "resunet"), 3: ("vnet", "resvnet")}
 MOVES = {"aten._to_copy.default", "aten.copy_.default"}
+SMALL = 2**16  # elements; copies of more are counted apart
 NOT_LAUNCHED = frozenset(
     "detach view _unsafe_view t transpose permute select slice expand alias unbind split split_with_sizes as_strided "
     "unsqueeze squeeze diagonal unfold empty empty_like empty_strided new_empty new_empty_strided lift_fresh device "
@@ -63,7 +64,8 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.__name__.split(".")[0]
         if name not in NOT_LAUNCHED:
-            self.kernels[name] += 1
+            is_small = name in ("copy_", "clone") and result.numel() < SMALL
+            self.kernels[f"small {name}" if is_small else name] += 1
         if str(func) in MOVES:
             source = args[1] if name == "copy_" else args[0]
             if source.device != result.device:

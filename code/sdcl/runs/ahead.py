@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sdcl import ranks
 from sdcl.methods import get
 from sdcl.networks import build_network
-from sdcl.runs.devices import computes_bf16
+from sdcl.runs.devices import computes_bf16, records_passes
 from sdcl.runs.folder import LOGGER
 from sdcl.scoring.evaluation import Predictors
 
@@ -108,23 +108,27 @@ def parameters(name: str, num_classes: int, shape: tuple[int, ...]) -> int:
         return sum(p.numel() for p in build_network(name, num_classes, shape[1]).parameters())
 
 
-def plan_of(config: Any, sizes: tuple[int, int], stage: str) -> Plan:
+def plan_of(config: Any, sizes: tuple[int, int], stage: str, device: torch.device) -> Plan:
     """Return what a stage's memory depends on, by a training script's header.
 
-    Stage 1 moves one student after the other; stage 2 holds what both keep, where the method trains two.
+    Stage 1 moves one student after the other; stage 2 holds what both keep, where the method trains two, and so does a
+    stage of recorded passes.
 
     Args:
         config: the header.
         sizes: number of classes C, and of the images' channels.
         stage: "pre_train" or "self_train".
+        device: where it computes.
     """
     num_classes, channels = sizes
     method = get(config.method)
     names = [getattr(config, role) for role in ("student_a", "student_b")]
     shape = (config.batch_size // ranks.count(), channels, *config.patch_size)
-    if stage == "pre_train":
+    if stage == "pre_train" and not records_passes(config, device):
         heaviest = max(names, key=lambda name: kept_bytes(name, num_classes, shape, config.precision == "bf16"))
         return Plan((heaviest,), (), num_classes, shape, config.precision)
+    if stage == "pre_train":
+        return Plan(tuple(names), (), num_classes, shape, config.precision)
     students = tuple(getattr(config, role) for role in method.students)
     copies = (config.student_a,) * method.has_teacher + students * bool(config.average_decay)
     return Plan(students, copies, num_classes, shape, config.precision)
@@ -215,7 +219,7 @@ def what_fits(plan: Plan, free: float, device: torch.device) -> str:
 
 def out_of_memory(config: Any, sizes: tuple[int, int], stage: str, device: torch.device) -> str:
     """Return what a user is told whose training ran out of memory, the settings that would fit included."""
-    plan = plan_of(config, sizes, stage)
+    plan = plan_of(config, sizes, stage, device)
     total = torch.cuda.mem_get_info(device)[1] / GIB if device.type == "cuda" else free_gib(device) or 0.0
     at_most = min(0.7 * plan.gib, total)  # what it took was too much, whatever was computed
     return f"the memory of {device} is full in {stage}: {what_fits(plan, at_most, device)}"

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,6 +98,11 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
     return network.to(device, memory_format=torch.channels_last if is_2d else torch.preserve_format)
 
 
+def records_passes(settings: Any, device: torch.device) -> bool:
+    """Tell whether a run's training passes become CUDA graphs, by its header; several processes talk within theirs."""
+    return settings.cuda_graphs and not settings.compile and device.type == "cuda" and ranks.count() == 1
+
+
 def compile_networks(networks: Iterable[nn.Module], device: torch.device) -> None:
     """Let torch.compile fuse what networks do, under their parameters' own names; say so where it does not work.
 
@@ -126,7 +132,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep freed blocks for the next iteration instead of returning each to the system.
 
     On a CPU a step allocates gigabytes in blocks so large that glibc maps each anew and the system zeroes its pages: a
-    quarter of the time of a 3D step. Elsewhere than on glibc nothing happens.
+    quarter of the time of a 3D step, and of preparing batches, for a GPU too. Elsewhere than on glibc nothing happens.
     """
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

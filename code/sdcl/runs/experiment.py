@@ -63,8 +63,7 @@ def begin(config: Any, check: Callable[[], None] = lambda: None) -> torch.device
     device = select_device(config.device, config.gpu)
     precision = getattr(config, "precision", "fp32")
     set_arithmetic(getattr(config, "deterministic", False), precision)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
     if precision == "bf16" and not computes_bf16(device):
         LOGGER.info("NOTE: %s has no bfloat16 arithmetic: --precision fp32 is many times faster here.", device)
     if named := recipe_of(config):
@@ -111,7 +110,7 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     _check_same(config, given)
     share_weights(learners.networks.values())
     pretrained = first(lambda: _check_stages(config, folder, given.facts))
-    plans = [(stage, plan_of(config, given.task.sizes, stage)) for stage in stages]
+    plans = [(stage, plan_of(config, given.task.sizes, stage, device)) for stage in stages]
     tell_memory(plans, device, given.waiting_bytes)
     common = {"settings": config, "validate": validator(given.validation_cases, given.task)}
     common |= {"validated_on": given.validated_on, "config": resolved(config)}
