@@ -143,13 +143,13 @@ def compare(case: str, work: Work, config: Config, peak_tflops: float) -> dict[s
 def serve(connection: Connection, case: str, work: Work, is_ours: bool) -> None:
     """Do one way of a case whenever asked to, in a process of its own, and answer with time, memory and figures."""
     set_arithmetic(deterministic=False, precision=work.precision)
-    if is_ours and work.device == "cpu":
+    if is_ours:
         keep_freed_memory()  # as the scripts do
     run, calls = CASES[case](work, is_ours), 1
     before = resident_gib()
     if work.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**30
+        before = torch.cuda.memory_reserved() / 2**30
     while connection.recv() == "run":
         begin = time.perf_counter()
         for _ in range(calls):
@@ -158,7 +158,7 @@ def serve(connection: Connection, case: str, work: Work, is_ours: bool) -> None:
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - begin) / calls
         calls = max(calls, int(SHORTEST_SECONDS / seconds))
-        peak = torch.cuda.max_memory_allocated() / 2**30 if work.device == "cuda" else peak_memory_gib()
+        peak = torch.cuda.max_memory_reserved() / 2**30 if work.device == "cuda" else peak_memory_gib()
         connection.send({"seconds": seconds, "memory_gib": peak - before, "figures": figures})
 
 

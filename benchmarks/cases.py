@@ -129,7 +129,7 @@ def step(work: Work, is_ours: bool) -> Run:
             module.p = rate
         return {name: float(found[f"{name}/loss"]) for name in STUDENTS}
 
-    run.passes = passes  # as long as it is called
+    run.passes = passes  # to the process's end
     return run
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The table of docs/performance.md on a GPU, after the tests that need one: `bash benchmarks/gpu.sh [bench.py's flags]`.
+# The table of `make bench` on a GPU, after the tests that need one: `bash benchmarks/gpu.sh [bench.py's flags]`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make .venv/.installed

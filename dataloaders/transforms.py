@@ -183,7 +183,7 @@ def shift_intensity(image: np.ndarray, strength: float, rng: np.random.Generator
 
 
 def apply_index(array: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Show a slice (H, W), or (channels, H, W), through a map of augmentation_index; pixels from outside are 0."""
+    """Show a slice (H, W), or (channels, H, W), through augmentation_index()'s map for (H, W); 0 comes from outside."""
     if array.ndim == 3:
         return np.stack([apply_index(channel, index) for channel in array])
     return np.append(array.ravel(), array.dtype.type(0)).take(index, mode="wrap")  # OUTSIDE, -1, reads the appended 0

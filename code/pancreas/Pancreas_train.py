@@ -33,7 +33,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     gpu: int = 0  # number of the GPU, from 0
     workers: int = 1  # what prepares batches, the same ones: 1: a thread; more: so many processes
-    cuda_graphs: bool = True  # replay the networks' passes on a CUDA GPU, the same kernels; no: queue each kernel again
+    cuda_graphs: bool = True  # on one CUDA GPU, without compile: queue a network's pass as one, not kernel by kernel
     cache_gb: float = 8.0  # memory for decoded volumes of each of up to 3 lists, GiB; the rest waits in a file on disk
     log_every: int = 20  # iterations between readings of the losses
     save_every: int = 100  # iterations between checkpoints, beside those at each validation
@@ -41,7 +41,9 @@ class Config:
 
     # --- arithmetic ---
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks; losses are in float32 always
-    compile: bool = False  # let torch.compile fuse the networks' layers; the first iterations then take minutes
+    compile: bool = (
+        False  # let torch.compile fuse the networks' layers (no CUDA graphs); the first iterations then take minutes
+    )
     cache_dtype: Literal["float32", "float16"] = "float32"  # of decoded volumes; float16 keeps 3 decimal digits
     deterministic: bool = False  # the same bits in each run on a GPU too, slower
 

@@ -209,7 +209,6 @@ class _Loop:
         self.told_cost = False  # of saving
         self.seconds: list[float] = []
         self.begun_at = 0  # the iteration that this process goes on from
-        self.waited = 0.0  # seconds, for batches
         self.shown: dict[str, str] = {}  # the last validation, beside the losses in the progress bar
 
     def run(self, iterations: int) -> None:
@@ -293,21 +292,34 @@ class _Loop:
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches, and say once where preparing them is what the run waits for."""
+        waits, wholes, last = [], [], time.perf_counter()
         for number in itertools.count():
+            is_at_work = self._ask_device()
             begin = time.perf_counter()
-            if number == MEASURED:  # the first ones decode files
-                begun, self.waited = begin, 0.0
             batch = next(batches, None)
             if batch is None:
                 return
             now = time.perf_counter()
-            self.waited += now - begin
-            if number == WATCHED and self.waited > MUCH * (now - begun):
-                LOGGER.info(
-                    "NOTE: %s waits for batches for %.0f %% of its time: more --workers prepare them in processes of "
-                    "their own.", self.stage, 100 * self.waited / (now - begun),
-                )  # fmt: skip
+            waits.append(0.0 if is_at_work() else now - begin)
+            wholes.append(now - last)
+            last = now
+            if number == WATCHED:  # medians: the first batches decode files, some iterations validate
+                share = float(np.median(np.divide(waits, wholes)))
+                if share > MUCH:
+                    LOGGER.info(
+                        "NOTE: %s waits for batches for %.0f %% of its time: more --workers prepare them in processes "
+                        "of their own.", self.stage, 100 * share,
+                    )  # fmt: skip
             yield batch
+
+    def _ask_device(self) -> Callable[[], bool]:
+        """Return what tells whether a GPU has yet to finish what is queued now; while it works nothing waits."""
+        if self.device.type != "cuda":
+            return lambda: False
+        with torch.cuda.device(self.device):
+            done = torch.cuda.Event()
+            done.record()
+        return lambda: not done.query()
 
     def _set_modes(self) -> None:
         for role, network in self.learners.networks.items():

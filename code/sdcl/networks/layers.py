@@ -1,4 +1,4 @@
-"""PyTorch's layers where a CPU does them slowly or inexactly: the same functions, parameters and buffers."""
+"""PyTorch's layers where a CPU or GPU does them slowly or inexactly: the same functions, parameters and buffers."""
 
 import math
 from typing import Any
@@ -52,7 +52,7 @@ class InstanceNorm(nn.InstanceNorm3d):
         # turns group_norm, but not native_group_norm, into float32.
         x, (n, channels) = x.contiguous(), x.shape[:2]
         size = x.numel() // (n * channels)
-        if x.is_cuda and size >= LARGE and not torch.compiler.is_compiling() and hasattr(torch, "batch_norm_stats"):
+        if x.is_cuda and size >= LARGE and not torch.compiler.is_compiling():
             return _NormaliseInPieces.apply(x, math.gcd(size, PIECES), self.eps)
         return torch.native_group_norm(x, None, None, n, channels, size, channels, self.eps)[0]
 

@@ -222,4 +222,5 @@ def out_of_memory(config: Any, sizes: tuple[int, int], stage: str, device: torch
     plan = plan_of(config, sizes, stage, device)
     total = torch.cuda.mem_get_info(device)[1] / GIB if device.type == "cuda" else free_gib(device) or 0.0
     at_most = min(0.7 * plan.gib, total)  # what it took was too much, whatever was computed
-    return f"the memory of {device} is full in {stage}: {what_fits(plan, at_most, device)}"
+    graphs = " --no_cuda_graphs takes less, too." if records_passes(config, device) else ""
+    return f"the memory of {device} is full in {stage}: {what_fits(plan, at_most, device)}{graphs}"

@@ -132,7 +132,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep freed blocks for the next iteration instead of returning each to the system.
 
     On a CPU a step allocates gigabytes in blocks so large that glibc maps each anew and the system zeroes its pages: a
-    quarter of the time of a 3D step, and of preparing batches, for a GPU too. Elsewhere than on glibc nothing happens.
+    quarter of the time of a 3D step, and a third of preparing batches, for a GPU too. Elsewhere than on glibc nothing
+    happens.
     """
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
