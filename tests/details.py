@@ -85,7 +85,7 @@ UNDONE: dict[int, tuple[Undo, ...]] = {
     11: (
         Undo("dataloaders/transforms.py", "elif rng.random() < how.", "if rng.random() < how.",
              "tests/test_data.py"),
-        Undo("dataloaders/transforms.py", "rng.integers(4)), rng.integers(2)", "rng.integers(1, 4)), rng.integers(2)",
+        Undo("dataloaders/transforms.py", "range(rng.integers(4))", "range(rng.integers(1, 4))",
              "tests/test_data.py"),
     ),
     12: (

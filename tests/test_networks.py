@@ -277,7 +277,7 @@ def test_instances_in_pieces_are_normalised_as_whole_ones(dtype, tolerance, piec
     for name, kernel in kernels.items():
         monkeypatch.setattr(torch, name, kernel)
     x, pull = torch.randn(2, 3, 8, 16, 4) * 3 + 5, torch.randn(2, 3, 8, 16, 4)
-    ours, exact = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
+    ours, exact = x.to(dtype).clone().requires_grad_(), x.to(dtype).double().requires_grad_()
     normal = layers._NormaliseInPieces.apply(ours, pieces, 1e-5)
     wanted = F.instance_norm(exact, eps=1e-5)
     torch.testing.assert_close(normal.double(), wanted, rtol=tolerance, atol=tolerance)

@@ -170,7 +170,7 @@ def test_it_saves_by_the_clock_and_says_once_what_that_costs(tmp_path, monkeypat
     (tmp_path / "pre_train" / "last.pth").touch()
     monkeypatch.setattr(checkpoints, "load_last", lambda folder: None)
     common = {"validate": None, "validate_at": (), "validated_on": "val", "config": {}}
-    settings = method(pre_iterations=5, save_every=1000, save_minutes=1.0, log_every=100)
+    settings = method(pre_iterations=5, save_every=1000, save_minutes=2.5, log_every=100)
     pretrain(learners(), TwoBatches(), tmp_path, settings, **common)
     assert 1 < len(saved) < 5 and saved[-1] == 5
     assert (tmp_path / "pre_train" / "log.txt").read_text().count("saving took") == 1
