@@ -47,9 +47,7 @@ class Config:
 
     # --- arithmetic ---
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks; losses are in float32 always
-    compile: bool = (
-        False  # let torch.compile fuse the networks' layers (no CUDA graphs); the first iterations then take minutes
-    )
+    compile: bool = False  # let torch.compile fuse the networks' layers, without CUDA graphs; takes minutes at first
     deterministic: bool = False  # the same bits in each run on a GPU too, slower
 
     # --- data (docs/method.md, "Order of the data") ---

@@ -186,4 +186,4 @@ def apply_index(array: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Show a slice (H, W), or (channels, H, W), through augmentation_index()'s map for (H, W); 0 comes from outside."""
     if array.ndim == 3:
         return np.stack([apply_index(channel, index) for channel in array])
-    return np.append(array.ravel(), array.dtype.type(0)).take(index, mode="wrap")  # OUTSIDE, -1, reads the appended 0
+    return np.append(array.ravel(), array.dtype.type(0)).take(index)  # OUTSIDE, -1, reads the appended 0

@@ -41,9 +41,7 @@ class Config:
 
     # --- arithmetic ---
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the networks; losses are in float32 always
-    compile: bool = (
-        False  # let torch.compile fuse the networks' layers (no CUDA graphs); the first iterations then take minutes
-    )
+    compile: bool = False  # let torch.compile fuse the networks' layers, without CUDA graphs; takes minutes at first
     cache_dtype: Literal["float32", "float16"] = "float32"  # of decoded volumes; float16 keeps 3 decimal digits
     deterministic: bool = False  # the same bits in each run on a GPU too, slower
 

@@ -1,6 +1,5 @@
 """The two stages of the method as one loop, the same for 2D and 3D."""
 
-import itertools
 import math
 import sys
 import time
@@ -293,7 +292,7 @@ class _Loop:
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches, and say once where preparing them is what the run waits for."""
         waits, wholes, last = [], [], time.perf_counter()
-        for number in itertools.count():
+        for _ in range(WATCHED):
             is_at_work = self._ask_device()
             begin = time.perf_counter()
             batch = next(batches, None)
@@ -303,14 +302,14 @@ class _Loop:
             waits.append(0.0 if is_at_work() else now - begin)
             wholes.append(now - last)
             last = now
-            if number == WATCHED:  # medians: the first batches decode files, some iterations validate
-                share = float(np.median(np.divide(waits, wholes)))
-                if share > MUCH:
-                    LOGGER.info(
-                        "NOTE: %s waits for batches for %.0f %% of its time: more --workers prepare them in processes "
-                        "of their own.", self.stage, 100 * share,
-                    )  # fmt: skip
             yield batch
+        share = float(np.median(np.divide(waits, wholes)))  # the first batches decode files, some iterations validate
+        if share > MUCH:
+            LOGGER.info(
+                "NOTE: %s waits for batches for %.0f %% of its time: more --workers prepare them in processes of their "
+                "own.", self.stage, 100 * share,
+            )  # fmt: skip
+        yield from batches
 
     def _ask_device(self) -> Callable[[], bool]:
         """Return what tells whether a GPU has yet to finish what is queued now; while it works nothing waits."""
