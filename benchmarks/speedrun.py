@@ -22,6 +22,7 @@ import torch
 from bench import cpu_name
 
 from sdcl.runs.config import run_script
+from sdcl.runs.devices import fastest_precision, select_device
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import environment, write_csv
 from sdcl.runs.matrix import SCRIPTS
@@ -44,7 +45,8 @@ class Config:
     name: str  # of this row: what it changes
     data_set: Literal["acdc", "la"] = "acdc"  # whose training script
     root_path: Path | None = None  # the data set's folder; None: Datasets/<data set>
-    flags: str = ""  # of the training, quoted as one word: --flags="--precision bf16"
+    flags: str = ""  # of the training, quoted as one word: --flags="--recipe fast"
+    precision: Literal["fp32", "bf16", "fastest"] = "fp32"  # of the training; fastest: that of this processor or GPU
     target: float = 0.7  # mean Dice of the mean of both students
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the trainings
     limit_s: float = 3600.0  # seconds after which a seed has failed
@@ -55,6 +57,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Run every seed, write its line, and say what the row took."""
+    if config.precision == "fastest":
+        config.precision = fastest_precision(select_device("auto", 0))
+        print(f"{config.name}: in {config.precision}, which is the faster one here")
+    config.flags = f"{config.flags} --precision {config.precision}".strip()
     begun = read(config.output)
     if config.name in {row["name"] for row in begun}:
         raise UserError(f"{config.output} has a row {config.name} already: give another --name, or remove its lines.")

@@ -41,17 +41,44 @@ def test_tf32_is_on_only_when_asked_for_and_never_in_the_losses(arithmetic):
         assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def begin(told, monkeypatch, precision, has_bf16):
+def begin(told, monkeypatch, precision, has_bf16, cost=0.5):
     monkeypatch.setattr(experiment, "computes_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(experiment, "cost_of_bf16", lambda: cost)
     monkeypatch.setattr(experiment, "check_common", lambda header: None)
     monkeypatch.setattr(experiment, "describe", lambda header: "")
     experiment.begin(SimpleNamespace(device="cpu", gpu=0, precision=precision, __doc__="x"))
-    return "no bfloat16 arithmetic" in told.text
+    return [said for said in ("no bfloat16 arithmetic", "1.9 times fp32's time in bf16") if said in told.text]
 
 
-@pytest.mark.parametrize(("precision", "has_bf16", "is_told"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)])  # fmt: skip # noqa: E501
-def test_bf16_without_its_arithmetic_is_told(told, monkeypatch, arithmetic, precision, has_bf16, is_told):
-    assert begin(told, monkeypatch, precision, has_bf16) == is_told
+@pytest.mark.parametrize(
+    ("precision", "has_bf16", "cost", "said"),
+    [
+        ("bf16", False, 5.0, ["no bfloat16 arithmetic"]), ("bf16", True, 0.3, []), ("bf16", True, 1.1, []),
+        ("bf16", True, 1.9, ["1.9 times fp32's time in bf16"]), ("fp32", False, 5.0, []), ("fp32", True, 1.9, []),
+    ],
+)  # fmt: skip
+def test_bf16_without_its_arithmetic_or_slower_than_fp32_is_told(
+    told, monkeypatch, arithmetic, precision, has_bf16, cost, said
+):
+    assert begin(told, monkeypatch, precision, has_bf16, cost) == said
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "cost", "expected"),
+    [("cpu", True, 0.5, "bf16"), ("cpu", True, 1.9, "fp32"), ("cpu", False, 0.5, "fp32"), ("cuda", True, 1.9, "bf16")],
+)
+def test_the_fastest_precision_is_the_faster_one_of_what_there_is(monkeypatch, device, has_bf16, cost, expected):
+    monkeypatch.setattr(devices, "computes_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(devices, "cost_of_bf16", lambda: cost)
+    assert devices.fastest_precision(torch.device(device)) == expected
+
+
+def test_the_cost_of_bf16_is_a_ratio_of_seconds(monkeypatch):
+    """A clock that runs twice as fast while bf16 is multiplied: 8 products of each, two readings a product."""
+    readings = iter([0.0, 1.0] * 8 + [0.0, 2.0] * 8)
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: next(readings))
+    assert devices.cost_of_bf16(4) == 2.0
+    assert next(readings, None) is None
 
 
 def test_without_a_compiler_the_run_goes_on(told, monkeypatch):

@@ -46,6 +46,15 @@ def test_a_seed_ends_at_the_validation_that_reaches_the_target(config, capsys):
         speedrun.main(config)
 
 
+@pytest.mark.parametrize("fastest", ["fp32", "bf16"])
+def test_the_fastest_precision_is_chosen_told_and_kept(config, capsys, monkeypatch, fastest):
+    config.seeds, config.target, config.precision, config.flags = (2,), 0.5, "fastest", "--recipe fast"
+    monkeypatch.setattr(speedrun, "fastest_precision", lambda device: fastest)
+    speedrun.main(config)
+    assert speedrun.read(config.output)[0]["flags"] == f"--recipe fast --precision {fastest}"
+    assert f"row: in {fastest}" in capsys.readouterr().out
+
+
 def test_a_training_that_goes_on_to_its_end_keeps_both_scores(config):
     """The target is reached at the first validation, and a later one is better or worse."""
     config.seeds, config.target, config.finish = (1, 2), 0.52, True

@@ -3,9 +3,10 @@
 import ctypes
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -86,6 +87,30 @@ def computes_bf16(device: torch.device) -> bool:
         return True
     is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every version of PyTorch
     return is_supported is None or bool(is_supported())
+
+
+def cost_of_bf16(side: int = 512) -> float:
+    """Return how many times fp32's seconds a product of matrices takes in bf16 on the CPU, as measured now.
+
+    A processor may have the instructions and yet be slower with them: Intel's with AVX-512, where AMX is missing.
+    """
+    seconds, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other where cores are busy
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix, taken = torch.ones(side, side, dtype=dtype), []
+        for _ in range(8):  # the first makes the kernel, some are interrupted
+            begin = time.perf_counter()
+            matrix @ matrix
+            taken.append(time.perf_counter() - begin)
+        seconds.append(min(taken))
+    torch.set_num_threads(threads)
+    return seconds[1] / seconds[0]
+
+
+def fastest_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+    """Return the precision in which a device multiplies matrices faster."""
+    is_faster = computes_bf16(device) and (device.type != "cpu" or cost_of_bf16() < 1)
+    return "bf16" if is_faster else "fp32"
 
 
 def place(network: nn.Module, device: torch.device) -> nn.Module:

@@ -18,7 +18,15 @@ from sdcl.runs.ahead import out_of_memory, plan_of, tell_memory, tell_memory_of_
 from sdcl.runs.atomic import claimed
 from sdcl.runs.config import as_dict, check_common, describe, ramp_length, recipe_of
 from sdcl.runs.data import Data, Stage, Training
-from sdcl.runs.devices import computes_bf16, keep_freed_memory, likely_device_type, place, select_device, set_arithmetic
+from sdcl.runs.devices import (
+    computes_bf16,
+    cost_of_bf16,
+    keep_freed_memory,
+    likely_device_type,
+    place,
+    select_device,
+    set_arithmetic,
+)
 from sdcl.runs.distribution import check_same, check_share, first, is_first, join, part, share_weights
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import (
@@ -43,6 +51,8 @@ from sdcl.training import make_learners, pretrain, self_train, validation_iterat
 
 OF_A_MACHINE = ("root_path", "models_path", "device", "gpu", "workers", "cache_gb", "pretrained")  # may differ in each
 
+SLOWER = 1.2  # times fp32's seconds, from which on bf16 is told to be slow; less is noise
+
 
 def begin(config: Any, check: Callable[[], None] = lambda: None) -> torch.device:
     """Start logging, check the header, print it, and choose the device.
@@ -66,6 +76,11 @@ def begin(config: Any, check: Callable[[], None] = lambda: None) -> torch.device
     keep_freed_memory()
     if precision == "bf16" and not computes_bf16(device):
         LOGGER.info("NOTE: %s has no bfloat16 arithmetic: --precision fp32 is many times faster here.", device)
+    elif precision == "bf16" and device.type == "cpu" and (cost := cost_of_bf16()) > SLOWER:
+        LOGGER.info(
+            "NOTE: products of matrices take %.1f times fp32's time in bf16 on this processor: --precision fp32 is "
+            "likely faster.", cost,
+        )  # fmt: skip
     if named := recipe_of(config):
         LOGGER.info("recipe %s: %s, where no flag says otherwise", config.recipe, _listed(named))
     LOGGER.info("%s\nComputing on %s, with\n%s", type(config).__doc__.splitlines()[0], device, describe(config))
