@@ -83,6 +83,22 @@ def test_a_share_of_dropout_is_of_every_published_rate(name, largest):
     assert torch.equal(*(none.train()(image) for _ in range(2)))
 
 
+@pytest.mark.parametrize("name", ["unet", "resunet", "vnet", "resvnet"])
+def test_a_network_may_start_at_a_probability_of_foreground(name):
+    """What all other layers say is taken away: three classes, a tenth of foreground, half of it for each class."""
+    torch.manual_seed(5)
+    drawn = build_network(name, 3)
+    torch.manual_seed(5)
+    network = build_network(name, 3, foreground_prior=0.1)
+    differing = [n for n, p in network.state_dict().items() if not torch.equal(p, drawn.state_dict()[n])]
+    assert len(differing) == 1 and differing[0].endswith(".bias")
+    last = network.get_submodule(differing[0].removesuffix(".bias"))
+    torch.nn.init.zeros_(last.weight)
+    shares = network(torch.randn(1, 1, *((32,) * (3 if "vnet" in name else 2)))).softmax(1)
+    expected = torch.tensor([0.9, 0.05, 0.05]).view(1, 3, *(1,) * (shares.ndim - 2)).expand_as(shares)
+    torch.testing.assert_close(shares, expected)
+
+
 def test_a_rate_of_zero_moves_nothing_and_a_share_is_of_the_base_rate():
     learners = small_learners()
     learners.set_rate(0.25)
@@ -137,7 +153,7 @@ def test_published_values_are_the_defaults(script):
     config = parse(load(script).Config, given)
     assert (config.lr_schedule, config.warmup, config.weight_decay) == ("constant", 0, 0.0)
     assert (config.ema_warmup, config.intensity, config.average_decay) == (False, 0.0, 0.0)
-    assert config.dropout == 1
+    assert (config.dropout, config.foreground_prior) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +161,7 @@ def test_published_values_are_the_defaults(script):
     [
         (["--intensity", "1"], r"--intensity is 1.0: it must lie in \[0, 1\)"),
         (["--dropout", "1.5"], r"--dropout is 1.5: it must lie in \[0, 1\]"),
+        (["--foreground_prior", "1"], r"--foreground_prior is 1.0: it must lie in \[0, 1\)"),
         (["--average_decay", "1"], r"--average_decay is 1.0: it must lie in \[0, 1\)"),
         (["--warmup", "-1"], "--warmup is -1: it must not be negative"),
         (["--weight_decay", "-0.1"], "--weight_decay is -0.1: it must not be negative"),
@@ -205,7 +222,7 @@ def test_a_real_run_with_all_of_them(acdc_phantom, tmp_path):
         "ACDC_train.py", "--root_path", acdc_phantom, "--models_path", tmp_path, "--labelnum", 2, "--batch_size", 2,
         "--patch_size", 32, 32, "--pre_iterations", 2, "--self_iterations", 2,
         "--lr_schedule", "cosine", "--warmup", 1, "--intensity", 0.3, "--ema_warmup", "--weight_decay", 0.01,
-        "--select", "last",
+        "--foreground_prior", 0.05, "--select", "last",
     )  # fmt: skip
     kept = json.loads((tmp_path / "acdc_SDCL_2_labeled" / "config.json").read_text(encoding="utf-8"))["config"]
     assert (kept["lr_schedule"], kept["warmup"], kept["recipe"]) == ("cosine", 1, "published")

@@ -13,7 +13,8 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 from sdcl.steps import TEACHER, Batch, Learners, Losses, Settings, pretrain_step
 
-STAGE_ONE = ("pre_iterations", "pre_dice", "pre_val_from", "pre_val_every", "mask_fraction")  # fields that it reads
+# Fields that stage 1 reads.
+STAGE_ONE = ("pre_iterations", "pre_dice", "pre_val_from", "pre_val_every", "mask_fraction", "foreground_prior")
 Step = Callable[[Learners, Batch, Tensor, Settings], Losses]
 
 

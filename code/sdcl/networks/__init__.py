@@ -1,5 +1,7 @@
 """The four networks of the method, by name."""
 
+import math
+
 from torch import nn
 
 from sdcl.networks.resunet import ResUNet
@@ -10,7 +12,9 @@ from sdcl.networks.vnet import VNet
 NETWORKS: dict[str, type[nn.Module]] = {"vnet": VNet, "resvnet": ResVNet, "unet": UNet, "resunet": ResUNet}
 
 
-def build_network(name: str, num_classes: int, in_channels: int = 1, dropout: float = 1.0) -> nn.Module:
+def build_network(
+    name: str, num_classes: int, in_channels: int = 1, dropout: float = 1.0, foreground_prior: float = 0.0
+) -> nn.Module:
     """Build a network with freshly initialised weights.
 
     Args:
@@ -18,6 +22,8 @@ def build_network(name: str, num_classes: int, in_channels: int = 1, dropout: fl
         num_classes: number of classes C, background included; at least 2.
         in_channels: channels of the input image.
         dropout: share of the published rates of dropout, in [0, 1].
+        foreground_prior: in [0, 1). Above 0 the last layer's biases are the log of this probability, shared equally by
+            the C - 1 foreground classes, and of the background's, so that training need not find them step by step.
 
     Returns:
         A module whose forward takes (N, in_channels, *S) and returns logits (N, C, *S); every side of S is a
@@ -26,7 +32,7 @@ def build_network(name: str, num_classes: int, in_channels: int = 1, dropout: fl
     Raises:
         ValueError: the name is unknown or a count is too small.
 
-    Source: docs/method.md, "Networks".
+    Source: docs/method.md, "Networks"; the prior: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, 3.3.
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
@@ -36,4 +42,8 @@ def build_network(name: str, num_classes: int, in_channels: int = 1, dropout: fl
     for module in network.modules():
         if isinstance(module, nn.Dropout | nn.Dropout3d):
             module.p *= dropout
+    if foreground_prior:
+        last = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)][-1]
+        nn.init.constant_(last.bias, math.log(foreground_prior / (num_classes - 1)))
+        nn.init.constant_(last.bias[0], math.log(1 - foreground_prior))
     return network

@@ -282,7 +282,7 @@ def check_common(config: Any) -> None:
     for name in ("ema_decay", "augment_probability", "dropout"):
         if not 0 <= values.get(name, 0) <= 1:
             raise UserError(f"--{name} is {values[name]}: it must lie in [0, 1].")
-    for name in ("intensity", "average_decay"):
+    for name in ("intensity", "average_decay", "foreground_prior"):
         if not 0 <= values.get(name, 0) < 1:
             raise UserError(f"--{name} is {values[name]}: it must lie in [0, 1).")
     for stage in ("pre_iterations", "self_iterations"):

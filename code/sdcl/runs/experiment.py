@@ -113,10 +113,8 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     LOGGER.info("method: %s", get(config.method).title)
     given = data.training(get(config.method).needs_unlabelled)
     torch.manual_seed(config.seed)
-    students = [
-        place(build_network(getattr(config, role), *given.task.sizes, dropout=config.dropout), device)
-        for role in STUDENTS
-    ]
+    rates = (config.dropout, config.foreground_prior)
+    students = [place(build_network(getattr(config, role), *given.task.sizes, *rates), device) for role in STUDENTS]
     learners = make_learners(*students, config.base_lr, config.weight_decay)
     del students  # so that a stage which trains one of them does not keep the other in memory
     folder = run_folder(config.models_path, given.task.name, config.exp, config.labelnum)
