@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {  # docs/speedrun.md
     "fast": {
         "batch_size": 6, "shuffle": True, "augment_probability": 0.0, "intensity": 0.4, "pre_dice": "whole",
-        "dropout": 0.0, "ema_decay": 0.95, "average_decay": 0.95, "pre_iterations": 150, "self_iterations": 500,
+        "dropout": 0.0, "foreground_prior": 0.05, "ema_decay": 0.95, "average_decay": 0.95, "pre_iterations": 150,
+        "self_iterations": 500,
     },
 }  # fmt: skip
 
