@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,10 +57,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Run every seed, write its line, and say what the row took."""
-    if config.precision == "fastest":
-        config.precision = fastest_precision(select_device("auto", 0))
-        print(f"{config.name}: in {config.precision}, which is the faster one here")
-    config.flags = f"{config.flags} --precision {config.precision}".strip()
+    config = replace(config, flags=f"{config.flags} --precision {precision_of(config)}".strip())
     begun = read(config.output)
     if config.name in {row["name"] for row in begun}:
         raise UserError(f"{config.output} has a row {config.name} already: give another --name, or remove its lines.")
@@ -74,6 +71,24 @@ def main(config: Config) -> None:
     mean = float(np.mean(seconds)) if seconds else float("nan")
     failed = len(rows) - sum(second <= LATE * mean for second in seconds)
     print(f"{config.name}: {mean:.0f} s in the mean of {len(seconds)} seeds, {failed} of {len(rows)} failed")
+
+
+def precision_of(config: Config) -> str:
+    """Return the training's precision, and tell it where it is chosen here.
+
+    Raises:
+        UserError: --flags has something to say of it, too.
+    """
+    given = {word.split("=")[0] for word in shlex.split(config.flags)}
+    if "--precision" in given:
+        raise UserError("--flags holds --precision: give it to this script instead, beside --flags.")
+    if config.precision != "fastest":
+        return config.precision
+    if "--device" in given:
+        raise UserError("--precision fastest looks at what --device auto takes: give fp32 or bf16 with a --device.")
+    found = fastest_precision(select_device("auto", 0))
+    print(f"{config.name}: in {found}, which is the faster one here")
+    return found
 
 
 def run(config: Config, seed: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 #!/bin/sh
 # ACDC's speedrun (docs/speedrun.md): seconds to mean Dice 0.70 of the mean of both students, 128x128, 7 labelled patients.
-#   sh runs/acdc_speedrun.sh fast                  another row: published, bf16; fast takes what is faster here, fp32 or bf16
+#   sh runs/acdc_speedrun.sh fast                  in what is faster here, fp32 or bf16; other rows: published, bf16
 #   sh runs/acdc_speedrun.sh fast --seeds 6 7 8    flags behind the row go on to benchmarks/speedrun.py
 cd "$(dirname "$0")/.." || exit
 row=${1:-fast}

@@ -1,7 +1,7 @@
 #!/bin/sh
 # LA's speedrun (docs/speedrun.md): seconds to mean Dice 0.75 of the mean of both students on the cases of val.txt, 8
 # labelled cases. The record's val.txt is a copy of test.txt: with --select last nothing is selected on it.
-#   sh runs/la_speedrun.sh fast                  another row: published, bf16; fast takes what is faster here, fp32 or bf16
+#   sh runs/la_speedrun.sh fast                  in what is faster here, fp32 or bf16; other rows: published, bf16
 #   sh runs/la_speedrun.sh fast --seeds 6 7 8    flags behind the row go on to benchmarks/speedrun.py
 cd "$(dirname "$0")/.." || exit
 row=${1:-fast}

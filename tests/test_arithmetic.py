@@ -74,11 +74,25 @@ def test_the_fastest_precision_is_the_faster_one_of_what_there_is(monkeypatch, d
 
 
 def test_the_cost_of_bf16_is_a_ratio_of_seconds(monkeypatch):
-    """A clock that runs twice as fast while bf16 is multiplied: 8 products of each, two readings a product."""
-    readings = iter([0.0, 1.0] * 8 + [0.0, 2.0] * 8)
-    monkeypatch.setattr(devices.time, "perf_counter", lambda: next(readings))
-    assert devices.cost_of_bf16(4) == 2.0
-    assert next(readings, None) is None
+    """A clock that a product moves by 1 s, and by 2 s in bf16; one of each is interrupted."""
+    clock, products = [0.0], []
+
+    def multiply(first, second):
+        products.append(first.dtype)
+        late = 7.0 * (products.count(first.dtype) == 3)
+        clock[0] += late + {torch.float32: 1.0, torch.bfloat16: 2.0}[first.dtype]
+        assert torch.get_num_threads() == 1
+        return first
+
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert devices.cost_of_bf16(4) == 2.0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_without_a_compiler_the_run_goes_on(told, monkeypatch):

@@ -189,6 +189,7 @@ def test_a_planned_end_cannot_be_moved_where_the_rate_falls_to_it():
     constant = {"self_iterations": 10, "lr_schedule": "constant"}
     assert differing_fields(constant, constant | {"self_iterations": 20}) == ""
     assert differing_fields({"self_iterations": 10}, constant) == ""  # of an earlier version
+    assert differing_fields({"self_iterations": 10}, constant | {"foreground_prior": 0.0}) == ""
 
 
 @pytest.mark.parametrize("script", WITH_RECIPES)
@@ -226,6 +227,11 @@ def test_a_real_run_with_all_of_them(acdc_phantom, tmp_path):
     )  # fmt: skip
     kept = json.loads((tmp_path / "acdc_SDCL_2_labeled" / "config.json").read_text(encoding="utf-8"))["config"]
     assert (kept["lr_schedule"], kept["warmup"], kept["recipe"]) == ("cosine", 1, "published")
+    networks = checkpoints.load(tmp_path / "acdc_SDCL_2_labeled" / "pre_train" / "last.pth")["networks"]
+    for state in networks.values():  # two steps move a bias by a thousandth each
+        bias = next(b for name, b in state.items() if name.endswith("out_conv.bias"))
+        expected = torch.tensor([0.95, 0.05 / 3, 0.05 / 3, 0.05 / 3]).log()
+        torch.testing.assert_close(bias, expected, atol=3e-3, rtol=0)
 
 
 def test_an_average_forgets_its_start_and_then_falls_by_its_decay():

@@ -55,6 +55,16 @@ def test_the_fastest_precision_is_chosen_told_and_kept(config, capsys, monkeypat
     assert f"row: in {fastest}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--precision bf16", "--flags holds --precision"), ("--device=cpu", "give fp32 or bf16 with a --device")],
+)
+def test_two_answers_about_the_precision_are_refused(config, flags, message):
+    config.precision, config.flags = "fastest", flags
+    with pytest.raises(UserError, match=message):
+        speedrun.main(config)
+
+
 def test_a_training_that_goes_on_to_its_end_keeps_both_scores(config):
     """The target is reached at the first validation, and a later one is better or worse."""
     config.seeds, config.target, config.finish = (1, 2), 0.52, True

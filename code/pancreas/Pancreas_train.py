@@ -60,7 +60,7 @@ class Config:
     warmup: int = 0  # iterations at each stage's beginning over which the learning rate rises
     weight_decay: float = 0.0  # decoupled (AdamW), of every weight; 0: plain Adam
     dropout: float = 1.0  # share of the networks' published rates of dropout, in [0, 1]
-    foreground_prior: float = 0.0  # probability of foreground that stage 1 starts at; 0: what the draw gives
+    foreground_prior: float = 0.0  # probability of foreground that the last biases start at; 0: as they are drawn
     pre_iterations: int = 3_030  # pre-training: 101 epochs
     self_iterations: int = 8_025  # self-training: 321 epochs
 

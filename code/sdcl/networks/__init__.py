@@ -22,15 +22,15 @@ def build_network(
         num_classes: number of classes C, background included; at least 2.
         in_channels: channels of the input image.
         dropout: share of the published rates of dropout, in [0, 1].
-        foreground_prior: in [0, 1). Above 0 the last layer's biases are the log of this probability, shared equally by
-            the C - 1 foreground classes, and of the background's, so that training need not find them step by step.
+        foreground_prior: in [0, 1). Above 0 the last layer's biases, not its weights, are the log of this probability,
+            shared equally by the C - 1 foreground classes, and of the background's: training need not find them.
 
     Returns:
         A module whose forward takes (N, in_channels, *S) and returns logits (N, C, *S); every side of S is a
         multiple of 16. Parameter names are those of the published checkpoints.
 
     Raises:
-        ValueError: the name is unknown or a count is too small.
+        ValueError: the name is unknown, a count is too small, or the prior is outside its range.
 
     Source: docs/method.md, "Networks"; the prior: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, 3.3.
     """
@@ -38,6 +38,8 @@ def build_network(
         raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
     if num_classes < 2 or in_channels < 1:
         raise ValueError(f"num_classes {num_classes} must be at least 2 and in_channels {in_channels} at least 1")
+    if not 0 <= foreground_prior < 1:
+        raise ValueError(f"foreground_prior {foreground_prior} must lie in [0, 1)")
     network = NETWORKS[name](in_channels, num_classes)
     for module in network.modules():
         if isinstance(module, nn.Dropout | nn.Dropout3d):

@@ -1,6 +1,7 @@
 """Where a run computes and how exactly: the device, its arithmetic, compilation, memory."""
 
 import ctypes
+import math
 import os
 import sys
 import time
@@ -94,16 +95,17 @@ def cost_of_bf16(side: int = 512) -> float:
 
     A processor may have the instructions and yet be slower with them: Intel's with AVX-512, where AMX is missing.
     """
-    seconds, threads = [], torch.get_num_threads()
+    threads = torch.get_num_threads()
+    matrices = [torch.ones(side, side, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    seconds = [math.inf, math.inf]
     torch.set_num_threads(1)  # several wait for each other where cores are busy
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix, taken = torch.ones(side, side, dtype=dtype), []
-        for _ in range(8):  # the first makes the kernel, some are interrupted
+    try:
+        for i in [0, 1] * 8:  # in turn: the first two make the kernels, some are interrupted
             begin = time.perf_counter()
-            matrix @ matrix
-            taken.append(time.perf_counter() - begin)
-        seconds.append(min(taken))
-    torch.set_num_threads(threads)
+            matrices[i] @ matrices[i]
+            seconds[i] = min(seconds[i], time.perf_counter() - begin)
+    finally:
+        torch.set_num_threads(threads)
     return seconds[1] / seconds[0]
 
 

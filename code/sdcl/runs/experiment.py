@@ -76,7 +76,7 @@ def begin(config: Any, check: Callable[[], None] = lambda: None) -> torch.device
     keep_freed_memory()
     if precision == "bf16" and not computes_bf16(device):
         LOGGER.info("NOTE: %s has no bfloat16 arithmetic: --precision fp32 is many times faster here.", device)
-    elif precision == "bf16" and device.type == "cpu" and (cost := cost_of_bf16()) > SLOWER:
+    elif precision == "bf16" and device.type == "cpu" and is_first() and (cost := cost_of_bf16()) > SLOWER:
         LOGGER.info(
             "NOTE: products of matrices take %.1f times fp32's time in bf16 on this processor: --precision fp32 is "
             "likely faster.", cost,
