@@ -79,10 +79,12 @@ class Config:
 
     # --- method (docs/method.md, "Stage 1", "Stage 2") ---
     method: str = "sdcl"  # sdcl, bcp, cps, ua_mt, mean_teacher or supervised (docs/methods.md); stage 1 is the same
-    student_a: Literal["vnet", "resvnet", "unet", "resunet"] | None = (
+    student_a: Literal["vnet", "resvnet", "unet", "resunet", "vnet_lowres", "resvnet_lowres"] | None = (
         None  # network of the first student and the teacher
     )
-    student_b: Literal["vnet", "resvnet", "unet", "resunet"] | None = None  # network of the second student
+    student_b: Literal["vnet", "resvnet", "unet", "resunet", "vnet_lowres", "resvnet_lowres"] | None = (
+        None  # network of the second student
+    )
     mask_fraction: float = 2 / 3  # side of the copy-paste box over the side of the sample, rounded down
     dice: Literal["batch", "sample"] | None = None  # sums over the whole batch, or per sample and class
     pre_dice: Literal["regions", "whole"] | None = None  # pre-training's loss: each region of the mix, or the mix whole

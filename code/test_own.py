@@ -41,8 +41,12 @@ class Config:
     window_weighting: Literal["constant", "gaussian"] = "constant"  # gaussian trusts a window's centre more (3D)
     tta: bool = False  # average over the eight flips of each window (3D)
     largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure
-    student_a: Literal["vnet", "resvnet", "unet", "resunet"] = "vnet"  # of --student_a_weights; a run's own replaces it
-    student_b: Literal["vnet", "resvnet", "unet", "resunet"] = "resvnet"  # of --student_b_weights
+    student_a: Literal["vnet", "resvnet", "unet", "resunet", "vnet_lowres", "resvnet_lowres"] = (
+        "vnet"  # of --student_a_weights; a run's own replaces it
+    )
+    student_b: Literal["vnet", "resvnet", "unet", "resunet", "vnet_lowres", "resvnet_lowres"] = (
+        "resvnet"  # of --student_b_weights
+    )
     window_batch: int = 4  # windows that go through the networks together (3D)
     batch_size: int = 16  # slices that go through the networks together (2D)
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a CUDA GPU if there is one, else the CPU

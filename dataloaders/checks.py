@@ -230,7 +230,7 @@ def check_dimensions(config: Any, ndim: int) -> None:
     """
     if len(config.patch_size) != ndim:
         raise UserError(f"--patch_size has {len(config.patch_size)} sides, these images are {ndim}D: give {ndim}.")
-    fitting = {2: ("unet", "resunet"), 3: ("vnet", "resvnet")}[ndim]
+    fitting = {2: ("unet", "resunet"), 3: ("vnet", "resvnet", "vnet_lowres", "resvnet_lowres")}[ndim]
     for flag in ("student_a", "student_b"):
         if getattr(config, flag) not in fitting:
             raise UserError(

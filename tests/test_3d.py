@@ -301,11 +301,14 @@ def test_the_published_selection_is_named_for_what_it_is(la_phantom, tmp_path, c
 
 
 def test_without_validation_there_is_only_the_last(pancreas_phantom, tmp_path, capsys):
+    """Here of students at half the resolution."""
     where = ["--root_path", pancreas_phantom, "--models_path", tmp_path]
-    call("pancreas/Pancreas_train.py", *where, *TINY, "--select", "last")
+    lowres = ["--student_a", "vnet_lowres", "--student_b", "resvnet_lowres", "--patch_size", 64, 32, 32]
+    call("pancreas/Pancreas_train.py", *where, *TINY, "--select", "last", *lowres)
     call("pancreas/test_Pancreas.py", *where, "--labelnum", 2, "--stride", 16, 16, 16)
     output = capsys.readouterr().out
     assert "mean, last (2)" in output and "best on" not in output
+    assert "networks vnet_lowres and resvnet_lowres" in output
 
 
 PUBLISHED = {
@@ -346,7 +349,15 @@ def test_spacing_must_be_positive(la_phantom, tmp_path):
 
 
 BAD_SETTINGS = {
-    "patch size": (["--patch_size", "32", "24", "16"], "every side must be a multiple of 16"),
+    "patch size": (["--patch_size", "32", "24", "16"], "every side must be a multiple of 16, since the networks"),
+    "half the resolution": (
+        ["--student_b", "resvnet_lowres", "--patch_size", "64", "48", "32"],
+        "--patch_size is 64 48 32: every side must be a multiple of 32, since resvnet_lowres halves it five times",
+    ),
+    "one voxel at half the resolution": (
+        ["--student_a", "vnet_lowres", "--patch_size", "32", "32", "32"],
+        "--patch_size leaves a single voxel",
+    ),
     "one labelled": (["--labelnum", "1"], "--labelnum is 1: choose 2 to 4"),
     "all labelled": (["--labelnum", "4"], "leaves no unlabelled cases"),
     "connectivity": (["--connectivity", "8"], "--connectivity is 8: volumes know 6, 18 or 26"),

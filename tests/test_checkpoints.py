@@ -7,7 +7,7 @@ from helpers import GOLDEN, fill
 
 from sdcl import checkpoints
 from sdcl.checkpoints import load_weights
-from sdcl.networks import NETWORKS, build_network
+from sdcl.networks import build_network
 from sdcl.runs.errors import UserError
 
 FIGURES = json.loads((GOLDEN / "networks.json").read_text())
@@ -18,7 +18,7 @@ def same(network, state):
     return all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("container", [False, True])
 def test_published_forms(tmp_path, name, prefix, container):
@@ -45,6 +45,13 @@ def test_only_the_listed_unused_names_are_left_out(tmp_path):
         torch.save(network.state_dict() | {foreign: torch.zeros(1)}, tmp_path / "x.pth")
         with pytest.raises(UserError, match=f"has the unknown {foreign}"):
             load_weights(network, tmp_path / "x.pth")
+
+
+def test_weights_of_another_resolution_do_not_fit(tmp_path):
+    for trained, asked in (("vnet", "vnet_lowres"), ("vnet_lowres", "vnet")):
+        torch.save(build_network(trained, 2).state_dict(), tmp_path / "x.pth")
+        with pytest.raises(UserError, match="block_one.conv.0.weight"):
+            load_weights(build_network(asked, 2), tmp_path / "x.pth")
 
 
 def test_our_own_form_finds_the_network_that_fits(tmp_path):

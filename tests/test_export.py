@@ -13,7 +13,7 @@ from sdcl.export import KEY, METADATA, MeanProbabilities, export
 from sdcl.networks import build_network
 from sdcl.runs.errors import UserError
 
-KINDS = {"3D": (("vnet", "resvnet"), (1, 32, 32, 16), 2), "2D": (("unet", "resunet"), (1, 32, 48), 4)}
+KINDS = {"3D": (("vnet", "resvnet_lowres"), (1, 64, 64, 32), 2), "2D": (("unet", "resunet"), (1, 32, 48), 4)}
 
 
 def networks_of(kind):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdcl.networks import NETWORKS, build_network, layers
 from sdcl.networks.layers import BatchNorm, Dropout, every_second
+from sdcl.networks.lowres import LowRes
 from sdcl.networks.resnet import BasicBlock
 from sdcl.networks.unet import UpBlock
 from sdcl.networks.vnet import Head
@@ -19,14 +20,14 @@ CLASSES = {"unet": 4, "resunet": 4, "vnet": 2, "resvnet": 2}
 PARAMETERS = {"unet": 1_813_764, "resunet": 5_953_092, "vnet": 9_443_266, "resvnet": 17_920_018}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CLASSES)
 def test_names_and_shapes_are_the_published_ones(name):
     state = build_network(name, CLASSES[name]).state_dict()
     assert {key: list(value.shape) for key, value in state.items()} == FIGURES[name]["used"]
     assert list(state) == list(FIGURES[name]["used"])
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CLASSES)
 def test_every_parameter_takes_part(name):
     network = build_network(name, CLASSES[name])
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
@@ -57,6 +58,28 @@ def test_any_multiple_of_16_classes_and_channels(name, shape, classes):
         assert network(torch.randn(1, 3, *shape)).shape == (1, classes, *shape)
 
 
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - set(CLASSES)))
+def test_networks_at_half_the_resolution(name):
+    """Of means of 2x2x2 voxels, as many parameters, each of which takes part; the logits lie where the image does."""
+    network, full = build_network(name, 2, dropout=0).train(), name.removesuffix("_lowres")
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[full]
+    image = torch.randn(1, 1, 64, 32, 32)
+    logits = network(image)
+    assert logits.shape == (1, 2, 64, 32, 32)
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    shuffled = image.clone()
+    shuffled[0, 0, :2, :2, :2] = image[0, 0, :2, :2, :2].flip(0, 1, 2)
+    torch.testing.assert_close(network(shuffled), logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(build_network(full, 2)(shuffled), build_network(full, 2)(image), atol=1e-4)
+
+
+def test_what_is_interpolated_lies_where_it_was():
+    ramp = torch.arange(8.0)[:, None, None] + torch.arange(0, 40, 10.0)[:, None] + torch.arange(0, 600, 100.0)
+    inner = (..., *(slice(1, -1),) * 3)
+    torch.testing.assert_close(LowRes(nn.Identity())(ramp[None, None])[inner], ramp[None, None][inner])
+
+
 def test_dropout_is_where_the_method_has_it():
     """Without it two passes in train mode agree; the ResNet students drop only in the 3D head, not in 2D."""
     for name, drops in (("unet", True), ("resunet", False), ("vnet", True), ("resvnet", True)):
@@ -67,7 +90,7 @@ def test_dropout_is_where_the_method_has_it():
             assert (not torch.equal(network(image), network(image))) == drops, name
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CLASSES)
 def test_no_network_has_a_strided_convolution_of_width_1(name):
     """oneDNN writes past its memory there, on a processor with AVX2 alone and fewer than 8 input channels."""
     convolutions = [m for m in build_network(name, 3, 2).modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
@@ -205,7 +228,7 @@ def test_the_heads_dropout_may_come_before_its_relu():
 
 
 @pytest.mark.parametrize("side", [16, 32, 48])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CLASSES)
 def test_the_gradient_of_every_convolution_in_bfloat16_is_the_gradient(name, side):
     """oneDNN reads memory that nobody wrote for some shapes: it is filled with nan here, and all shapes are seen."""
     torch.manual_seed(0)

@@ -1,15 +1,19 @@
-"""The four networks of the method, by name."""
+"""The four networks of the method, by name, and the 3D ones at half the resolution."""
 
 import math
 
 from torch import nn
 
+from sdcl.networks.lowres import LowResResVNet, LowResVNet
 from sdcl.networks.resunet import ResUNet
 from sdcl.networks.resvnet import ResVNet
 from sdcl.networks.unet import UNet
 from sdcl.networks.vnet import VNet
 
-NETWORKS: dict[str, type[nn.Module]] = {"vnet": VNet, "resvnet": ResVNet, "unet": UNet, "resunet": ResUNet}
+NETWORKS: dict[str, type[nn.Module]] = {
+    "vnet": VNet, "resvnet": ResVNet, "unet": UNet, "resunet": ResUNet,
+    "vnet_lowres": LowResVNet, "resvnet_lowres": LowResResVNet,
+}  # fmt: skip
 
 
 def build_network(
@@ -18,7 +22,7 @@ def build_network(
     """Build a network with freshly initialised weights.
 
     Args:
-        name: "vnet" or "resvnet" (3D), "unet" or "resunet" (2D).
+        name: "vnet", "resvnet", "vnet_lowres" or "resvnet_lowres" (3D), "unet" or "resunet" (2D).
         num_classes: number of classes C, background included; at least 2.
         in_channels: channels of the input image.
         dropout: share of the published rates of dropout, in [0, 1].
@@ -27,7 +31,8 @@ def build_network(
 
     Returns:
         A module whose forward takes (N, in_channels, *S) and returns logits (N, C, *S); every side of S is a
-        multiple of 16. Parameter names are those of the published checkpoints.
+        multiple of 16, of 32 where the name ends in "_lowres". Parameter names are those of the published checkpoints,
+        behind "network." in the latter.
 
     Raises:
         ValueError: the name is unknown, a count is too small, or the prior is outside its range.

@@ -32,7 +32,7 @@ NON_NEGATIVE_FIELDS = (
 )  # fmt: skip
 METHODS = Path(__file__).resolve().parents[1] / "methods"  # a file each
 RAMP_SHARE = 0.4  # of self-training: the ramp of what unlabelled images say, where no length is given
-SIDE_DIVISOR = 16  # every network halves its input four times
+HALVINGS = 4  # of their input by the networks; those whose names end in _lowres look at it halved once
 GROUP = re.compile(r"\s*# --- (?P<title>[^(]*?)\s*(?:\((?P<remark>.*)\))?\s*---\s*$")  # a heading in a header
 FIELD = re.compile(r"    (?P<name>\w+): ")
 COMMENT = re.compile(r"  # (?P<text>.*)$")
@@ -295,16 +295,18 @@ def check_common(config: Any) -> None:
     if not all(math.isfinite(side) and side > 0 for side in values.get("spacing", ())):
         raise UserError(f"--spacing is {' '.join(map(str, config.spacing))}: every side must be above 0 mm.")
     if "patch_size" in values:
-        _check_patch(config.patch_size, values.get("mask_fraction"))
+        roles = [values.get("student_a"), values.get("student_b")]
+        lowres = [name for name in roles if name and name.endswith("_lowres")]
+        _check_patch(config.patch_size, values.get("mask_fraction"), lowres)
 
 
-def _check_patch(patch_size: tuple[int, ...], mask_fraction: float | None) -> None:
-    if any(side <= 0 or side % SIDE_DIVISOR for side in patch_size):
-        raise UserError(
-            f"--patch_size is {' '.join(map(str, patch_size))}: every side must be a multiple of "
-            f"{SIDE_DIVISOR}, since the networks halve it four times."
-        )
-    if math.prod(patch_size) == SIDE_DIVISOR ** len(patch_size):
+def _check_patch(patch_size: tuple[int, ...], mask_fraction: float | None, lowres: list[str]) -> None:
+    divisor = 2 ** (HALVINGS + bool(lowres))
+    if any(side <= 0 or side % divisor for side in patch_size):
+        why = f"{lowres[0]} halves it five times" if lowres else "the networks halve it four times"
+        sides = " ".join(map(str, patch_size))
+        raise UserError(f"--patch_size is {sides}: every side must be a multiple of {divisor}, since {why}.")
+    if math.prod(patch_size) == divisor ** len(patch_size):
         raise UserError("--patch_size leaves a single voxel at the networks' bottom, which no normalisation can use.")
     if mask_fraction not in (None, 0) and not (
         0 < mask_fraction < 1 and all(0 < int(side * mask_fraction + 1e-9) < side for side in patch_size)

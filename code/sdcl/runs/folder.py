@@ -26,7 +26,7 @@ from sdcl.runs.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-NETWORKS = ("vnet", "resvnet", "unet", "resunet")  # by their names in config.json
+NETWORKS = ("vnet", "resvnet", "unet", "resunet", "vnet_lowres", "resvnet_lowres")  # by their names in config.json
 # Fields that say where and how a run is carried out, not what it computes, or name what other fields say: they may
 # change when it goes on.
 MACHINE_FIELDS = frozenset(
