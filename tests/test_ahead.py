@@ -60,6 +60,22 @@ def test_recorded_passes_keep_what_both_students_leave_in_stage_1(changes, toget
     assert plan.students == (("unet", "resunet") if together else ("resunet",)) and plan.copies == ()
 
 
+def test_patches_that_would_fit_are_ones_that_the_networks_take():
+    plan = Plan(("vnet", "resvnet_lowres"), ("vnet",), 2, (1, 1, 160, 96, 96), "bf16")
+    said = dict(plan.smaller())
+    assert list(said) == ["--patch_size 96 64 64", "--patch_size 64 64 64"]
+    assert said["--patch_size 64 64 64"].gib < said["--patch_size 96 64 64"].gib < plan.gib
+    full = replace(plan, students=("vnet", "resvnet"), shape=(1, 1, 80, 48, 32))
+    assert list(dict(full.smaller())) == ["--patch_size 48 32 32", "--patch_size 32 32 32"]
+    two = replace(full, shape=(2, 1, 48, 48, 32), precision="fp32").smaller()
+    sizes = ("", "--batch_size 1", "--patch_size 32 32 32 --batch_size 1")
+    in_bf16 = [f"{flags} --precision bf16".strip() for flags in sizes]
+    assert [text for text, _ in two] == [in_bf16[0], sizes[1], in_bf16[1], sizes[2], in_bf16[2]]
+    assert [(plan.shape[0], plan.shape[2], plan.precision) for _, plan in two] == [
+        (2, 48, "bf16"), (1, 48, "fp32"), (1, 48, "bf16"), (1, 32, "fp32"), (1, 32, "bf16"),
+    ]  # fmt: skip
+
+
 def test_what_does_not_fit_is_told_with_settings_that_do(monkeypatch, said):
     said()
     plan = Plan(("vnet", "resvnet"), ("vnet",), 2, (4, 1, 64, 64, 48), "fp32")

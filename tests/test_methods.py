@@ -423,8 +423,16 @@ def first_stage(data, stage_one):
     return first
 
 
-@pytest.mark.parametrize("data", TINY)
-@pytest.mark.parametrize("name", NAMES)
+# In 3D two of them; each method's loop in 3D is above, `make slow` runs the other scripts.
+IN_3D = ("sdcl", "cps")
+SCRIPTS = [
+    pytest.param(name, data, marks=[pytest.mark.slow] * (data == "la" and name not in IN_3D))
+    for name in NAMES
+    for data in TINY
+]
+
+
+@pytest.mark.parametrize(("name", "data"), SCRIPTS)
 def test_each_method_trains_tests_and_predicts(data, name, stage_one, tmp_path, capsys):
     root, models = stage_one[data]
     train, test, tiny = TINY[data]

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sdcl import ranks
 from sdcl.methods import get
 from sdcl.networks import build_network
+from sdcl.runs.config import side_divisor
 from sdcl.runs.devices import computes_bf16, records_passes
 from sdcl.runs.folder import LOGGER
 from sdcl.scoring.evaluation import Predictors
@@ -52,22 +53,22 @@ class Plan:
 
     def smaller(self) -> "list[tuple[str, Plan]]":
         """Return settings that take less, the nearest first, and the plans that they make."""
-        found = []
-        if self.precision != "bf16":
-            found.append(("--precision bf16", replace(self, precision="bf16")))
-        count, sizes, n = self.shape[0] * ranks.count(), self.shape[1:], self.shape[0]
+        count, (n, channels, *sides), batch = self.shape[0] * ranks.count(), self.shape, ()
+        shapes: list[tuple[tuple[str, ...], tuple[int, ...]]] = [((), self.shape)]
         while n > 1:
             n = n // 2
-            smaller = f"--batch_size {count * n // self.shape[0]}"
-            found.append((smaller, replace(self, shape=(n, *sizes))))
-            if self.precision != "bf16":
-                found.append((f"{smaller} --precision bf16", replace(self, shape=(n, *sizes), precision="bf16")))
-        sides = list(self.shape[2:])
-        while max(sides) > 32:
-            sides = [max(side * 3 // 4 // 16 * 16, 16) if side > 32 else side for side in sides]
-            plan = replace(self, shape=(max(n, 1), self.shape[1], *sides))
-            found.append((f"--patch_size {' '.join(map(str, sides))}" + (f" {found[-1][0]}" if n == 1 else ""), plan))
-        return found
+            batch = (f"--batch_size {count * n // self.shape[0]}",)
+            shapes.append((batch, (n, channels, *sides)))
+        unit = side_divisor(self.students)
+        while max(sides) > 2 * unit:
+            sides = [max(side * 3 // 4 // unit, 1) * unit if side > 2 * unit else side for side in sides]
+            shapes.append(((f"--patch_size {' '.join(map(str, sides))}", *batch), (n, channels, *sides)))
+        found = [
+            ((*flags, *["--precision bf16"] * (precision != self.precision)), shape, precision)
+            for flags, shape in shapes
+            for precision in dict.fromkeys((self.precision, "bf16"))
+        ]
+        return [(" ".join(flags), replace(self, shape=shape, precision=p)) for flags, shape, p in found[1:]]
 
 
 @lru_cache

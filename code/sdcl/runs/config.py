@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -32,7 +32,8 @@ NON_NEGATIVE_FIELDS = (
 )  # fmt: skip
 METHODS = Path(__file__).resolve().parents[1] / "methods"  # a file each
 RAMP_SHARE = 0.4  # of self-training: the ramp of what unlabelled images say, where no length is given
-HALVINGS = 4  # of their input by the networks; those whose names end in _lowres look at it halved once
+HALVINGS = 4  # of their input by the networks
+LOWRES = "_lowres"  # at the end of the names of those that halve it once more
 GROUP = re.compile(r"\s*# --- (?P<title>[^(]*?)\s*(?:\((?P<remark>.*)\))?\s*---\s*$")  # a heading in a header
 FIELD = re.compile(r"    (?P<name>\w+): ")
 COMMENT = re.compile(r"  # (?P<text>.*)$")
@@ -295,15 +296,21 @@ def check_common(config: Any) -> None:
     if not all(math.isfinite(side) and side > 0 for side in values.get("spacing", ())):
         raise UserError(f"--spacing is {' '.join(map(str, config.spacing))}: every side must be above 0 mm.")
     if "patch_size" in values:
-        roles = [values.get("student_a"), values.get("student_b")]
-        lowres = [name for name in roles if name and name.endswith("_lowres")]
-        _check_patch(config.patch_size, values.get("mask_fraction"), lowres)
+        students = [values[role] for role in ("student_a", "student_b") if role in values]
+        _check_patch(config.patch_size, values.get("mask_fraction"), students)
 
 
-def _check_patch(patch_size: tuple[int, ...], mask_fraction: float | None, lowres: list[str]) -> None:
-    divisor = 2 ** (HALVINGS + bool(lowres))
+def side_divisor(networks: Iterable[str]) -> int:
+    """Return what every side of an input is a multiple of, for all of these architectures."""
+    return 2 ** (HALVINGS + any(name.endswith(LOWRES) for name in networks))
+
+
+def _check_patch(patch_size: tuple[int, ...], mask_fraction: float | None, students: Sequence[str]) -> None:
+    divisor = side_divisor(students)
     if any(side <= 0 or side % divisor for side in patch_size):
-        why = f"{lowres[0]} halves it five times" if lowres else "the networks halve it four times"
+        why = "the networks halve it four times"
+        if lowres := [name for name in students if name.endswith(LOWRES)]:
+            why = f"{lowres[0]} halves it five times"
         sides = " ".join(map(str, patch_size))
         raise UserError(f"--patch_size is {sides}: every side must be a multiple of {divisor}, since {why}.")
     if math.prod(patch_size) == divisor ** len(patch_size):
