@@ -13,8 +13,9 @@ from sdcl.runs.config import run_script
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {  # docs/speedrun.md
     "fast": {
-        "patch_size": (128, 128, 80), "batch_size": 1, "dropout": 0.0, "foreground_prior": 0.08, "warmup": 10,
-        "ema_decay": 0.95, "average_decay": 0.95, "pre_iterations": 200, "self_iterations": 200,
+        "student_a": "vnet_lowres", "student_b": "resvnet_lowres", "patch_size": (192, 128, 96), "batch_size": 1,
+        "dropout": 0.0, "foreground_prior": 0.08, "warmup": 10, "ema_decay": 0.95, "average_decay": 0.95,
+        "pre_iterations": 200, "self_iterations": 200,
     },
 }  # fmt: skip
 
