@@ -18,6 +18,7 @@ from sdcl.runs.devices import place, set_arithmetic
 from sdcl.steps import add_teacher, make_learners, pretrain_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+PAIRS = [(("unet", "resunet"), (32, 48)), (("vnet_lowres", "resvnet_lowres"), (64, 64, 32))]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def test_losses_and_gradients_are_the_cpus(is_together):
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("names", "shape"), [(("unet", "resunet"), (32, 48)), (("vnet", "resvnet"), (32, 16, 16))])
+@pytest.mark.parametrize(("names", "shape"), [*PAIRS, (("vnet", "resvnet"), (32, 16, 16))])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_runs_of_both_steps_give_the_same_bits(names, shape, precision):
     def run():
@@ -68,7 +69,7 @@ def test_two_runs_of_both_steps_give_the_same_bits(names, shape, precision):
 
 
 @pytest.mark.parametrize(("name", "precision"), [("sdcl", "fp32"), ("sdcl", "bf16"), ("ua_mt", "bf16")])
-@pytest.mark.parametrize(("names", "shape"), [(("unet", "resunet"), (32, 48)), (("vnet", "resvnet"), (48, 48, 32))])
+@pytest.mark.parametrize(("names", "shape"), [*PAIRS, (("vnet", "resvnet"), (48, 48, 32))])
 def test_recorded_passes_give_the_bits_of_those_that_are_not(names, shape, precision, name):
     """Losses, weights, statistics and random numbers, in both stages; ua_mt's passes are of two kinds."""
 
