@@ -2,9 +2,10 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-# What depends on the processor's kernels most: the fast half of the suite, which `make test` runs under AVX2 too.
+# What depends on the processor's kernels most, which `make test` runs under AVX2 too.
 ARITHMETIC := $(addprefix tests/test_,networks.py losses.py steps.py arithmetic.py inference.py teacher.py mixing.py \
-	pseudo_labels.py metrics.py evaluation.py training.py)
+	pseudo_labels.py metrics.py evaluation.py $(addprefix training.py::test_,three_golden_steps_of_self_training \
+	steps_serve_two_and_three_dimensions a_run_that_was_stopped_ends_with_the_same_bits))
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 SSE41 := ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default
 

@@ -291,15 +291,6 @@ def test_train_and_test_scripts(trained, capsys):
     assert ((prediction == 1) <= (probability >= 0.5)).all()
 
 
-def test_the_published_selection_is_named_for_what_it_is(la_phantom, tmp_path, capsys):
-    where = ["--root_path", la_phantom, "--models_path", tmp_path]
-    call("LA_train.py", *where, *TINY)
-    call("test_LA.py", *where, "--labelnum", 2, "--stride", 16, 16, 16)
-    output = capsys.readouterr().out
-    assert "mean, best on test and last (2)" in output and "mean, last (2)" not in output
-    assert "NOTE: 'best on test' was selected on these very volumes" in output
-
-
 def test_without_validation_there_is_only_the_last(pancreas_phantom, tmp_path, capsys):
     """Here of students at half the resolution."""
     where = ["--root_path", pancreas_phantom, "--models_path", tmp_path]

@@ -51,6 +51,7 @@ def test_a_row_that_was_not_measured_says_why():
     assert "not measured: no arithmetic" in line({"case": "step", "not_measured": "no arithmetic"})
 
 
+@pytest.mark.slow
 def test_a_steps_parts_are_all_seen():
     """In a process of its own, whose memory and profiler are its own."""
     script = Path(__file__).resolve().parents[1] / "benchmarks" / "step_parts.py"

@@ -147,7 +147,9 @@ def walked(checkout):
 
 def test_the_commands_of_the_readme_run(walked, checkout):
     assert len(walked) == 9
-    assert "95HD" in walked["python code/test_LA.py"]
+    said = walked["python code/test_LA.py"]
+    assert "95HD" in said and "mean, best on test and last (1)" in said and "mean, last (1)" not in said
+    assert "NOTE: 'best on test' was selected on these very volumes" in said
     assert list((checkout / "first" / "models" / "la_SDCL_2_labeled" / "test").rglob("cases.png"))
 
 
