@@ -53,7 +53,7 @@ class Config:
     deterministic: bool = False  # the same bits in each run on a GPU too, slower
 
     # --- data (docs/method.md, "Order of the data") ---
-    patch_size: tuple[int, int, int] = (112, 112, 80)  # crop, voxels; multiples of 16
+    patch_size: tuple[int, int, int] = (112, 112, 80)  # crop, voxels; multiples of 16, of 32 for *_lowres
     batch_size: int = 2  # crops in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch (40 iterations)
     unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch

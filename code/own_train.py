@@ -56,7 +56,7 @@ class Config:
     deterministic: bool = False  # the same bits in each run on a GPU too, slower
 
     # --- data ---
-    patch_size: tuple[int, ...] | None = None  # crop, voxels (3D), or input, pixels (2D); multiples of 16
+    patch_size: tuple[int, ...] | None = None  # crop (3D) or input (2D), voxels; multiples of 16, for *_lowres 32
     batch_size: int | None = None  # samples in each of the four batches of an iteration
     labelled_repeat: int = 10  # times the labelled list is read in an epoch
     unlabelled_repeat: int = 10  # times the unlabelled list is read in an epoch

@@ -233,6 +233,4 @@ def check_dimensions(config: Any, ndim: int) -> None:
     fitting = {2: ("unet", "resunet"), 3: ("vnet", "resvnet", "vnet_lowres", "resvnet_lowres")}[ndim]
     for flag in ("student_a", "student_b"):
         if getattr(config, flag) not in fitting:
-            raise UserError(
-                f"--{flag} {getattr(config, flag)} is not for {ndim}D images: choose {' or '.join(fitting)}."
-            )
+            raise UserError(f"--{flag} {getattr(config, flag)} is not for {ndim}D images: choose {', '.join(fitting)}.")

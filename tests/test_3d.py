@@ -229,7 +229,7 @@ def test_gaussian_windows_trust_their_centres():
 # --- scripts ---
 
 
-@pytest.fixture(scope="module", params=[pytest.param("la", marks=pytest.mark.slow), "pancreas"])  # README: LA's
+@pytest.fixture(scope="module", params=[pytest.param("la", marks=pytest.mark.slow), "pancreas"])
 def trained(request, scratch):
     """Train both stages with validation on a held-out case, from a data set whose unlabelled files have no label."""
     name = request.param

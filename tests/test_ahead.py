@@ -61,11 +61,16 @@ def test_recorded_passes_keep_what_both_students_leave_in_stage_1(changes, toget
 
 
 def test_patches_that_would_fit_are_ones_that_the_networks_take():
-    plan = Plan(("vnet", "resvnet_lowres"), ("vnet",), 2, (1, 1, 160, 96, 96), "bf16")
+    """By stage 1's heavier student, or a method's only one, as little as by both."""
+    mixed = {"student_a": "vnet", "student_b": "resvnet_lowres", "batch_size": 1, "patch_size": (160, 96, 96)}
+    config = header(**mixed, precision="bf16", method="bcp")
+    assert plan_of(config, (2, 1), "self_train", CPU).smaller()[0][0] == "--patch_size 96 64 64"
+    plan = plan_of(config, (2, 1), "pre_train", CPU)
+    assert plan.students == ("vnet",)
     said = dict(plan.smaller())
     assert list(said) == ["--patch_size 96 64 64", "--patch_size 64 64 64"]
     assert said["--patch_size 64 64 64"].gib < said["--patch_size 96 64 64"].gib < plan.gib
-    full = replace(plan, students=("vnet", "resvnet"), shape=(1, 1, 80, 48, 32))
+    full = replace(plan, shape=(1, 1, 80, 48, 32), divisor=16)
     assert list(dict(full.smaller())) == ["--patch_size 48 32 32", "--patch_size 32 32 32"]
     two = replace(full, shape=(2, 1, 48, 48, 32), precision="fp32").smaller()
     sizes = ("", "--batch_size 1", "--patch_size 32 32 32 --batch_size 1")
@@ -78,7 +83,7 @@ def test_patches_that_would_fit_are_ones_that_the_networks_take():
 
 def test_what_does_not_fit_is_told_with_settings_that_do(monkeypatch, said):
     said()
-    plan = Plan(("vnet", "resvnet"), ("vnet",), 2, (4, 1, 64, 64, 48), "fp32")
+    plan = Plan(("vnet", "resvnet"), ("vnet",), 2, (4, 1, 64, 64, 48), "fp32", 16)
     monkeypatch.setattr(ahead, "computes_bf16", lambda device: False)
     monkeypatch.setattr(ahead, "free_gib", lambda device: 0.6 * plan.gib)
     tell_memory([("self_train", plan)], CPU)

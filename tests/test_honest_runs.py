@@ -204,6 +204,13 @@ def test_held_out_cases_without_labels_are_named(la, tmp_path):
         main("LA_train.py", *where)
 
 
+def test_headers_and_the_library_know_the_same_networks():
+    from sdcl import networks
+    from sdcl.runs import folder
+
+    assert set(folder.NETWORKS) == set(networks.NETWORKS)
+
+
 def test_nothing_to_train_is_refused():
     with pytest.raises(UserError, match="--pre_iterations and --self_iterations are both 0, which trains nothing"):
         parse(load("LA_train.py").Config, ["--pre_iterations", "0", "--self_iterations", "0"])

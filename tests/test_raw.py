@@ -531,7 +531,7 @@ def test_numbers_are_channels_or_names(own, tmp_path):
     "flags, words",
     [
         (("--patch_size", "32", "32"), "--patch_size has 2 sides, these images are 3D: give 3"),
-        (("--student_a", "unet"), "--student_a unet is not for 3D images: choose vnet or resvnet"),
+        (("--student_a", "unet"), "--student_a unet is not for 3D images: choose vnet, resvnet, vnet_lowres"),
     ],
 )
 def test_a_patch_or_network_of_another_dimension_is_refused(own, tmp_path, flags, words):

@@ -46,7 +46,7 @@ class Config:
     deterministic: bool = False  # the same bits in each run on a GPU too, slower
 
     # --- data (docs/method.md, "Order of the data") ---
-    patch_size: tuple[int, int, int] = (96, 96, 96)  # crop, voxels; multiples of 16
+    patch_size: tuple[int, int, int] = (96, 96, 96)  # crop, voxels; multiples of 16, of 32 for *_lowres
     batch_size: int = 2  # crops in each of the four batches of an iteration
     labelled_repeat: int = 5  # times the labelled list is read in an epoch (30 iterations, then 25)
     unlabelled_repeat: int = 1  # times the unlabelled list is read in an epoch

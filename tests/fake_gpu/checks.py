@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from sdcl import inference, steps  # noqa: E402
 from sdcl.methods import get  # noqa: E402
 from sdcl.mixing import box_size, copy_paste_mask  # noqa: E402
-from sdcl.networks import NETWORKS, build_network  # noqa: E402
+from sdcl.networks import build_network  # noqa: E402
 from sdcl.networks.layers import InstanceNorm  # noqa: E402
 from sdcl.pseudo_labels import decide  # noqa: E402
 from sdcl.scoring.evaluation import PREDICTORS, Case, Decision, Predictors, Task  # noqa: E402
@@ -98,7 +98,7 @@ def network_of(name):
 
 
 def check_networks(found):
-    for name in (name for name in NETWORKS if not name.endswith("_lowres")):
+    for name in (*PAIRS[2], *PAIRS[3]):
         shape = SHAPES[3 if "vnet" in name else 2]
         for precision in ("fp32", "bf16"):
             network = network_of(name)

@@ -35,6 +35,7 @@ class Plan:
         num_classes: number of classes C.
         shape: (N, channels, *S) of a process's batch.
         precision: "fp32", "tf32" or "bf16".
+        divisor: of the sides of a patch that a run's networks take.
     """
 
     students: tuple[str, ...]
@@ -42,6 +43,7 @@ class Plan:
     num_classes: int
     shape: tuple[int, ...]
     precision: str
+    divisor: int
 
     @property
     def gib(self) -> float:
@@ -59,9 +61,8 @@ class Plan:
             n = n // 2
             batch = (f"--batch_size {count * n // self.shape[0]}",)
             shapes.append((batch, (n, channels, *sides)))
-        unit = side_divisor(self.students)
-        while max(sides) > 2 * unit:
-            sides = [max(side * 3 // 4 // unit, 1) * unit if side > 2 * unit else side for side in sides]
+        while max(sides) > 2 * self.divisor:
+            sides = [s * 3 // 4 // self.divisor * self.divisor if s > 2 * self.divisor else s for s in sides]
             shapes.append(((f"--patch_size {' '.join(map(str, sides))}", *batch), (n, channels, *sides)))
         found = [
             ((*flags, *["--precision bf16"] * (precision != self.precision)), shape, precision)
@@ -127,12 +128,12 @@ def plan_of(config: Any, sizes: tuple[int, int], stage: str, device: torch.devic
     shape = (config.batch_size // ranks.count(), channels, *config.patch_size)
     if stage == "pre_train" and not records_passes(config, device):
         heaviest = max(names, key=lambda name: kept_bytes(name, num_classes, shape, config.precision == "bf16"))
-        return Plan((heaviest,), (), num_classes, shape, config.precision)
+        return Plan((heaviest,), (), num_classes, shape, config.precision, side_divisor(names))
     if stage == "pre_train":
-        return Plan(tuple(names), (), num_classes, shape, config.precision)
+        return Plan(tuple(names), (), num_classes, shape, config.precision, side_divisor(names))
     students = tuple(getattr(config, role) for role in method.students)
     copies = (config.student_a,) * method.has_teacher + students * bool(config.average_decay)
-    return Plan(students, copies, num_classes, shape, config.precision)
+    return Plan(students, copies, num_classes, shape, config.precision, side_divisor(names))
 
 
 def free_gib(device: torch.device) -> float | None:
