@@ -73,8 +73,10 @@ class Config:
 
     # --- method (docs/method.md, "Stage 1", "Stage 2") ---
     method: str = "sdcl"  # sdcl, bcp, cps, ua_mt, mean_teacher or supervised (docs/methods.md); stage 1 is the same
-    student_a: Literal["vnet", "resvnet", "vnet_lowres", "resvnet_lowres"] = "vnet"  # first student and teacher
-    student_b: Literal["vnet", "resvnet", "vnet_lowres", "resvnet_lowres"] = "resvnet"  # second student
+    student_a: Literal["vnet", "resvnet", "vnet_lowres", "resvnet_lowres"] = (
+        "vnet"  # network of the first student and the teacher; *_lowres: at half the resolution
+    )
+    student_b: Literal["vnet", "resvnet", "vnet_lowres", "resvnet_lowres"] = "resvnet"  # of the second
     mask_fraction: float = 2 / 3  # side of the copy-paste box over the side of the crop, rounded down: 74 74 53
     dice: Literal["batch", "sample"] = "sample"  # Dice3D: sums per sample and class
     pre_dice: Literal["regions", "whole"] = "whole"  # pre-training's loss: each region of the mix, or the mix whole

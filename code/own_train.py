@@ -80,7 +80,7 @@ class Config:
     # --- method (docs/method.md, "Stage 1", "Stage 2") ---
     method: str = "sdcl"  # sdcl, bcp, cps, ua_mt, mean_teacher or supervised (docs/methods.md); stage 1 is the same
     student_a: Literal["vnet", "resvnet", "unet", "resunet", "vnet_lowres", "resvnet_lowres"] | None = (
-        None  # network of the first student and the teacher
+        None  # network of the first student and the teacher; *_lowres: 3D at half the resolution
     )
     student_b: Literal["vnet", "resvnet", "unet", "resunet", "vnet_lowres", "resvnet_lowres"] | None = (
         None  # network of the second student

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -296,10 +297,11 @@ def test_without_validation_there_is_only_the_last(pancreas_phantom, tmp_path, c
     where = ["--root_path", pancreas_phantom, "--models_path", tmp_path]
     lowres = ["--student_a", "vnet_lowres", "--student_b", "resvnet_lowres", "--patch_size", 64, 32, 32]
     call("pancreas/Pancreas_train.py", *where, *TINY, "--select", "last", *lowres)
-    call("pancreas/test_Pancreas.py", *where, "--labelnum", 2, "--stride", 16, 16, 16)
+    call("pancreas/test_Pancreas.py", *where, "--labelnum", 2, "--stride", 16, 16, 16, "--student_a", "resvnet")
     output = capsys.readouterr().out
     assert "mean, last (2)" in output and "best on" not in output
     assert "networks vnet_lowres and resvnet_lowres" in output
+    assert re.findall("NOTE: --.*", output) == ["NOTE: --student_a is not used: the run's own is vnet_lowres."]
 
 
 PUBLISHED = {
@@ -347,7 +349,8 @@ BAD_SETTINGS = {
     ),
     "one voxel at half the resolution": (
         ["--student_a", "vnet_lowres", "--patch_size", "32", "32", "32"],
-        "--patch_size leaves a single voxel",
+        "--patch_size is 32 32 32: it leaves a single voxel at the networks' bottom, which no normalisation can use: "
+        "make a side 64 or more.",
     ),
     "one labelled": (["--labelnum", "1"], "--labelnum is 1: choose 2 to 4"),
     "all labelled": (["--labelnum", "4"], "leaves no unlabelled cases"),
@@ -356,7 +359,7 @@ BAD_SETTINGS = {
     "no val cases": (["--select", "val"], "--select val needs cases to validate on"),
     "window batch": (["--window_batch", "0"], "--window_batch is 0: it must be above 0"),
     "negative val cases": (["--select", "val", "--val_cases", "-1"], "--val_cases is -1: it must not be negative"),
-    "one voxel": (["--patch_size", "16", "16", "16"], "--patch_size leaves a single voxel"),
+    "one voxel": (["--patch_size", "16", "16", "16"], "--patch_size is 16 16 16: it leaves a single voxel"),
     "val and test": (["--val_cases", "1"], "--select test and --val_cases contradict"),
     "root": (["--root_path", "/nowhere"], "(--root_path): expected data/"),
 }

@@ -159,7 +159,7 @@ BAD_SETTINGS = {
         "--pre_iterations 0 leaves self-training nothing to start from",
     ),
     "tiny box": (["--mask_fraction", "0.01"], "--mask_fraction is 0.01: a mask of"),
-    "tiny patch": (["--patch_size", "16", "16"], "--patch_size leaves a single voxel"),
+    "tiny patch": (["--patch_size", "16", "16"], "--patch_size is 16 16: it leaves a single voxel"),
     "repeat": (["--unlabelled_repeat", "-1"], "--unlabelled_repeat is -1: it must be above 0"),
     "models folder": (["--models_path", "/dev/null/models"], "Not a directory"),
 }

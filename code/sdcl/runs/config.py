@@ -245,10 +245,11 @@ def header_groups(config_class: type) -> dict[tuple[str, str], dict[str, str]]:
 
 def as_dict(config: Any) -> dict[str, Any]:
     """Return the header's fields as plain values (paths as text, tuples as lists), ready for JSON and checkpoints."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return {field.name: as_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
+    """Return a header's value as JSON has it: a path as text, a tuple as a list."""
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
@@ -306,15 +307,17 @@ def side_divisor(networks: Iterable[str]) -> int:
 
 
 def _check_patch(patch_size: tuple[int, ...], mask_fraction: float | None, students: Sequence[str]) -> None:
-    divisor = side_divisor(students)
+    divisor, sides = side_divisor(students), " ".join(map(str, patch_size))
     if any(side <= 0 or side % divisor for side in patch_size):
         why = "the networks halve it four times"
         if lowres := [name for name in students if name.endswith(LOWRES)]:
             why = f"{lowres[0]} halves it five times"
-        sides = " ".join(map(str, patch_size))
         raise UserError(f"--patch_size is {sides}: every side must be a multiple of {divisor}, since {why}.")
     if math.prod(patch_size) == divisor ** len(patch_size):
-        raise UserError("--patch_size leaves a single voxel at the networks' bottom, which no normalisation can use.")
+        raise UserError(
+            f"--patch_size is {sides}: it leaves a single voxel at the networks' bottom, which no normalisation can "
+            f"use: make a side {2 * divisor} or more."
+        )
     if mask_fraction not in (None, 0) and not (
         0 < mask_fraction < 1 and all(0 < int(side * mask_fraction + 1e-9) < side for side in patch_size)
     ):

@@ -16,7 +16,7 @@ from sdcl.methods import check_settings, get
 from sdcl.networks import build_network
 from sdcl.runs.ahead import out_of_memory, plan_of, tell_memory, tell_memory_of_test
 from sdcl.runs.atomic import claimed
-from sdcl.runs.config import as_dict, check_common, describe, ramp_length, recipe_of
+from sdcl.runs.config import as_dict, as_plain, check_common, describe, ramp_length, recipe_of
 from sdcl.runs.data import Data, Stage, Training
 from sdcl.runs.devices import (
     computes_bf16,
@@ -51,6 +51,7 @@ from sdcl.training import make_learners, pretrain, self_train, validation_iterat
 
 OF_A_MACHINE = ("root_path", "models_path", "device", "gpu", "workers", "cache_gb", "pretrained")  # may differ in each
 
+OF_NETWORKS = ("patch_size", "student_a", "student_b")  # of a test's header; the tested run's own stand in for them
 SLOWER = 1.2  # times fp32's seconds, from which on bf16 is told to be slow; less is noise
 
 
@@ -289,6 +290,14 @@ def _check_stages(config: Any, folder: Path, facts: dict[str, Any]) -> dict[str,
     return {key: value for key, value in other.items() if key != "task"}
 
 
+def _tell_replaced(config: Any, used: dict[str, Any]) -> None:
+    """Name the flags that a run's own settings stand in for."""
+    given = as_dict(config)
+    for name in OF_NETWORKS:
+        if given[name] not in (used[name], as_plain(getattr(type(config), name))):
+            LOGGER.info("NOTE: --%s is not used: the run's own is %s.", name, used[name])
+
+
 def test(config: Any, data: Data) -> None:
     """Score a run's best and last students and means, or given weights, in one pass; print and write the tables.
 
@@ -311,7 +320,8 @@ def test(config: Any, data: Data) -> None:
         selected_on += " of the run's own data"
     name = f"{weights.name}_on_{elsewhere}" if elsewhere else weights.name
     predictors = weights.load(scored.task.sizes, device)
-    used = as_dict(config) | {key: trained[key] for key in ("patch_size", "student_a", "student_b")}
+    used = as_dict(config) | {key: trained[key] for key in OF_NETWORKS}
+    _tell_replaced(config, used)
     LOGGER.info("networks %s and %s, patch_size %s", used["student_a"], used["student_b"], used["patch_size"])
     cases = scored.read_cases()
     planes = used["patch_size"][0] if len(used["patch_size"]) == 3 else used["batch_size"]
