@@ -76,7 +76,7 @@ class Config:
     student_a: Literal["vnet", "resvnet", "vnet_lowres", "resvnet_lowres"] = (
         "vnet"  # network of the first student and the teacher; *_lowres: at half the resolution
     )
-    student_b: Literal["vnet", "resvnet", "vnet_lowres", "resvnet_lowres"] = "resvnet"  # of the second
+    student_b: Literal["vnet", "resvnet", "vnet_lowres", "resvnet_lowres"] = "resvnet"  # network of the second student
     mask_fraction: float = 2 / 3  # side of the copy-paste box over the side of the crop, rounded down: 74 74 53
     dice: Literal["batch", "sample"] = "sample"  # Dice3D: sums per sample and class
     pre_dice: Literal["regions", "whole"] = "whole"  # pre-training's loss: each region of the mix, or the mix whole

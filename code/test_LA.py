@@ -40,8 +40,12 @@ class Config:
     window_weighting: Literal["constant", "gaussian"] = "constant"  # gaussian trusts a window's centre more
     tta: bool = False  # average over the eight flips of each window
     largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure
-    student_a: Literal["vnet", "resvnet", "vnet_lowres", "resvnet_lowres"] = "vnet"  # of --student_a_weights
-    student_b: Literal["vnet", "resvnet", "vnet_lowres", "resvnet_lowres"] = "resvnet"  # of --student_b_weights
+    student_a: Literal["vnet", "resvnet", "vnet_lowres", "resvnet_lowres"] = (
+        "vnet"  # network of --student_a_weights; a run's own replaces it
+    )
+    student_b: Literal["vnet", "resvnet", "vnet_lowres", "resvnet_lowres"] = (
+        "resvnet"  # network of --student_b_weights; a run's own replaces it
+    )
     window_batch: int = 4  # windows that go through the networks together
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     gpu: int = 0  # number of the GPU, from 0

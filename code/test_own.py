@@ -42,10 +42,10 @@ class Config:
     tta: bool = False  # average over the eight flips of each window (3D)
     largest_component: bool = False  # keep only the largest component (26 neighbours) of each structure
     student_a: Literal["vnet", "resvnet", "unet", "resunet", "vnet_lowres", "resvnet_lowres"] = (
-        "vnet"  # of --student_a_weights; a run's own replaces it
+        "vnet"  # network of --student_a_weights; a run's own replaces it
     )
     student_b: Literal["vnet", "resvnet", "unet", "resunet", "vnet_lowres", "resvnet_lowres"] = (
-        "resvnet"  # of --student_b_weights
+        "resvnet"  # network of --student_b_weights; a run's own replaces it
     )
     window_batch: int = 4  # windows that go through the networks together (3D)
     batch_size: int = 16  # slices that go through the networks together (2D)

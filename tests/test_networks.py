@@ -91,7 +91,7 @@ def test_dropout_is_where_the_method_has_it():
             assert (not torch.equal(network(image), network(image))) == drops, name
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_no_network_has_a_strided_convolution_of_width_1(name):
     """oneDNN writes past its memory there, on a processor with AVX2 alone and fewer than 8 input channels."""
     convolutions = [m for m in build_network(name, 3, 2).modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
