@@ -421,8 +421,8 @@ def test_three_classes_from_data_to_table(tmp_path):
     config = SimpleNamespace(
         **vars(method(pre_iterations=2, self_iterations=2, dice="sample", pre_dice="whole", connectivity=26)),
         student_a="vnet", student_b="resvnet", base_lr=1e-3, weight_decay=0.0, models_path=tmp_path / "models",
-        exp="three", labelnum=2, pretrained=None, deterministic=False, select="val", device="cpu", gpu=0,
-        pre_val_every=0, self_val_every=0, batch_size=2, patch_size=(32, 16, 16),
+        optimiser="adam", exp="three", labelnum=2, pretrained=None, deterministic=False, select="val", device="cpu",
+        gpu=0, pre_val_every=0, self_val_every=0, batch_size=2, patch_size=(32, 16, 16),
     )  # fmt: skip
     config = dataclass_of(config)
 

@@ -72,7 +72,9 @@ def test_one_stage_1_serves_all_methods_of_a_seed(acdc_phantom, tmp_path):
     assert runs[3].folder == tmp_path / "acdc_m_sdcl-kl_weight-0-mse_weight-0.1_s1_2_labeled"
 
 
-@pytest.mark.parametrize("change", ["student_b=unet", "pre_iterations=3", "pre_dice=whole", "foreground_prior=0.05"])
+@pytest.mark.parametrize(
+    "change", ["student_b=unet", "optimiser=muon", "pre_iterations=3", "pre_dice=whole", "foreground_prior=0.05"]
+)
 def test_what_changes_stage_1_has_one_of_its_own(change, acdc_phantom, tmp_path):
     runs = matrix.plan(header(tmp_path, acdc_phantom, methods=("sdcl", f"sdcl:{change}")), "acdc")
     first, own = (one.needs for one in runs if one.seed == runs[0].seed and one.needs)

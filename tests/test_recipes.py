@@ -153,7 +153,7 @@ def test_published_values_are_the_defaults(script):
     config = parse(load(script).Config, given)
     assert (config.lr_schedule, config.warmup, config.weight_decay) == ("constant", 0, 0.0)
     assert (config.ema_warmup, config.intensity, config.average_decay) == (False, 0.0, 0.0)
-    assert (config.dropout, config.foreground_prior) == (1, 0)
+    assert (config.dropout, config.foreground_prior, config.optimiser) == (1, 0, "adam")
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,7 @@ def test_published_values_are_the_defaults(script):
             "--warmup is 50: it must be below --pre_iterations, which is 50",
         ),
         (["--lr_schedule", "step"], "invalid choice 'step'"),
+        (["--optimiser", "sgd"], "invalid choice 'sgd'"),
         (["--recipe", "faster"], "invalid choice 'faster' for argument '--recipe'"),
     ],
 )

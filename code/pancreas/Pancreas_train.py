@@ -55,10 +55,11 @@ class Config:
     shuffle: bool = False  # random order in each epoch instead of the published forwards and backwards
 
     # --- optimisation ---
-    base_lr: float = 1e-3  # Adam's learning rate, each student its own optimiser
+    optimiser: Literal["adam", "muon"] = "adam"  # each student its own; muon: convolutions' steps made orthogonal
+    base_lr: float = 1e-3  # learning rate
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of self-training; not constant: it falls to 0
     warmup: int = 0  # iterations at each stage's beginning over which the learning rate rises
-    weight_decay: float = 0.0  # decoupled (AdamW), of every weight; 0: plain Adam
+    weight_decay: float = 0.0  # decoupled (AdamW), of every weight; 0: none
     dropout: float = 1.0  # share of the networks' published rates of dropout, in [0, 1]
     foreground_prior: float = 0.0  # probability of foreground that the last biases start at; 0: as they are drawn
     pre_iterations: int = 3_030  # pre-training: 101 epochs

@@ -18,6 +18,7 @@ from sdcl.runs.errors import UserError
 
 LAST, PREVIOUS = "last.pth", "last_previous.pth"  # a stage's two latest checkpoints
 PREFIX = re.compile(r"((module|_orig_mod)\.)+")  # what DataParallel and torch.compile put before each name
+ADAM = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of a parameter
 AVERAGE = "_average"  # behind a student's role: the average of its weights
 CONTAINERS = ("net", "state_dict", "model_state_dict", "model")  # keys under which files hold one network's weights
 
@@ -287,18 +288,19 @@ def check_optimiser(values: Any, optimiser: torch.optim.Optimizer, path: Path) -
         UserError: the state does not fit.
     """
     shapes = [parameter.shape for group in optimiser.param_groups for parameter in group["params"]]
+    kept = [group.get("kept", ADAM) for group in optimiser.param_groups for _ in group["params"]]
     state = values.get("state") if isinstance(values, dict) else None
     fits = isinstance(state, dict) and (not state or set(state) == set(range(len(shapes))))
-    if not fits or not all(_is_moments(moments, shapes[index]) for index, moments in state.items()):
+    if not fits or not all(_is_moments(moments, shapes[index], kept[index]) for index, moments in state.items()):
         raise UserError(
             f"{path} does not fit: its optimiser's state is not that of these networks; restore a copy of it, "
             "or choose another --exp to train anew."
         )
 
 
-def _is_moments(moments: Any, shape: torch.Size) -> bool:
-    """Tell whether this is Adam's state of one parameter."""
-    if not _is_state(moments) or set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
+def _is_moments(moments: Any, shape: torch.Size, names: Collection[str]) -> bool:
+    """Tell whether this is an optimiser's state of one parameter, under these names."""
+    if not _is_state(moments) or set(moments) != set(names):
         return False
     return all(
         value.shape == (torch.Size() if name == "step" else shape)

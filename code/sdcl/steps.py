@@ -14,6 +14,7 @@ from sdcl import checkpoints, ranks
 from sdcl.graphs import is_recorded
 from sdcl.losses import DiceOver, mixed_losses
 from sdcl.mixing import mix
+from sdcl.muon import Muon
 from sdcl.pseudo_labels import PendingLabels, Rule
 from sdcl.runs.errors import UserError
 from sdcl.schedule import Schedule
@@ -136,14 +137,21 @@ class Learners:
                         moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
 
 
-def make_learners(student_a: nn.Module, student_b: nn.Module, base_lr: float, weight_decay: float = 0.0) -> Learners:
-    """Give each student its own Adam (docs/method.md, "Stage 1"), fused, since that one can be halted on the device.
+def make_learners(
+    student_a: nn.Module,
+    student_b: nn.Module,
+    base_lr: float,
+    weight_decay: float = 0.0,
+    optimiser: Literal["adam", "muon"] = "adam",
+) -> Learners:
+    """Give each student its own optimiser, by default Adam (docs/method.md, "Stage 1"), which the device can halt.
 
     Args:
         student_a: the first student.
         student_b: the second one.
         base_lr: the learning rate.
         weight_decay: decoupled (Loshchilov and Hutter, ICLR 2019): a step takes its share, times the rate, of a weight.
+        optimiser: "adam", or "muon" (see sdcl.muon).
     """
     networks = dict(zip(STUDENTS, (student_a, student_b), strict=True))
     parameters = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
@@ -151,7 +159,11 @@ def make_learners(student_a: nn.Module, student_b: nn.Module, base_lr: float, we
         # Kept and zeroed, not made anew among a step's activations, where they would cut a CPU's memory into pieces.
         parameter.grad = torch.zeros_like(parameter)
     adam = functools.partial(torch.optim.AdamW, weight_decay=weight_decay) if weight_decay else torch.optim.Adam
-    optimisers = {r: adam(n.parameters(), lr=base_lr, fused=True) for r, n in networks.items()}
+    make = {
+        "adam": functools.partial(adam, lr=base_lr, fused=True),
+        "muon": functools.partial(Muon, lr=base_lr, weight_decay=weight_decay),
+    }[optimiser]
+    optimisers: dict[str, torch.optim.Optimizer] = {r: make(n.parameters()) for r, n in networks.items()}
     halted = torch.zeros((), device=next(student_a.parameters()).device)
     return Learners(networks, optimisers, base_lr=base_lr, halted=halted)
 
@@ -252,7 +264,7 @@ def descend(learners: Learners, named: Losses) -> Losses:
     numbers = torch.stack([*norms.values(), *(named[f"{role}/loss"] for role in learners.optimisers)])
     learners.halted = learners.halted.masked_fill(~torch.isfinite(numbers).all(), 1.0)
     for role in learners.optimisers:
-        learners.optimisers[role].found_inf = learners.halted  # a fused Adam reads it on the device
+        learners.optimisers[role].found_inf = learners.halted  # read on the device
         learners.optimisers[role].step()
     return norms
 

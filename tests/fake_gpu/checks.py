@@ -122,9 +122,9 @@ def check_steps(found, is_short=False):
     for dimensions, precision in kinds:
         shape = SHAPES[dimensions]
         others = () if precision == "bf16" or is_short else ("bcp", "cps", "mean_teacher", "ua_mt", "supervised")
-        names = ("sdcl", *others)
-        for name in names:
-            learners = steps.make_learners(*map(network_of, PAIRS[dimensions]), 1e-3)
+        for what in ("sdcl", *others, *["muon"] * bool(others)):
+            name, optimiser = ("sdcl", "muon") if what == "muon" else (what, "adam")
+            learners = steps.make_learners(*map(network_of, PAIRS[dimensions]), 1e-3, optimiser=optimiser)
             settings = method(method=name, precision=precision, dice="batch" if dimensions == 2 else "sample")
             batch = {k: torch.randn(2, 1, *shape, device=GPU) for k in ("x_a", "x_b", "u_a", "u_b")}
             batch |= {k: torch.zeros(2, *shape, dtype=torch.uint8, device=GPU) for k in ("y_a", "y_b")}
@@ -134,12 +134,12 @@ def check_steps(found, is_short=False):
                     if get(name).has_teacher:
                         steps.add_teacher(learners)
                 do = steps.pretrain_step if stage == "pre_train" else get(name).self_train_step
-                for _ in range(2):  # the first step of a stage makes Adam's state
+                for _ in range(2):  # the first step of a stage makes the optimiser's state
                     with Watch() as watch:
                         mask = copy_paste_mask(shape, box_size(shape, 2 / 3), device=GPU)
                         losses = do(learners, batch, mask, settings)
                 assert all(value.device == GPU and value.shape == () for value in losses.values())
-                found[f"{name} {dimensions}D {precision} {stage}"] = watch.kernels
+                found[f"{what} {dimensions}D {precision} {stage}"] = watch.kernels
 
 
 def check_inference(found, mode):

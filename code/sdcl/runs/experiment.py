@@ -30,6 +30,7 @@ from sdcl.runs.devices import (
 from sdcl.runs.distribution import check_same, check_share, first, is_first, join, part, share_weights
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import (
+    ADDED_FIELDS,
     LOGGER,
     Reads,
     commits_of,
@@ -116,7 +117,7 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     torch.manual_seed(config.seed)
     rates = (config.dropout, config.foreground_prior)
     students = [place(build_network(getattr(config, role), *given.task.sizes, *rates), device) for role in STUDENTS]
-    learners = make_learners(*students, config.base_lr, config.weight_decay)
+    learners = make_learners(*students, config.base_lr, config.weight_decay, config.optimiser)
     del students  # so that a stage which trains one of them does not keep the other in memory
     folder = run_folder(config.models_path, given.task.name, config.exp, config.labelnum)
     stages: list[Stage] = ["pre_train"] * (config.pretrained is None) + ["self_train"] * bool(config.self_iterations)
@@ -259,10 +260,10 @@ def _check_stages(config: Any, folder: Path, facts: dict[str, Any]) -> dict[str,
     if not (config.pretrained / "config.json").is_file():
         raise UserError(f"{where} is no run's folder ({known_runs(config.models_path)}): give one of these.")
     other, other_settings = inherited(config.pretrained), read_config(config.pretrained)
-    for name in ("student_a", "student_b", "labelnum"):
-        if other_settings.get(name) != getattr(config, name):
+    for name in ("student_a", "student_b", "labelnum", "optimiser"):
+        if (theirs := other_settings.get(name, ADDED_FIELDS.get(name))) != getattr(config, name):
             raise UserError(
-                f"{where} was trained with {name} {other_settings.get(name)}, not "
+                f"{where} was trained with {name} {theirs}, not "
                 f"{getattr(config, name)}: choose a run of the same --{name}."
             )
     if not other["task"]:

@@ -40,7 +40,7 @@ ADDED_FIELDS = {
     "method": "sdcl", "correct": "discrepancy", "largest_component": "yes", "teacher_dropout": "yes",
     "consistency_weight": 0.1, "rampup": None, "noise": 0.1, "passes": 8, "paste": "yes",
     "lr_schedule": "constant", "warmup": 0, "weight_decay": 0.0, "dropout": 1.0, "ema_warmup": False,
-    "average_decay": 0.0, "intensity": 0.0, "foreground_prior": 0.0, "recipe": "published",
+    "average_decay": 0.0, "intensity": 0.0, "foreground_prior": 0.0, "recipe": "published", "optimiser": "adam",
 }  # fmt: skip
 COMPLETED_LATER = frozenset({"orientation", "slice_axis", "label_values"})  # facts that earlier versions lacked
 PACKAGES = ("torch", "numpy", "scipy", "h5py", "connected-components-3d")

@@ -1,0 +1,94 @@
+"""Muon, an optimiser of matrices: a convolution moves in all directions alike, not in the few steepest."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+QUINTIC = (3.4445, -4.775, 2.0315)  # a, b, c: singular values s become a s + b s^3 + c s^5
+ROUNDS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the weights of convolutions, Adam for biases and norms; both move by about the learning rate a step.
+
+    A weight (out, in, *K) is a matrix of `out` rows. With its gradient G, M = 0.95 M + G, and the weight loses
+    lr * sqrt(max(rows, columns)) * orthogonal(G + 0.95 M), whose root mean square is about lr, as of Adam's first step.
+
+    Args:
+        parameters: of a network.
+        lr: the learning rate.
+        weight_decay: decoupled, of every weight.
+
+    Attributes:
+        found_inf: 1 once nothing must move any more, else 0, as a fused Adam's.
+
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024,
+    kellerjordan.github.io/posts/muon (Nesterov momentum, the quintic's numbers).
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
+        groups: dict[torch.Size, list[nn.Parameter]] = {torch.Size(): []}
+        for parameter in parameters:
+            groups.setdefault(parameter.shape if parameter.ndim > 1 else torch.Size(), []).append(parameter)
+        rest, *matrices = groups.values()
+        kept = [{"params": rest}, *({"params": same, "kept": ("momentum",)} for same in matrices)]
+        super().__init__(kept, {"lr": lr, "weight_decay": weight_decay})
+        self.found_inf = torch.zeros((), device=rest[0].device)
+        self._adam = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move along the gradients."""
+        self._adam.state, self._adam.found_inf = self.state, self.found_inf
+        self._adam.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self._adam.step()
+        for group in self.param_groups[1:]:
+            self._move([p for p in group["params"] if p.grad is not None], group["lr"], group["weight_decay"])
+
+    def _move(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """Move weights of one shape."""
+        if not weights:
+            return
+        for weight in weights:
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight, requires_grad=False)
+        halted = self.found_inf > 0
+        gradients = [weight.grad.masked_fill(halted, 0) for weight in weights]
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_mul_(momenta, MOMENTUM)
+        torch._foreach_add_(momenta, gradients)
+        torch._foreach_add_(gradients, momenta, alpha=MOMENTUM)
+        steps = orthogonal(torch.stack([gradient.flatten(1) for gradient in gradients]))
+        steps = steps.mul_(lr * math.sqrt(max(steps.shape[1:]))).masked_fill_(halted, 0)
+        if weight_decay:
+            torch._foreach_mul_(weights, 1 - lr * weight_decay * (1 - self.found_inf))
+        torch._foreach_sub_(weights, [step.view_as(weight) for step, weight in zip(steps, weights, strict=True)])
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Bring all singular values near 1: between 0.68 and 1.21 where they are above 0.0016 of the matrix's norm.
+
+    The polynomial of the source is applied five times, to the product of a matrix with its own transpose, which is
+    the smaller one: P = a I + b A + c A^2 for A = X X^T, then A = P A P; the result is the product of all P with X.
+
+    Args:
+        matrices: (B, rows, columns); of zeros the result is zeros.
+
+    Returns:
+        (B, rows, columns), the same singular vectors.
+
+    Source: see Muon.
+    """
+    a, b, c = QUINTIC
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
+    gram, one = wide @ wide.mT, torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
+    whole = one.expand_as(gram)
+    for _ in range(ROUNDS):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * one
+        whole, gram = polynomial @ whole, polynomial @ gram @ polynomial
+    found = whole @ wide
+    return found if matrices.shape[1] <= matrices.shape[2] else found.mT
