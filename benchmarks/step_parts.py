@@ -43,6 +43,7 @@ class Config:
     shape: tuple[int, ...] = ()  # spatial size; empty: the published one
     batch_size: int | None = None  # None: the published one
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
+    optimiser: Literal["adam", "muon"] = "adam"  # of the students
     device: str = "cpu"  # or cuda
     repeats: int = 4  # steps that are timed, after one that is not
 
@@ -79,7 +80,8 @@ def main(config: Config) -> None:
     work = dataclasses.replace(work, precision=config.precision, device=config.device, shape=shape, batch_size=size)
     torch.manual_seed(0)
     device = torch.device(config.device)
-    learners = steps.make_learners(*(place(build_network(n, work.classes), device) for n in work.networks), 1e-3)
+    students = (place(build_network(n, work.classes), device) for n in work.networks)
+    learners = steps.make_learners(*students, 1e-3, optimiser=config.optimiser)
     steps.add_teacher(learners)
     batch = {key: torch.randn(size, 1, *shape) for key in ("x_a", "x_b", "u_a", "u_b")}
     batch |= {key: torch.randint(work.classes, (size, *shape), dtype=torch.uint8) for key in ("y_a", "y_b")}

@@ -20,7 +20,7 @@ LAUNCHES = {  # at most so many kernels and so many whole copies of tensors a pa
     "sdcl 2D fp32 pre_train": (720, 2), "sdcl 2D fp32 self_train": (1520, 4), "sdcl 2D bf16 self_train": (2160, 4),
     "bcp 3D fp32 self_train": (1058, 8), "cps 3D fp32 self_train": (3600, 32), "ua_mt 3D fp32 self_train": (4180, 12),
     "mean_teacher 3D fp32 self_train": (1705, 12), "supervised 3D fp32 self_train": (388, 5),
-    "muon 3D fp32 self_train": (3530, 18), "muon 2D fp32 self_train": (3460, 4),
+    "muon 3D fp32 self_train": (2960, 18), "muon 2D fp32 self_train": (2520, 4),
 }  # fmt: skip
 
 

@@ -37,16 +37,24 @@ def test_singular_values_move_and_their_vectors_stay(shape, seed, scale):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
     u, values, v = torch.linalg.svd(matrices, full_matrices=False)
     share = values / values.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(orthogonal(matrices), u * near_one(share)[:, None] @ v, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(orthogonal([matrices])[0], u * near_one(share)[:, None] @ v, rtol=1e-6, atol=1e-7)
 
 
 def test_float32_and_values_of_any_size_do():
     """The product with the transpose squares what is small; from 1 down to 0.002 of the norm all end near 1."""
     u, _, v = torch.linalg.svd(torch.randn(64, 576, generator=torch.Generator().manual_seed(0)), full_matrices=False)
     values = torch.logspace(0, -2.2, 64)
-    found = torch.linalg.svdvals(orthogonal(((u * values) @ v)[None])[0])
+    found = torch.linalg.svdvals(orthogonal([((u * values) @ v)[None]])[0][0])
     assert found.min() > 0.67 and found.max() < 1.22
-    assert not orthogonal(torch.zeros(1, 3, 4)).any()
+    assert not orthogonal([torch.zeros(1, 3, 4)])[0].any()
+
+
+def test_stacks_of_many_shapes_are_each_their_own():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 9), (1, 16, 4), (3, 4, 4), (1, 2, 30), (1, 1, 1))
+    stacks = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    for alone, found in zip(stacks, orthogonal(stacks), strict=True):
+        torch.testing.assert_close(found, orthogonal([alone])[0])
 
 
 def test_two_steps_by_hand():

@@ -1,7 +1,7 @@
 """Muon, an optimiser of matrices: a convolution moves in all directions alike, not in the few steepest."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,50 +45,55 @@ class Muon(torch.optim.Optimizer):
         self._adam.state, self._adam.found_inf = self.state, self.found_inf
         self._adam.param_groups[0]["lr"] = self.param_groups[0]["lr"]
         self._adam.step()
-        for group in self.param_groups[1:]:
-            self._move([p for p in group["params"] if p.grad is not None], group["lr"], group["weight_decay"])
+        groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups[1:]]
+        groups = [same for same in groups if same]
+        halted, lr, decay = self.found_inf > 0, self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
+        for same, steps in zip(groups, orthogonal([self._directions(same, halted) for same in groups]), strict=True):
+            steps = steps.mul_(lr * math.sqrt(max(steps.shape[1:]))).masked_fill_(halted, 0)
+            if decay:
+                torch._foreach_mul_(same, 1 - lr * decay * (1 - self.found_inf))
+            torch._foreach_sub_(same, [step.view_as(weight) for step, weight in zip(steps, same, strict=True)])
 
-    def _move(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        """Move weights of one shape."""
-        if not weights:
-            return
+    def _directions(self, weights: list[nn.Parameter], halted: Tensor) -> Tensor:
+        """Return G + 0.95 M of weights of one shape, as matrices (B, rows, columns)."""
         for weight in weights:
             if "momentum" not in self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight, requires_grad=False)
-        halted = self.found_inf > 0
         gradients = [weight.grad.masked_fill(halted, 0) for weight in weights]
         momenta = [self.state[weight]["momentum"] for weight in weights]
         torch._foreach_mul_(momenta, MOMENTUM)
         torch._foreach_add_(momenta, gradients)
         torch._foreach_add_(gradients, momenta, alpha=MOMENTUM)
-        steps = orthogonal(torch.stack([gradient.flatten(1) for gradient in gradients]))
-        steps = steps.mul_(lr * math.sqrt(max(steps.shape[1:]))).masked_fill_(halted, 0)
-        if weight_decay:
-            torch._foreach_mul_(weights, 1 - lr * weight_decay * (1 - self.found_inf))
-        torch._foreach_sub_(weights, [step.view_as(weight) for step, weight in zip(steps, weights, strict=True)])
+        return torch.stack([gradient.flatten(1) for gradient in gradients])
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def orthogonal(stacks: Sequence[Tensor]) -> list[Tensor]:
     """Bring all singular values near 1: between 0.68 and 1.21 where they are above 0.0016 of the matrix's norm.
 
     The polynomial of the source is applied five times, to the product of a matrix with its own transpose, which is
-    the smaller one: P = a I + b A + c A^2 for A = X X^T, then A = P A P; the result is the product of all P with X.
+    the smaller one, so that those of one size go together: P = a I + b A + c A^2 for A = X X^T, then A = P A P; the
+    result is the product of all P with X.
 
     Args:
-        matrices: (B, rows, columns); of zeros the result is zeros.
+        stacks: each (B, rows, columns); of zeros the result is zeros.
 
     Returns:
-        (B, rows, columns), the same singular vectors.
+        The same shapes, the same singular vectors.
 
     Source: see Muon.
     """
     a, b, c = QUINTIC
-    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
-    gram, one = wide @ wide.mT, torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
-    whole = one.expand_as(gram)
-    for _ in range(ROUNDS):
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * one
-        whole, gram = polynomial @ whole, polynomial @ gram @ polynomial
-    found = whole @ wide
-    return found if matrices.shape[1] <= matrices.shape[2] else found.mT
+    wide = [stack if stack.shape[1] <= stack.shape[2] else stack.mT for stack in stacks]
+    wide = [x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) for x in wide]
+    found: dict[int, Tensor] = {}
+    for side in {x.shape[1] for x in wide}:
+        of_side = [i for i, x in enumerate(wide) if x.shape[1] == side]
+        gram = torch.cat([wide[i] @ wide[i].mT for i in of_side])
+        one = torch.eye(side, dtype=gram.dtype, device=gram.device)
+        whole = one.expand_as(gram)
+        for _ in range(ROUNDS):
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * one
+            whole, gram = polynomial @ whole, polynomial @ gram @ polynomial
+        for i, factor in zip(of_side, whole.split([len(wide[i]) for i in of_side]), strict=True):
+            found[i] = factor @ wide[i]
+    return [found[i] if stack.shape[1] <= stack.shape[2] else found[i].mT for i, stack in enumerate(stacks)]
