@@ -1,5 +1,8 @@
 """The same arithmetic on a CUDA device; skipped where there is none."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -47,17 +50,24 @@ def test_losses_and_gradients_are_the_cpus(is_together):
 
 
 @pytest.mark.parametrize(("names", "shape"), [*PAIRS, (("vnet", "resvnet"), (32, 16, 16))])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_runs_of_both_steps_give_the_same_bits(names, shape, precision):
+@pytest.mark.parametrize(("precision", "optimiser"), [("fp32", "adam"), ("bf16", "adam"), ("fp32", "muon")])
+def test_two_runs_of_both_steps_give_the_same_bits(names, shape, precision, optimiser):
+    """Self-training's step after a checkpoint of the optimisers in the host's memory, as a run's."""
+
     def run():
         torch.manual_seed(0)
-        learners = make_learners(*(build_network(name, 2).to("cuda") for name in names), base_lr=1e-3)
+        networks = (build_network(name, 2).to("cuda") for name in names)
+        learners = make_learners(*networks, base_lr=1e-3, optimiser=optimiser)
         batch = {key: torch.randn(2, 1, *shape).to("cuda") for key in ("x_a", "x_b", "u_a", "u_b")}
         batch |= {key: torch.randint(2, (2, *shape), dtype=torch.uint8).to("cuda") for key in ("y_a", "y_b")}
         mask = torch.ones(shape).bool()
         mask[4:12] = False
         settings = method(precision=precision, connectivity=8 if len(shape) == 2 else 26)
         pretrain_step(learners, batch, mask.to("cuda"), settings)
+        file = io.BytesIO()
+        torch.save(learners.state(), file)
+        file.seek(0)
+        learners.load(torch.load(file, map_location="cpu"), Path("last.pth"))
         add_teacher(learners)
         self_train_step(learners, batch, mask.to("cuda"), settings)
         return learners.networks["teacher"].state_dict()

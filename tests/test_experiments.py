@@ -73,7 +73,8 @@ def test_one_stage_1_serves_all_methods_of_a_seed(acdc_phantom, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["student_b=unet", "optimiser=muon", "pre_iterations=3", "pre_dice=whole", "foreground_prior=0.05"]
+    "change",
+    ["student_b=unet", "optimiser=muon", "pre_iterations=3", "pre_dice=whole", "foreground_prior=0.05", "recipe=fast"],
 )
 def test_what_changes_stage_1_has_one_of_its_own(change, acdc_phantom, tmp_path):
     runs = matrix.plan(header(tmp_path, acdc_phantom, methods=("sdcl", f"sdcl:{change}")), "acdc")

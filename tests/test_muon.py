@@ -1,6 +1,8 @@
 """Muon against its definition, PyTorch's own and Adam; and a run with it, stopped and gone on with."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,12 +43,14 @@ def test_singular_values_move_and_their_vectors_stay(shape, seed, scale):
 
 
 def test_float32_and_values_of_any_size_do():
-    """The product with the transpose squares what is small; from 1 down to 0.002 of the norm all end near 1."""
+    """The product with the transpose squares what is small; from 1 down to 0.003 of the norm all end near 1."""
     u, _, v = torch.linalg.svd(torch.randn(64, 576, generator=torch.Generator().manual_seed(0)), full_matrices=False)
     values = torch.logspace(0, -2.2, 64)
     found = torch.linalg.svdvals(orthogonal([((u * values) @ v)[None]])[0][0])
     assert found.min() > 0.67 and found.max() < 1.22
     assert not orthogonal([torch.zeros(1, 3, 4)])[0].any()
+    for size in (1e38, 1e-12, 1e-17, 1e-20, 1e-25, 1e-38, 1e-44):
+        assert torch.isfinite(orthogonal([torch.full((1, 3, 4), size)])[0]).all()
 
 
 def test_stacks_of_many_shapes_are_each_their_own():
@@ -87,6 +91,29 @@ def test_it_is_pytorchs_on_matrices():
         for optimiser in pair:
             optimiser.step()
     torch.testing.assert_close(ours - start, theirs - start, atol=2e-3, rtol=0)
+
+
+def test_a_weight_without_a_gradient_stays():
+    frozen, moved = weight(1.0, 2.0, shape=(1, 2)), weight(1.0, 2.0, shape=(1, 2))
+    frozen.grad, moved.grad = None, torch.ones_like(moved)
+    optimiser = Muon([frozen, moved], lr=0.1, weight_decay=0.1)  # with nothing for Adam
+    optimiser.step()
+    assert frozen.tolist() == [[1.0, 2.0]] and set(optimiser.state) == {moved}
+    expected = torch.tensor([[1.0, 2.0]]) * 0.99 - 0.1 * math.sqrt(2) * near_one(torch.tensor(1.0)) / math.sqrt(2)
+    torch.testing.assert_close(moved.detach().float(), expected)
+
+
+def test_a_loaded_state_lies_where_the_device_needs_it():
+    """As a fused Adam's own does, counts of steps included; checkpoints are read into the host's memory."""
+    on_host = [weight(1.0, 2.0, shape=(1, 2)), weight(1.0, shape=(1,))]
+    optimiser = Muon(on_host, lr=0.1)
+    optimiser.step()
+    elsewhere = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in on_host]
+    loaded = Muon(elsewhere, lr=0.1)
+    loaded.load_state_dict(optimiser.state_dict())
+    values = {f"{name} {p.ndim}": v for p, state in loaded.state.items() for name, v in state.items()}
+    assert set(values) == {"momentum 2", "step 1", "exp_avg 1", "exp_avg_sq 1"}
+    assert {value.device.type for value in values.values()} == {"meta"}
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -146,5 +173,25 @@ def test_a_run_with_it_goes_on_to_the_same_bits(acdc_phantom, tmp_path):
     assert {i for i, state in kept["state"].items() if set(state) == {"momentum"}} == of_matrices
     with pytest.raises(UserError, match="optimiser muon there, adam now"):
         call_with("parts", "--self_iterations", 3)
-    with pytest.raises(UserError, match="was trained with optimiser muon, not adam: choose a run of the same --optim"):
+    other = "was trained with optimiser {}, not {}: choose a run of the same --optimiser"
+    with pytest.raises(UserError, match=other.format("muon", "adam")):
         call_with("other", "--self_iterations", 1, "--pretrained", tmp_path / "acdc_whole_2_labeled")
+    call_with("older", "--self_iterations", 0)
+    path = tmp_path / "acdc_older_2_labeled" / "config.json"
+    content = json.loads(path.read_text())
+    del content["config"]["optimiser"]  # as before there was another
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=other.format("adam", "muon")):
+        call_with("other", "--self_iterations", 1, "--optimiser", "muon", "--pretrained", path.parent)
+
+
+@pytest.mark.parametrize(("of", "given_to"), [("adam", "muon"), ("muon", "adam")])
+def test_a_state_of_the_other_optimiser_is_refused(of, given_to):
+    torch.manual_seed(0)
+    learners = make_learners(build_network("unet", 2), build_network("unet", 2), 1e-3, optimiser=of)
+    batch = {name: torch.randn(2, 1, 32, 32) for name in ("x_a", "x_b")}
+    batch |= {f"y_{d}": (batch[f"x_{d}"][:, 0] > 1).to(torch.uint8) for d in "ab"}
+    pretrain_step(learners, batch, copy_paste_mask((32, 32), (16, 16)), method())
+    other = make_learners(build_network("unet", 2), build_network("unet", 2), 1e-3, optimiser=given_to)
+    with pytest.raises(UserError, match="last.pth does not fit: its optimiser's state is not that of these networks"):
+        other.load(learners.state(), Path("last.pth"))

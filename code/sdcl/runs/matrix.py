@@ -25,8 +25,8 @@ SCRIPTS = {  # a data set to its scripts, below code/
     "pancreas": ("pancreas/Pancreas_train.py", "pancreas/test_Pancreas.py"),
     "own": ("own_train.py", "test_own.py"),
 }
-# What changes a shared stage 1 must agree in: its networks and optimiser, and what it alone reads.
-OF_STAGE_ONE = ("student_a", "student_b", "optimiser", "pre_iterations", "pre_dice", "foreground_prior")
+# What changes a shared stage 1 must agree in: its networks, optimiser and what it alone reads, also by a recipe.
+OF_STAGE_ONE = ("recipe", "student_a", "student_b", "optimiser", "pre_iterations", "pre_dice", "foreground_prior")
 OWN = ("method", "exp", "labelnum", "seed", "root_path", "models_path", "pretrained")  # fields that the matrix gives
 PACE = re.compile(r" (?P<stage>pre_train|self_train)(?: \d+)?: .*?(?P<seconds>[\d.]+) s an iteration")
 LAST = "last.pth"  # checkpoints.LAST, which would import PyTorch
