@@ -51,20 +51,22 @@ class Muon(torch.optim.Optimizer):
         self._adam.step()
         groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups[1:]]
         groups = [same for same in groups if same]
-        for same, steps in zip(groups, orthogonal([self._directions(same, halted) for same in groups]), strict=True):
+        momentum = 1 - (1 - MOMENTUM) * (1 - self.found_inf)
+        directions = [self._directions(same, halted, momentum) for same in groups]
+        for same, steps in zip(groups, orthogonal(directions), strict=True):
             steps = steps.mul_(lr * math.sqrt(max(steps.shape[1:]))).masked_fill_(halted, 0)
             if decay:
                 torch._foreach_mul_(same, 1 - lr * decay * (1 - self.found_inf))
             torch._foreach_sub_(same, [step.view_as(weight) for step, weight in zip(steps, same, strict=True)])
 
-    def _directions(self, weights: list[nn.Parameter], halted: Tensor) -> Tensor:
+    def _directions(self, weights: list[nn.Parameter], halted: Tensor, momentum: Tensor) -> Tensor:
         """Return G + 0.95 M of weights of one shape, as matrices (B, rows, columns)."""
         for weight in weights:
             if "momentum" not in self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight, requires_grad=False)
         gradients = [weight.grad.masked_fill(halted, 0) for weight in weights]
         momenta = [self.state[weight]["momentum"] for weight in weights]
-        torch._foreach_mul_(momenta, 1 - (1 - MOMENTUM) * (1 - self.found_inf))
+        torch._foreach_mul_(momenta, momentum)
         torch._foreach_add_(momenta, gradients)
         torch._foreach_add_(gradients, momenta, alpha=MOMENTUM)
         return torch.stack([gradient.flatten(1) for gradient in gradients])
