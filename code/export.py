@@ -52,8 +52,10 @@ def main(config: Config) -> None:
         "decision_rule": task["decision_rule"], "preprocessing": task["preprocessing"],
         "trained_on_crops": task["trained_on_crops"],
     }  # fmt: skip
+    replaces = ", in place of the file that was there" * config.output.exists()
     export(loaded.networks, config.output, config.format, shape, metadata)
-    LOGGER.info("written to %s: %s of input (N, %s)", config.output, config.format, ", ".join(map(str, shape)))
+    sides = ", ".join(map(str, shape))
+    LOGGER.info("written to %s%s: %s of input (N, %s)", config.output, replaces, config.format, sides)
 
 
 if __name__ == "__main__":

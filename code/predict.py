@@ -78,7 +78,7 @@ def main(config: Config) -> None:
     from sdcl.runs.experiment import begin
     from sdcl.runs.weights import load_predictor
 
-    predict_scans(config, begin(config), lambda *given: load_predictor(*given).networks)
+    predict_scans(config, begin(config), load_predictor)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class Cache:
             )  # fmt: skip
         held, total = self._store.held / GIB, (self._store.held + self._store.beyond) / GIB
         LOGGER.info(
-            "%d %s: %s; %.2f of %.2f GiB kept in memory (bound %g)", len(self), self._what, how, held, total,
+            "%d %s: %s; %.3g of %.3g GiB kept in memory (bound %g)", len(self), self._what, how, held, total,
             self._decoding.cache_gb,
         )  # fmt: skip
 

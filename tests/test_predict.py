@@ -166,8 +166,22 @@ def test_rows_of_earlier_predictions_stay(trained, tmp_path):
     assert "2 rows of other scans stay in volumes.csv" in text
     assert [row["scan"] for row in rows(out)] == ["a", "a", "b [1], x", "b [1], x"]
     before = (out / "volumes.csv").read_text()
-    predicted(trained, tmp_path / "a" / "a.nii.gz", out)
+    assert "replaced" not in text
+    again = predicted(trained, tmp_path / "a" / "a.nii.gz", out)
+    assert "; a_prediction.nii.gz was there and is replaced" in again
     assert sorted((out / "volumes.csv").read_text().splitlines()) == sorted(before.splitlines())
+
+
+def test_a_table_says_whose_the_volumes_are(trained, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "volumes.csv").write_text("scan,structure,volume_ml,voxels\nolder,heart,1,2\n")
+    scan = write_nifti(tmp_path / "scans" / "a", picture())
+    predicted(trained, scan, out)
+    path = trained / "self_train" / "last.pth"
+    assert [row["weights"] for row in rows(out)] == ["", *[f"mean of {path}"] * 2]
+    predicted(trained, scan, out, "--predictor", "student_a")
+    assert [row["weights"] for row in rows(out)] == ["", *[f"student_a of {path}"] * 2]
 
 
 @pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b'scan,structure,volume_ml,voxels\n"x,1', b""])
@@ -176,7 +190,7 @@ def test_a_foreign_table_is_moved_aside(tmp_path, content, said):
     path.write_bytes(content)
     assert read_volumes(path) == [] and "it is now volumes_old1.csv" in said()
     assert (tmp_path / "volumes_old1.csv").read_bytes() == content
-    row = {"scan": 'say "x", 10:30 ', "structure": "a", "volume_ml": 1.25, "voxels": 3}
+    row = {"scan": 'say "x", 10:30 ', "structure": "a", "volume_ml": 1.25, "voxels": 3, "weights": "mean of a.pth"}
     assert write_volumes(path, [], [row]) == 0
     assert read_volumes(path) == [{key: str(value) for key, value in row.items()}]
 

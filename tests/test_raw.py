@@ -416,7 +416,7 @@ def test_own_data_from_training_to_a_prediction_on_the_scan(own, tmp_path, name,
         assert image.header["sform_code"] == scan.header["sform_code"]
         assert (tmp_path / "out" / f"{n}.png").stat().st_size > 5000
     rows = (tmp_path / "out" / "volumes.csv").read_text().splitlines()
-    assert rows[0] == "scan,structure,volume_ml,voxels" and len(rows) == 3
+    assert rows[0] == "scan,structure,volume_ml,voxels,weights" and len(rows) == 3
 
 
 def test_the_doctor_finds_nothing_wrong_and_then_everything(own, tmp_path):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from dataloaders.scans.prediction import Run, inference_of, segmented
 from dataloaders.scans.preprocessing import Prepared
 from dataloaders.scans.reading import find_scans, name_of
 from dataloaders.scans.results import read_volumes, write_volumes
-from dataloaders.scans.segmenting import FindRoi, Opened, decided, opened, reason_of, written
+from dataloaders.scans.segmenting import FindRoi, Opened, decided, label_file, opened, reason_of, written
 from dataloaders.volumes import check_windows
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -76,7 +76,14 @@ def tell_limits(config: Any, run: Run) -> None:
         LOGGER.info("NOTE: this run fixes no slicing axis: each scan is sliced across its own longest voxel side.")
 
 
-Load = Callable[[Any, dict[str, Any], tuple[int, int], torch.device], list[nn.Module]]
+class Loaded(Protocol):
+    """What predicts, as sdcl.runs.weights.load_predictor() gives it."""
+
+    networks: list[nn.Module]
+    name: str
+
+
+Load = Callable[[Any, dict[str, Any], tuple[int, int], torch.device], Loaded]
 
 
 def predict_scans(config: Any, device: torch.device, load: Load) -> None:
@@ -85,7 +92,8 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     Args:
         config: code/predict.py's header.
         device: where to compute.
-        load: gives the networks of a header, a run's settings, the numbers of classes and of channels, and a device.
+        load: gives the networks of a header, a run's settings, the numbers of classes and of channels, and a device,
+            and their name.
 
     Raises:
         UserError: a setting is impossible, or some scans were refused; the others are there.
@@ -100,8 +108,8 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     if config.dicom_seg:
         check_are_series(paths[0] for paths in scans.values())
     tell_limits(config, run)
-    networks = load(config, run.settings, (run.num_classes, len(run.preprocessing.rules)), device)
-    Batch(config, run, networks, find_roi).predict(scans, incomplete)
+    loaded = load(config, run.settings, (run.num_classes, len(run.preprocessing.rules)), device)
+    Batch(config, run, loaded, find_roi).predict(scans, incomplete)
 
 
 class Batch:
@@ -113,12 +121,12 @@ class Batch:
     Args:
         config: the header.
         run: the trained run.
-        networks: whose probabilities are averaged.
+        loaded: the networks whose probabilities are averaged, and the name that the table calls them by.
         find_roi: gives the box to segment of a scan, or None.
     """
 
-    def __init__(self, config: Any, run: Run, networks: list[nn.Module], find_roi: FindRoi):
-        self._config, self._run, self._networks, self._find_roi = config, run, networks, find_roi
+    def __init__(self, config: Any, run: Run, loaded: Loaded, find_roi: FindRoi):
+        self._config, self._run, self._loaded, self._find_roi = config, run, loaded, find_roi
         self._table = config.output / "volumes.csv"
         self._earlier, self._rows, self._failures, self._kept = read_volumes(self._table), [], [], 0
         self._turn = InTurn()
@@ -170,7 +178,7 @@ class Batch:
             if number + 1 < len(scans):
                 waiting.append(Later(self._open, number + 1, *scans[number + 1]))
         infer = inference_of(self._run, self._config, of.name)
-        parts = segmented(prepared, of.scan, infer, self._networks)
+        parts = segmented(prepared, of.scan, infer, self._loaded.networks)
         return of, *decided(parts, of.scan, of.inside, self._run, self._config.save_probability)
 
     def _in_turn(self, number: int, finish: Callable[[], None]) -> None:
@@ -180,10 +188,12 @@ class Batch:
 
     def _write(self, of: Opened, label: np.ndarray, foreground: np.ndarray | None) -> None:
         try:
+            path = label_file(self._config, of)
+            replaces = f"; {path.name} was there and is replaced" * path.exists()
             found = written(self._config, self._run, of, label, foreground)
-            self._rows += found
+            self._rows += [row | {"weights": self._loaded.name} for row in found]
             self._kept = write_volumes(self._table, self._earlier, self._rows)
-            LOGGER.info("%s: %s", of.name, ", ".join(map(_size, found)))
+            LOGGER.info("%s: %s%s", of.name, ", ".join(map(_size, found)), replaces)
         except Exception as error:
             self._refuse(of.name, told((of.path,), error))
 

@@ -14,7 +14,7 @@ from dataloaders.scans.reading import GEOMETRY_TOLERANCE, Scan, corner_offset_mm
 from sdcl.runs.atomic import replacing, write_text
 from sdcl.runs.folder import LOGGER
 
-COLUMNS = ("scan", "structure", "volume_ml", "voxels")
+COLUMNS = ("scan", "structure", "volume_ml", "voxels", "weights")
 EXACT_MM = 1e-3  # what float32 loses in a quaternion
 
 
@@ -100,7 +100,8 @@ def read_volumes(path: Path) -> list[dict[str, str]]:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file, strict=True))
-        if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows[1:]):
+        known = (COLUMNS, COLUMNS[:-1])  # tables did not always say whose the numbers are
+        if not rows or tuple(rows[0]) not in known or any(len(row) != len(rows[0]) for row in rows[1:]):
             raise ValueError("other columns")
     except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
         number = next(k for k in range(1, 10**6) if not path.with_name(f"{path.stem}_old{k}.csv").exists())
@@ -108,7 +109,7 @@ def read_volumes(path: Path) -> list[dict[str, str]]:
         path.rename(aside)
         LOGGER.info("NOTE: %s was no table of volumes (%s): it is now %s", path, error, aside.name)
         return []
-    return [dict(zip(COLUMNS, row, strict=True)) for row in rows[1:]]
+    return [{"weights": ""} | dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
 
 
 def _cell(value: Any) -> Any:

@@ -73,20 +73,26 @@ def opened(config: Any, run: Run, name: str, paths: tuple[Path, ...], find_roi: 
     return Opened(name, path, scan, inside, sources), prepared_for(channels, how, roi, config.trust_hu)
 
 
+def label_file(config: Any, of: Opened) -> Path:
+    """Return where a scan's label map goes."""
+    stem = of.name.removesuffix(FIRST) if config.nnunet_names else f"{of.name}_prediction"
+    return config.output / f"{stem}{'.png' if is_picture(of.path) else '.nii.gz'}"
+
+
 def written(config: Any, run: Run, of: Opened, label: np.ndarray, foreground: np.ndarray | None) -> list[dict]:
     """Write a scan's label map, and what else is asked for; return its structures' volumes."""
-    stem = of.name.removesuffix(FIRST) if config.nnunet_names else f"{of.name}_prediction"
+    path = label_file(config, of)
     if is_picture(of.path):
-        _save_mask(config.output / f"{stem}.png", run, label)
+        _save_mask(path, run, label)
     else:
-        save_nifti_file(nifti_like(of.scan, run.in_label_values(label)), config.output / f"{stem}.nii.gz")
+        save_nifti_file(nifti_like(of.scan, run.in_label_values(label)), path)
     if foreground is not None:
         save_nifti_file(nifti_like(of.scan, foreground), config.output / f"{of.name}_probability.nii.gz")
     if config.save_figure:
-        is_taken = is_picture(of.path) and stem == of.name
+        is_taken = path.name == f"{of.name}.png"
         save_figure(config.output / f"{of.name}{'_figure' * is_taken}.png", run, of.name, of.scan, label)
     if of.sources is not None:
-        save_segmentation(config.output / f"{stem}.dcm", of.scan, label, of.sources, run)
+        save_segmentation(path.with_name(f"{path.name.removesuffix('.nii.gz')}.dcm"), of.scan, label, of.sources, run)
     ml = np.nan if is_picture(of.path) else abs(np.linalg.det(of.scan.affine[:3, :3])) / 1000
     counts = {structure: int((label == c).sum()) for c, structure in enumerate(run.class_names, start=1)}
     return [{"scan": of.name, "structure": s, "volume_ml": float(n * ml), "voxels": n} for s, n in counts.items()]

@@ -179,6 +179,12 @@ class Loaded:
     iteration: int | None
     networks: list[nn.Module]
 
+    @property
+    def name(self) -> str:
+        """What tables say of a number's weights, such as "mean of .../best_mean.pth, iteration 6000"."""
+        after = "" if self.iteration is None else f", iteration {self.iteration}"
+        return f"{self.predictor} of {self.path}{after}"
+
 
 def load_predictor(config: Any, settings: dict[str, Any], sizes: tuple[int, int], device: torch.device) -> Loaded:
     """Load a run's networks for prediction: a predictor's best, or its last where --select was last or nothing was.
