@@ -62,8 +62,9 @@ def test_a_runs_answer_is_exported_with_what_its_input_needs(acdc_phantom, tmp_p
     where = ["--root_path", acdc_phantom, "--models_path", tmp_path, *SLICES]
     main("ACDC_train.py", *where, "--self_iterations", 1)
     run = tmp_path / "acdc_SDCL_2_labeled"
-    said = main("export.py", "--run", run, "--output", tmp_path / "a.pt", "--format", "torchscript")
-    assert "torchscript of input (N, 1, 32, 32)" in said
+    export_flags = ("--run", run, "--output", tmp_path / "a.pt", "--format", "torchscript")
+    assert "/a.pt: torchscript of input (N, 1, 32, 32)" in main("export.py", *export_flags)
+    assert "/a.pt, in place of the file that was there: " in main("export.py", *export_flags)
     extra = {METADATA: ""}
     model = torch.jit.load(str(tmp_path / "a.pt"), _extra_files=extra)
     told = json.loads(extra[METADATA])
