@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from dataloaders.scans.channels import group
 from dataloaders.scans.dicom_output import check_are_series
@@ -23,6 +22,7 @@ from dataloaders.scans.segmenting import FindRoi, Opened, decided, label_file, o
 from dataloaders.volumes import check_windows
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
+from sdcl.runs.weights import Loaded
 
 
 def _size(row: dict[str, Any]) -> str:
@@ -74,13 +74,6 @@ def tell_limits(config: Any, run: Run) -> None:
         )
     if how.layout == "slices" and getattr(how, "slice_axis", None) is None:
         LOGGER.info("NOTE: this run fixes no slicing axis: each scan is sliced across its own longest voxel side.")
-
-
-class Loaded(Protocol):
-    """What predicts, as sdcl.runs.weights.load_predictor() gives it."""
-
-    networks: list[nn.Module]
-    name: str
 
 
 Load = Callable[[Any, dict[str, Any], tuple[int, int], torch.device], Loaded]
