@@ -26,6 +26,7 @@ from sdcl.runs.devices import fastest_precision, select_device
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import environment, write_csv
 from sdcl.runs.matrix import SCRIPTS
+from sdcl.runs.written_files import remove_written_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a training says at the end of each validation, of the mean of both students.
@@ -65,7 +66,7 @@ def main(config: Config) -> None:
     rows: list[dict[str, Any]] = []
     for seed in config.seeds:
         rows.append(run(config, seed))
-        write_csv(config.output, [*begun, *rows])
+        write_csv(config.output, [*begun, *rows], is_known=True)
         print(f"{config.name}, seed {seed}: {told(rows[-1])}", flush=True)
     seconds = [row["seconds"] for row in rows if row["reached"] == "yes"]
     mean = float(np.mean(seconds)) if seconds else float("nan")
@@ -94,7 +95,7 @@ def precision_of(config: Config) -> str:
 def run(config: Config, seed: int) -> dict[str, Any]:
     """Train with a seed until the target or the limit, and return its line."""
     folder = config.models_path / f"{config.name}_{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_written_folder(folder)
     root = config.root_path or ROOT / "Datasets" / config.data_set
     where = ["--root_path", root, "--models_path", folder, "--seed", seed]
     command = [sys.executable, ROOT / "code" / SCRIPTS[config.data_set][0], *where, *shlex.split(config.flags)]

@@ -1,7 +1,6 @@
 """The demo: make phantoms, then train and test on them, as a user would on the real data."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.matrix import SCRIPTS
+from sdcl.runs.written_files import remove_written_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_SETS = ("acdc", "la", "pancreas")
@@ -56,7 +56,7 @@ def run_one(name: str, config: Config) -> Path:
     data, models = config.output / name, config.output / "models"
     train, test = (f"code/{script}" for script in SCRIPTS[name])
     run = models / f"{name}_demo_{LABELNUM[name]}_labeled"
-    shutil.rmtree(run, ignore_errors=True)
+    remove_written_folder(run)
     call("dataloaders/phantom.py", "--dataset", name, "--root_path", data, "--seed", config.seed)
     where = ["--root_path", data, "--models_path", models, "--exp", "demo", "--labelnum", LABELNUM[name]]
     call(train, *where, *TRAIN[name], "--seed", config.seed)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from sdcl.runs.config import as_dict, processes, run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, environment, write_csv
+from sdcl.runs.written_files import check_replaceable
 
 
 @dataclass
@@ -81,6 +82,7 @@ def check(config: Config) -> None:
         raise UserError(f"--output {config.output} is a run's folder: choose another one.")
     if (config.output / "locator.json").exists() and not config.overwrite:
         raise UserError(f"--output {config.output} holds a locator: choose another one, or give --overwrite.")
+    check_replaceable(*(config.output / name for name in ("locator.json", "weights.pth", "held_out.csv")))
     if processes() > 1:
         raise UserError("locate_train.py runs in one process: start it without torchrun or further tasks of srun.")
 

@@ -25,7 +25,7 @@ class Config:
 
     run: Path  # a run's folder, models/<data set>_<exp>_<labelnum>_labeled
     input: Path  # a scan (.nii .nii.gz .nrrd .mha .mgz), a DICOM folder, or a folder with these at any depth
-    output: Path  # folder that receives <name>_prediction.nii.gz, <name>.png and volumes.csv
+    output: Path  # folder that receives <name>_prediction.nii.gz, <name>_figure.png and volumes.csv
     series: str | None = None  # of a folder only the DICOM series of this UID, its beginning or description ("T1*")
 
     # --- which weights ---
@@ -50,7 +50,7 @@ class Config:
     save_probability: bool = False  # also <name>_probability.nii.gz, of the foreground classes
     dicom_seg: bool = False  # also <name>_prediction.dcm (DICOM SEG), a segment a class; for DICOM series alone
     nnunet_names: bool = False  # call label maps as nnU-Net does: <case>.nii.gz of <case>_0000.nii.gz
-    save_figure: bool = True  # <name>.png: the prediction over the scan in three planes
+    save_figure: bool = True  # <name>_figure.png: the prediction over the scan in three planes
 
     # --- machine ---
     window_batch: int = 4  # windows that go through the networks together (3D)

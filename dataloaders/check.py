@@ -22,6 +22,7 @@ from dataloaders.own import read_data_set
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, start_logging
+from sdcl.runs.written_files import check_replaceable
 
 if TYPE_CHECKING:
     from sdcl.scoring.evaluation import Case
@@ -116,6 +117,8 @@ def labelled_names(root: Path, data_set: DataSet, train: Sequence[str]) -> set[s
 def main(config: Config) -> None:
     """Check everything, then say everything."""
     start_logging()
+    figure = config.figure or Path(f"check_{config.dataset}.png")
+    check_replaceable(figure)
     root = config.root_path or ROOT / "Datasets" / config.dataset
     data_set = read_data_set(root) if config.dataset == "own" else KNOWN[config.dataset]
     data_set.check_root(root)
@@ -143,7 +146,6 @@ def main(config: Config) -> None:
     if cases:
         from sdcl.scoring.figures import save_label_figure
 
-        figure = config.figure or Path(f"check_{config.dataset}.png")
         figure.parent.mkdir(parents=True, exist_ok=True)
         save_label_figure(figure, cases, data_set.class_names, data_set.preprocessing.layout == "volume")
         LOGGER.info("look at %s: the contours must follow what they are of", figure)

@@ -109,7 +109,7 @@ class Checked:
         ]
         text = json.dumps({"settings": self._settings, "texts": list(texts), "files": files}, separators=(",", ":"))
         try:
-            write_text(folder / NAME, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+            write_text(folder / NAME, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", any_content=True)
         except OSError as error:
             LOGGER.warning(
                 "NOTE: %s cannot be written (%s): the next start reads all files again.", folder / NAME, error

@@ -21,11 +21,11 @@ from PIL import Image
 
 from dataloaders.phantoms.anatomy import draw_atrium, draw_heart, draw_pancreas
 from dataloaders.scans.convert import write_case
-from sdcl.runs.atomic import write_text
+from sdcl.runs.atomic import replacing, write_text
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
+from sdcl.runs.written_files import PHANTOM_MARKER, PHANTOM_TEXT
 
-MARKER = "PHANTOM.txt"
 CASE_ALPHABET = [*string.ascii_uppercase, *string.digits]
 
 
@@ -193,8 +193,8 @@ def write_nifti(
             files = {f"images/{name}_{c}": image if k % 2 == 0 else -image for k, c in enumerate(channels)}
         files |= {f"labels/{name}": label} if case < labelled_cases else {}
         for path, array in files.items():
-            (root / path).parent.mkdir(exist_ok=True)
-            nibabel.save(nibabel.Nifti1Image(array, affine), root / f"{path}.nii.gz")
+            with replacing(root / f"{path}.nii.gz") as temporary:
+                nibabel.save(nibabel.Nifti1Image(array, affine), temporary)
     return root
 
 
@@ -226,8 +226,8 @@ def write_pictures(
         mask = Image.fromarray(label[:, :, k].T.copy(), "L")
         mask.putpalette([0, 0, 0, 214, 39, 40])
         for folder, picture in (("images", Image.fromarray(colours)), ("labels", mask))[: 1 + (case < labelled_cases)]:
-            (root / folder).mkdir(exist_ok=True)
-            picture.save(root / folder / f"case_{case + 1:02d}.png")
+            with replacing(root / folder / f"case_{case + 1:02d}.png") as temporary:
+                picture.save(temporary)
     return root
 
 
@@ -244,9 +244,9 @@ def _claim(root_path: Path | str, labelled: int, train: int) -> Path:
     # A link may lead to a folder of real data, so it counts; empty folders do not.
     found = (path for part in ("data", "data_split", "images", "labels") for path in (root / part).rglob("*"))
     taken = next((path for path in found if path.is_symlink() or not path.is_dir()), None)
-    if taken and not (root / MARKER).exists():
+    if taken and not (root / PHANTOM_MARKER).exists():
         raise UserError(f"{taken} is there already and is not synthetic; choose another --root_path.")
-    write_text(root / MARKER, "Synthetic data, written by dataloaders/phantom.py, which may overwrite it.\n")
+    write_text(root / PHANTOM_MARKER, f"{PHANTOM_TEXT}, which may overwrite it.\n")
     return root
 
 

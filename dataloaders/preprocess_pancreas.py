@@ -29,6 +29,7 @@ from dataloaders.scans.reading import Scan, aligned_label, find_scans, label_by_
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, start_logging, write_csv
+from sdcl.runs.written_files import check_replaceable
 
 if TYPE_CHECKING:
     from dataloaders.scans.unlabelled import Cropping
@@ -197,6 +198,7 @@ def main(config: Config) -> None:
         from dataloaders.scans.unlabelled import Cropping, tell_unlabelled  # with PyTorch, for it alone
 
         cropping = Cropping.of(config.locator, [config.min_side] * 3)
+    check_replaceable(config.root_path / "data" / "cases.csv")
     table = [{"case": name, "image": image.name, "label": label.name if label else ""} for name, image, label in pairs]
     write_csv(config.root_path / "data" / "cases.csv", table)
     LOGGER.info(

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 from scipy import ndimage
 
+from sdcl.runs.atomic import replacing
+
 SIDE = 168  # pixels of a thumbnail's side
 BOX = (slice(50, 162), slice(7, 119))  # rows and columns of the pasted box: two thirds of a side
 SEED = 3
@@ -264,7 +266,8 @@ def draw(output: Path) -> None:
     draw_arrows(ax)
     ax.set(xlim=(0, WIDTH_IN), ylim=(0, HEIGHT_IN))
     ax.set_axis_off()
-    figure.savefig(output, metadata={"Software": None})
+    with replacing(output) as temporary:
+        figure.savefig(temporary, metadata={"Software": None})
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from sdcl import checkpoints
 from sdcl.checkpoints import load_weights
 from sdcl.networks import build_network
 from sdcl.runs.errors import UserError
+from sdcl.runs.written_files import RECORD
 
 FIGURES = json.loads((GOLDEN / "networks.json").read_text())
 CLASSES = {"unet": 4, "resunet": 4, "vnet": 2, "resvnet": 2}
@@ -141,4 +142,4 @@ def test_a_checkpoint_appears_only_when_complete(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="last.pth cannot be written .*No space left.*: free some space"):
         checkpoints.save({"iteration": 2}, path)
     assert checkpoints.load(path) == {"iteration": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+    assert {p.name for p in tmp_path.iterdir()} == {"last.pth", RECORD}

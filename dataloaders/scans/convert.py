@@ -19,9 +19,10 @@ from tqdm import tqdm
 from dataloaders.datasets import SLICE
 from dataloaders.scans.preprocessing import Box, Prepared, Preprocessing
 from dataloaders.scans.sources import change_since, fingerprint
-from sdcl.runs.atomic import replacing
+from sdcl.runs.atomic import replacing, temporary_of
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, start_logging
+from sdcl.runs.written_files import check_replaceable, remove_written
 
 FORMAT_VERSION = 1
 FEW = 5  # names that a message gives before it says only how many more there are
@@ -72,10 +73,11 @@ def convert(jobs: Sequence[Job], workers: int, overwrite: bool, there: Iterable[
         LOGGER.info(
             "%d of %d cases are there already (--overwrite converts them again)", len(jobs) - len(waiting), len(jobs)
         )
+    check_replaceable(*(target for job in waiting for target in job.targets))
     for job in waiting:
         for target in job.targets:
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.with_name("~" + target.name).unlink(missing_ok=True)  # of a run that was killed
+            temporary_of(target).unlink(missing_ok=True)  # of a run that was killed
     failures = []
     is_main = threading.current_thread() is threading.main_thread()
     earlier = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if is_main else None
@@ -165,7 +167,7 @@ def write_case(
         if label is not None:
             file.create_dataset("label", data=label.astype(np.uint8, copy=False), compression="gzip")
         file.attrs.update(attributes or {})
-    with replacing(path) as temporary:
+    with replacing(path, any_content=True) as temporary:
         temporary.write_bytes(memory.getvalue())  # made in memory, so that a kill seldom finds it half-written
 
 
@@ -183,9 +185,11 @@ def write_slices(
     """
     folder = root_path / "data" / "slices"
     volume = root_path / "data" / f"{name}.h5"
-    volume.unlink(missing_ok=True)  # it says that its slices are complete
-    for old in folder.glob(f"{glob.escape(name)}{SLICE}*.h5"):
-        old.unlink()  # of a conversion that gave more slices
+    earlier = sorted(folder.glob(f"{glob.escape(name)}{SLICE}*.h5"))  # of a conversion that gave more slices
+    check_replaceable(volume, *earlier)
+    remove_written(volume)  # it says that its slices are complete
+    for path in earlier:
+        remove_written(path)
     kept = ("source", "label_source", "orientation", "rule", "preprocessing", "version")
     of_slices = {key: attributes[key] for key in kept}
     for k, picture in enumerate(image if image.ndim == 3 else image.swapaxes(0, 1), start=1):

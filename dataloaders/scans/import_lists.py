@@ -14,6 +14,7 @@ from dataloaders.scans.joining import Cases
 from sdcl.runs.atomic import write_text
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
+from sdcl.runs.written_files import check_replaceable, remove_written
 
 SUFFIXES = {"volume": ".txt", "slices": ".list"}
 NO_CASES = Cases({})
@@ -200,9 +201,18 @@ def write_lists(root: Path, layout: str, lists: Lists) -> None:
     names |= parts | ({"val": lists.val} if lists.val else {})
     for old in (folder / f"{key}{s}" for key in LISTS for s in SUFFIXES.values()):
         if old.suffix != suffix or old.stem not in names:
-            old.unlink(missing_ok=True)  # of an import with another layout, or with validation cases
+            remove_written(old)  # of an import with another layout, or with validation cases
     for key, part in names.items():
-        write_text(folder / f"{key}{suffix}", "".join(f"{name}\n" for name in part))
+        write_text(folder / f"{key}{suffix}", "".join(f"{name}\n" for name in part), any_content=True)
+
+
+def check_lists_replaceable(root: Path) -> None:
+    """Check that no list of the user's lies where the import writes its lists.
+
+    Raises:
+        UserError: there is one.
+    """
+    check_replaceable(*(root / "data_split" / f"{key}{suffix}" for key in LISTS for suffix in SUFFIXES.values()))
 
 
 def slices_of(root: Path, name: str) -> list[str]:

@@ -14,7 +14,7 @@ from dataloaders.own import DESCRIPTION, is_name
 from dataloaders.scans.alignment import TRUSTED, check_alignment
 from dataloaders.scans.channels import read_channels
 from dataloaders.scans.convert import Job, Origin, check_trust, convert, provenance, write_case, write_slices
-from dataloaders.scans.import_lists import Lists, draw, keep, settings_of, write_lists
+from dataloaders.scans.import_lists import Lists, check_lists_replaceable, draw, keep, settings_of, write_lists
 from dataloaders.scans.joining import Cases
 from dataloaders.scans.label_values import LabelMap, choose_values, name_classes
 from dataloaders.scans.pictures import check_palettes, colours_of, is_picture
@@ -24,9 +24,11 @@ from dataloaders.scans.slicing import choose_slice_axis
 from sdcl.runs.atomic import write_text
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
+from sdcl.runs.written_files import check_replaceable, is_our_description, is_recorded
 
 RULE = "import_nifti"
-DRAWN = 4  # cases of by_index.png
+BY_INDEX = "by_index.png"
+DRAWN = 4  # cases that it shows
 
 
 def import_cases(config: Any, find: Callable[[], Cases]) -> None:
@@ -40,6 +42,9 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
         UserError: a setting is impossible, or a case is refused; the other ones are finished.
     """
     _check(config)
+    there = _earlier(config)
+    if config.by_index:
+        check_replaceable(config.output / BY_INDEX)
     labels = LabelMap.of(config.label_values, config.merge, config.ignore)
     found = _with_colours(find(), config)
     cases = found.files
@@ -49,7 +54,6 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
     labels = choose_values(masks, labels, config.class_names, config.workers)
     names = name_classes(masks, labels, config.class_names)
     lists = draw(list(masks), [name for name in cases if name not in masks], config, found)
-    there = _earlier(config)
     how = preprocessing_of(config, found, there)
     content = {
         "name": config.output.resolve().name,
@@ -74,7 +78,7 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
         jobs.append(Job(name, [target], run, images, label, made_by(how, labels, label)))
     convert(jobs, config.workers, config.overwrite)
     write_lists(config.output, config.layout, lists)
-    write_text(config.output / DESCRIPTION, json.dumps(content, indent=2) + "\n")
+    write_text(config.output / DESCRIPTION, json.dumps(content, indent=2) + "\n", any_content=True, is_known=True)
     if config.by_index and (laid := [name for name, path in masks.items() if says_nothing(read_label(path))]):
         draw_by_index(config, laid, content)
     tell_end(config, lists)
@@ -148,7 +152,7 @@ def draw_by_index(config: Any, names: Sequence[str], content: dict[str, Any]) ->
         channels = content["preprocessing"].get("channels", ())
         sample = read_sample(find_file(config.output, name), ndim=3, num_classes=len(classes) + 1, channels=channels)
         cases.append(Case(name, sample.image, sample.label))
-    path = config.output / "by_index.png"
+    path = config.output / BY_INDEX
     save_label_figure(path, cases, classes, config.layout == "volume")
     LOGGER.warning(
         "NOTE: --by_index: the labels of %d cases have no geometry and were laid on their scans voxel by voxel, which "
@@ -200,12 +204,27 @@ def _check(config: Any) -> None:
 
 
 def _earlier(config: Any) -> dict[str, Any]:
-    """Return the description of an earlier import into the same folder, or {}."""
-    try:
-        there = json.loads((config.output / DESCRIPTION).read_text(encoding="utf-8"))
-        return there if isinstance(there, dict) else {}
-    except (OSError, ValueError):
+    """Return the description of an earlier import into the same folder, or {}.
+
+    Raises:
+        UserError: the folder holds another program's dataset.json, such as nnU-Net's, or lists of the user's.
+    """
+    path = config.output / DESCRIPTION
+    if not path.exists():
+        check_lists_replaceable(config.output)
         return {}
+    try:
+        there = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        there = {} if is_recorded(path) else None  # ours, but damaged: it is made again
+    if there != {} and not is_our_description(there):
+        raise UserError(
+            f"--output {config.output} holds a {DESCRIPTION} that no import here wrote, such as nnU-Net's: choose an "
+            "empty folder."
+        )
+    check_replaceable(path)
+    check_lists_replaceable(config.output)
+    return there
 
 
 def _check_same(config: Any, there: dict[str, Any], content: dict[str, Any]) -> None:

@@ -17,8 +17,17 @@ from dataloaders.scans.pictures import is_picture
 from dataloaders.scans.prediction import Run, inference_of, segmented
 from dataloaders.scans.preprocessing import Prepared
 from dataloaders.scans.reading import find_scans, name_of
-from dataloaders.scans.results import read_volumes, write_volumes
-from dataloaders.scans.segmenting import FindRoi, Opened, decided, label_file, opened, reason_of, written
+from dataloaders.scans.results import VOLUMES, add_volumes, read_volumes
+from dataloaders.scans.segmenting import (
+    FindRoi,
+    Opened,
+    OutputFiles,
+    check_outputs,
+    decided,
+    opened,
+    reason_of,
+    written,
+)
 from dataloaders.volumes import check_windows
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -100,6 +109,7 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     scans, incomplete = scans_of(config.input, run.preprocessing.channels, config.series)
     if config.dicom_seg:
         check_are_series(paths[0] for paths in scans.values())
+    check_outputs(config, scans)
     tell_limits(config, run)
     loaded = load(config, run.settings, (run.num_classes, len(run.preprocessing.rules)), device)
     Batch(config, run, loaded, find_roi).predict(scans, incomplete)
@@ -120,8 +130,9 @@ class Batch:
 
     def __init__(self, config: Any, run: Run, loaded: Loaded, find_roi: FindRoi):
         self._config, self._run, self._loaded, self._find_roi = config, run, loaded, find_roi
-        self._table = config.output / "volumes.csv"
-        self._earlier, self._rows, self._failures, self._kept = read_volumes(self._table), [], [], 0
+        self._table = config.output / VOLUMES
+        read_volumes(self._table)  # refused before anything is computed
+        self._rows, self._failures, self._kept = [], [], 0
         self._turn = InTurn()
 
     def predict(self, scans: Mapping[str, tuple[Path, ...]], incomplete: Mapping[str, str]) -> None:
@@ -181,11 +192,11 @@ class Batch:
 
     def _write(self, of: Opened, label: np.ndarray, foreground: np.ndarray | None) -> None:
         try:
-            path = label_file(self._config, of)
+            path = OutputFiles.of(self._config, of.name, of.path).label
             replaces = f"; {path.name} was there and is replaced" * path.exists()
             found = written(self._config, self._run, of, label, foreground)
             self._rows += [row | {"weights": self._loaded.name} for row in found]
-            self._kept = write_volumes(self._table, self._earlier, self._rows)
+            self._kept = add_volumes(self._table, self._rows)
             LOGGER.info("%s: %s%s", of.name, ", ".join(map(_size, found)), replaces)
         except Exception as error:
             self._refuse(of.name, told((of.path,), error))

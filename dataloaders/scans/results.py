@@ -11,9 +11,10 @@ import numpy as np
 from scipy import ndimage
 
 from dataloaders.scans.reading import GEOMETRY_TOLERANCE, Scan, corner_offset_mm
-from sdcl.runs.atomic import replacing, write_text
-from sdcl.runs.folder import LOGGER
+from sdcl.runs.atomic import locked, replacing, write_text
+from sdcl.runs.errors import UserError
 
+VOLUMES = "volumes.csv"
 COLUMNS = ("scan", "structure", "volume_ml", "voxels", "weights")
 EXACT_MM = 1e-3  # what float32 loses in a quaternion
 
@@ -94,22 +95,37 @@ def save_nifti_file(image: nibabel.Nifti1Image, path: Path) -> None:
 
 
 def read_volumes(path: Path) -> list[dict[str, str]]:
-    """Read the rows of an earlier prediction into the same folder; what is no such table is moved aside and told."""
+    """Read the rows of earlier predictions into the same folder.
+
+    Raises:
+        UserError: the file is no table of volumes.
+    """
     if not path.exists():
         return []
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file, strict=True))
-        known = (COLUMNS, COLUMNS[:-1])  # tables did not always say whose the numbers are
+        known = (COLUMNS, COLUMNS[:-1])  # earlier versions had no column for the weights
         if not rows or tuple(rows[0]) not in known or any(len(row) != len(rows[0]) for row in rows[1:]):
             raise ValueError("other columns")
     except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
-        number = next(k for k in range(1, 10**6) if not path.with_name(f"{path.stem}_old{k}.csv").exists())
-        aside = path.with_name(f"{path.stem}_old{number}.csv")
-        path.rename(aside)
-        LOGGER.info("NOTE: %s was no table of volumes (%s): it is now %s", path, error, aside.name)
-        return []
+        raise UserError(
+            f"{path} is no table of volumes that predict.py wrote ({error}): move it away, or choose another --output."
+        ) from None
     return [{"weights": ""} | dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+def add_volumes(path: Path, rows: Sequence[dict[str, Any]]) -> int:
+    """Add rows to the table of volumes, in place of earlier rows of the same scans.
+
+    The table is read again under a lock, so that several predict.py may write into one folder.
+
+    Returns:
+        The number of rows of other scans that stay.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock")):
+        return write_volumes(path, read_volumes(path), rows)
 
 
 def _cell(value: Any) -> Any:
@@ -128,5 +144,5 @@ def write_volumes(path: Path, earlier: Sequence[dict[str, Any]], rows: Sequence[
     writer.writerow(COLUMNS)
     for row in (*kept, *rows):
         writer.writerow(_cell(row[key]) for key in COLUMNS)
-    write_text(path, text.getvalue())
+    write_text(path, text.getvalue(), is_known=True)  # its rows are among these
     return len(kept)

@@ -1,6 +1,7 @@
 """One scan's way through a prediction: read and prepared, decided part by part, written."""
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dataloaders.scans.reading import Scan
 from dataloaders.scans.results import is_sheared, nifti_like, save_nifti_file, upright
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
+from sdcl.runs.written_files import check_replaceable
 from sdcl.scoring.evaluation import Case
 from sdcl.scoring.figures import class_colours, save_scan_figure
 
@@ -73,26 +75,71 @@ def opened(config: Any, run: Run, name: str, paths: tuple[Path, ...], find_roi: 
     return Opened(name, path, scan, inside, sources), prepared_for(channels, how, roi, config.trust_hu)
 
 
-def label_file(config: Any, of: Opened) -> Path:
-    """Return where a scan's label map goes."""
-    stem = of.name.removesuffix(FIRST) if config.nnunet_names else f"{of.name}_prediction"
-    return config.output / f"{stem}{'.png' if is_picture(of.path) else '.nii.gz'}"
+@dataclass(frozen=True)
+class OutputFiles:
+    """The files that the prediction of one scan writes; None for those that are not asked for.
+
+    Attributes:
+        label: the label map.
+        probability: the foreground's probabilities.
+        figure: the prediction over the scan.
+        dicom_seg: the DICOM segmentation.
+    """
+
+    label: Path
+    probability: Path | None
+    figure: Path | None
+    dicom_seg: Path | None
+
+    @classmethod
+    def of(cls, config: Any, name: str, path: Path) -> "OutputFiles":
+        """Name the files of a scan, as code/predict.py's header asks for them."""
+        folder = config.output
+        stem = name.removesuffix(FIRST) if config.nnunet_names else f"{name}_prediction"
+        return cls(
+            label=folder / f"{stem}{'.png' if is_picture(path) else '.nii.gz'}",
+            probability=folder / f"{name}_probability.nii.gz" if config.save_probability else None,
+            figure=folder / f"{name}_figure.png" if config.save_figure else None,
+            dicom_seg=folder / f"{stem}.dcm" if config.dicom_seg else None,
+        )
+
+    def paths(self) -> list[Path]:
+        """List the files."""
+        return [path for path in dataclasses.astuple(self) if path is not None]
+
+
+def check_outputs(config: Any, scans: Mapping[str, Sequence[Path]]) -> None:
+    """Check, before anything is computed, that no prediction replaces a file of the user's or another prediction.
+
+    Args:
+        config: code/predict.py's header.
+        scans: the files of each scan, one per channel, by name.
+
+    Raises:
+        UserError: a file to write is there and not ours, or two scans would write the same file.
+    """
+    writer_of: dict[Path, str] = {}
+    for name, paths in scans.items():
+        files = OutputFiles.of(config, name, paths[0]).paths()
+        check_replaceable(*files)
+        for file in files:
+            if (other := writer_of.setdefault(file, name)) != name:
+                raise UserError(f"{other} and {name} would both be written to {file}: rename one of the scans.")
 
 
 def written(config: Any, run: Run, of: Opened, label: np.ndarray, foreground: np.ndarray | None) -> list[dict]:
     """Write a scan's label map, and what else is asked for; return its structures' volumes."""
-    path = label_file(config, of)
+    files = OutputFiles.of(config, of.name, of.path)
     if is_picture(of.path):
-        _save_mask(path, run, label)
+        _save_mask(files.label, run, label)
     else:
-        save_nifti_file(nifti_like(of.scan, run.in_label_values(label)), path)
+        save_nifti_file(nifti_like(of.scan, run.in_label_values(label)), files.label)
     if foreground is not None:
-        save_nifti_file(nifti_like(of.scan, foreground), config.output / f"{of.name}_probability.nii.gz")
-    if config.save_figure:
-        is_taken = path.name == f"{of.name}.png"
-        save_figure(config.output / f"{of.name}{'_figure' * is_taken}.png", run, of.name, of.scan, label)
-    if of.sources is not None:
-        save_segmentation(path.with_name(f"{path.name.removesuffix('.nii.gz')}.dcm"), of.scan, label, of.sources, run)
+        save_nifti_file(nifti_like(of.scan, foreground), files.probability)
+    if files.figure is not None:
+        save_figure(files.figure, run, of.name, of.scan, label)
+    if files.dicom_seg is not None:
+        save_segmentation(files.dicom_seg, of.scan, label, of.sources, run)
     ml = np.nan if is_picture(of.path) else abs(np.linalg.det(of.scan.affine[:3, :3])) / 1000
     counts = {structure: int((label == c).sum()) for c, structure in enumerate(run.class_names, start=1)}
     return [{"scan": of.name, "structure": s, "volume_ml": float(n * ml), "voxels": n} for s, n in counts.items()]

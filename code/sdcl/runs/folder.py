@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sdcl.runs.atomic import write_text
 from sdcl.runs.config import as_dict, ramp_length
 from sdcl.runs.errors import UserError
+from sdcl.runs.written_files import check_replaceable
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,7 @@ MAX_CONFIG_BYTES = 2**24  # of config.json, which grows by half a kilobyte at ea
 MAX_SIDE = 2**14  # of a patch in a config.json, in pixels
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 ECHO_SECONDS = 60.0  # so long torchrun's own signal counts as the echo of one that came before
+STAGE_FILES = [f"{stage}/*.{kind}" for stage in ("pre_train", "self_train") for kind in ("pth", "csv", "txt", "json")]
 LOGGER = logging.getLogger("sdcl")
 
 
@@ -58,11 +60,14 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with the first one's keys as columns, whole or not at all; nothing for no rows."""
+def write_csv(path: Path, rows: list[dict[str, Any]], is_known: bool = False) -> None:
+    """Write rows with the first one's keys as columns, whole or not at all; nothing for no rows.
+
+    With `is_known` the caller has read the file that is there, and its rows are among these.
+    """
     lines = [",".join(rows[0])] if rows else []
     lines += [",".join(_csv_field(row[key]) for key in rows[0]) for row in rows]
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    write_text(path, "".join(f"{line}\n" for line in lines), is_known=is_known)
 
 
 def _csv_field(value: Any) -> str:
@@ -187,7 +192,8 @@ def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.
         device: where the run computes.
 
     Raises:
-        UserError: the folder holds a run of another configuration or other cases; the message names what differs.
+        UserError: the folder holds a run of another configuration or other cases, and the message names what differs;
+            or it holds a file of the user's where the run would write.
     """
     path, now = folder / "config.json", environment(device)
     sums = {name: hashlib.sha256("\n".join(cases).encode()).hexdigest() for name, cases in reads.lists.items()}
@@ -224,7 +230,8 @@ def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.
             content["config"] |= {"self_iterations": asked, "rampup": config.get("rampup")}  # as it was, made explicit
             content.setdefault("lengthened", []).append({"from": done, "to": asked})
         content["resumed"].append(now)
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    check_replaceable(path, *(file for kind in STAGE_FILES for file in folder.glob(kind)))
+    write_text(path, json.dumps(content, indent=2) + "\n", any_content=True)
 
 
 def differing_fields(there: dict[str, Any], now: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from tensorboardX.summary import image, scalar
 from sdcl.runs.atomic import write_text
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
+from sdcl.runs.written_files import record
 
 
 class StageRecord:
@@ -38,8 +39,8 @@ class StageRecord:
         writer = csv.DictWriter(kept, self.columns, restval="")
         writer.writeheader()
         writer.writerows(_earlier_rows(csv_path, self.columns, first_iteration))
-        write_text(csv_path, kept.getvalue())  # at once, so that a kill here loses no row
-        write_text(log_path, "".join(_earlier_lines(log_path, folder.name, first_iteration)))
+        write_text(csv_path, kept.getvalue(), any_content=True)  # at once, so that a kill here loses no row
+        write_text(log_path, "".join(_earlier_lines(log_path, folder.name, first_iteration)), any_content=True)
         self._csv = open(csv_path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
         self._writer = csv.DictWriter(self._csv, self.columns, restval="")
         self._log = _LogFile(log_path, encoding="utf-8")
@@ -120,6 +121,8 @@ class _Board:
 
     def __init__(self, folder: Path, first_iteration: int):
         self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+        for path in (folder / "events").glob(f"*.{os.getpid()}"):
+            record(path)
         self._write(Event(step=first_iteration, session_log=SessionLog(status=SessionLog.START)))  # hides later steps
 
     def add(self, summary: object, iteration: int) -> None:

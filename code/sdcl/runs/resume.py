@@ -9,6 +9,7 @@ from sdcl import checkpoints
 from sdcl.runs.distribution import first, is_first
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import differing_fields
+from sdcl.runs.written_files import check_replaceable, record
 from sdcl.steps import Learners
 
 DAMAGED = "last_damaged.pth"  # a last checkpoint that could not be read, kept for inspection
@@ -42,6 +43,8 @@ def resume(learners: Learners, folder: Path, config: dict[str, Any], predictors:
     if path.name == checkpoints.LAST:
         return ""
     if last.damaged and is_first():  # set aside, so that the next save does not put it in the place of the good one
+        check_replaceable(folder / DAMAGED)
+        record(folder / DAMAGED)
         os.replace(folder / checkpoints.LAST, folder / DAMAGED)
     lost = f"{last.damaged} It is kept as {DAMAGED}." if last.damaged else f"{checkpoints.LAST} is missing."
     return f"{lost} Going on from {path.name}, saved after iteration {state['iteration']}."

@@ -17,6 +17,7 @@ from sdcl.runs.atomic import replacing, write_text
 from sdcl.runs.distribution import collect, first, is_first, share, wait
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, MACHINE_FIELDS, duration, write_csv
+from sdcl.runs.written_files import check_replaceable, remove_written
 from sdcl.scoring.evaluation import Case, CaseRow, Predictors, Task, Validation, evaluate, names_of
 from sdcl.scoring.figures import class_colours, is_xyz, panel, save_case_figure, save_metrics_figure
 from sdcl.scoring.scored import ScoredCases, key_of
@@ -30,6 +31,7 @@ from sdcl.scoring.tables import (
 )
 from sdcl.scoring.viewer import Shown
 
+NIFTI_FILES = ("image", "label", "prediction", "probability")  # per case, with --save_nifti
 LOOKS = 30  # for what other processes have scored, a second apart
 
 
@@ -80,11 +82,20 @@ def test_report(
         facts: what else summary.json says, such as the split; "protocol": see summarise().
         nifti: also write nifti/, of the answer, with ITK-SNAP's label description.
     """
+    _check_outputs(folder, cases, nifti)
     test = _Test(folder, predictors, cases, task, facts, nifti)
     test.score()
     wait()
     if is_first():
         test.write()
+
+
+def _check_outputs(folder: Path, cases: Sequence[Case], nifti: bool) -> None:
+    """Check, before anything is scored, that no file of the user's lies where the test writes."""
+    files = ["cases.csv", "summary.json", "cases.png", "metrics.png", "report.html", "training.png"]
+    if nifti:
+        files += ["nifti/labels.txt", *(f"nifti/{case.name}_{name}.nii.gz" for case in cases for name in NIFTI_FILES)]
+    check_replaceable(*(folder / file for file in files))
 
 
 class _Test:
@@ -116,9 +127,7 @@ class _Test:
                 "going on with a test that was stopped: %d of %d volumes are scored", len(done), len(self.cases)
             )
         if is_first():
-            (self.folder / "summary.json").unlink(
-                missing_ok=True
-            )  # of an earlier test, which cases.csv no longer is of
+            remove_written(self.folder / "summary.json")  # of an earlier test, which cases.csv no longer is of
         number = len(self.predictors.members)
         LOGGER.info("scoring %d predictors on %d volumes", number, len(self.cases) - len(done))
         waiting = share([case for case in self.cases if case.name not in done])
@@ -247,9 +256,7 @@ def save_nifti(
     foreground = probabilities[1] if len(probabilities) == 2 else np.moveaxis(probabilities[1:], 0, -1)
     label, prediction = (array if task is None else task.original(array) for array in (case.label, label_map))
     image = case.image if case.image.ndim == case.label.ndim else np.moveaxis(case.image, 0, -1)
-    for name, array in (
-        ("image", image), ("label", label), ("prediction", prediction), ("probability", foreground),
-    ):  # fmt: skip
+    for name, array in zip(NIFTI_FILES, (image, label, prediction, foreground), strict=True):
         picture = nibabel.Nifti1Image(array, affine)
         picture.header.set_xyzt_units("mm")
         with replacing(folder / f"{case.name}_{name}.nii.gz") as temporary:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from sdcl.runs.atomic import replacing
+from sdcl.runs.written_files import remove_written_folder
 from sdcl.scoring.evaluation import Case, CaseRow
 
 
@@ -55,14 +55,14 @@ class ScoredCases:
         """Keep a case's rows and label maps."""
         arrays = {f"map{i}": label_map for i, label_map in enumerate(label_maps.values())}
         text = json.dumps([asdict(row) for row in rows])  # with nan, which json reads back
-        with replacing(self._path(case)) as temporary, open(temporary, "wb") as file:
+        with replacing(self._path(case), any_content=True) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(
                 file, key=self._key_of(case), rows=text, predictors=json.dumps(list(label_maps)), **arrays
             )
 
     def remove(self) -> None:
         """Remove what was kept, once the tables are written."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_written_folder(self._folder)
 
     def _path(self, case: Case) -> Path:
         return self._folder / f"{hashlib.sha256(case.name.encode()).hexdigest()[:16]}.npz"  # any name will do
