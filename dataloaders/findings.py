@@ -115,7 +115,7 @@ def labels_of(findings: Sequence[Finding], data_set: DataSet) -> tuple[str, list
             name, "empty", f"{name} has an empty label in every slice: correct it, or take the case out of the list"
         )
         for name, there in cases.items()
-        if there == {0} and name in sliced
+        if there == {0} and name in sliced and data_set.files != "own"
     ]
     return f"{', '.join(counts)} of {len(cases)} labelled training cases", problems
 
@@ -131,6 +131,11 @@ def remarks(findings: Sequence[Finding], known: Counter[Duplicate], root: Path, 
         lines.append(
             f"{len(blank)} slices hold one value (a margin, or nothing left by a mask) and train so: {few(blank)}"
         )
+    healthy = sorted(
+        {f.case_name for f in findings if f.classes == {0}} - {f.case_name for f in findings if f.classes - {0}}
+    )
+    if healthy and data_set.files == "own":
+        lines.append(f"{len(healthy)} labelled cases have no foreground (healthy) and count as such: {few(healthy)}")
     volumes = [f for f in findings if len(f.shape) == 3]
     thin = [f.name for f in volumes if 1 in f.shape]
     if thin:

@@ -207,6 +207,10 @@ def test_files_of_no_channel_are_told(said):
         (("a_0000", "a_0001", "a_0002"), ("a",), 3),
         (("a_0000",), ("a",), 0),
         (("s_0000", "s_0001"), ("s_0000", "s_0001"), 0),  # numbers of cases
+        (("a_0000", "scan_2019", "scan_2020"), ("a",), 0),  # years of scans without a label
+        (("a_0000", "p_0001", "p_0002", "p_0003"), ("a",), 0),  # numbers of cases without a label
+        (("a", "p_0000", "p_0001"), ("a",), 0),
+        (("a_0000", "a_0001", "b_0000", "b_0001"), ("a",), 2),
     ],
 )
 def test_numbers_are_channels_where_labels_have_none(found, masks, numbers):

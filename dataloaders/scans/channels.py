@@ -13,7 +13,8 @@ from sdcl.runs.folder import LOGGER
 FIRST = "_0000"  # that nnU-Net's image names end with, and its label names do not
 NUMBERED = re.compile(r"(.+)_(\d{4})")
 PLACE = "{channel}"  # in a pattern
-NAMED = 3  # files that a line names
+MOST_CHANNELS = 16
+NAMED = 20  # files that a line names
 
 
 def group(
@@ -102,6 +103,9 @@ def numbers_of(found: Mapping[str, Path], masks: Mapping[str, Path]) -> tuple[st
     own = {match[1] for match in map(NUMBERED.fullmatch, masks) if match} - set(masks)
     uses = any(match[1] in masks for name, match in matches.items() if name.endswith(FIRST))
     first = {match[1] for name, match in matches.items() if name.endswith(FIRST)}
+    numbers_by_stem: dict[str, set[int]] = {}
+    for match in matches.values():
+        numbers_by_stem.setdefault(match[1], set()).add(int(match[2]))
     highest = 0
     for name, path in found.items():
         stem = matches[name][1] if name in matches else name
@@ -111,9 +115,17 @@ def numbers_of(found: Mapping[str, Path], masks: Mapping[str, Path]) -> tuple[st
             raise UserError(
                 f"{path} is another channel or copy of {name}{FIRST}: number its channels, or rename one of them."
             )
-        if name in matches and (stem in first or uses):
+        if name in matches and (stem in masks or (uses and _may_be_channels(numbers_by_stem[stem]))):
             highest = max(highest, int(matches[name][2]))
     return tuple(f"{k:04d}" for k in range(highest + 1)) if highest else ()
+
+
+def _may_be_channels(numbers: set[int]) -> bool:
+    """Tell whether the numbers at the ends of unlabelled names may be channels', unlike scan_2019 or p_0001 to p_0009.
+
+    They are 0, 1, ... without a gap; or a single small number, of a case whose first channel is missing.
+    """
+    return numbers == set(range(len(numbers))) or (len(numbers) == 1 and max(numbers) < MOST_CHANNELS)
 
 
 def read_channels(paths: Sequence[Path], pixel_spacing_mm: tuple[float, float] | None = None) -> list[Scan]:

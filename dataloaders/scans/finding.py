@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,8 @@ def suffix_of(path: Path, suffixes: Sequence[str] = (*SUFFIXES, *PAIR, *PICTURES
 def name_of(path: Path) -> str:
     """Return a scan's name: the file's without its suffix, or the folder's."""
     suffix = suffix_of(path)
-    return path.name[: len(path.name) - len(suffix)] if suffix and path.is_file() else path.name
+    name = path.name[: len(path.name) - len(suffix)] if suffix and path.is_file() else path.name
+    return unicodedata.normalize("NFC", name)  # macOS stores letters and their accents apart
 
 
 def find_scans(folder: Path, series: str | None = None) -> dict[str, Path]:
@@ -233,6 +235,7 @@ def _named(folder: Path, found: Sequence[_Found], all_series: Sequence[Series]) 
         path = one.file or _series_path(one.series, folder.joinpath(*parts), all_series)
         number = _number(one, found)
         base = _short("_".join(parts) or folder.resolve().name) + number
+        base = unicodedata.normalize("NFC", base)
         base = name = os.fsencode(base).decode("utf-8", "replace")  # Linux allows names that are no text
         if number:
             LOGGER.info("%s holds several series: %s is %s", one.series.folder, base, path.about)

@@ -90,17 +90,24 @@ def read_cases(config: Any, found: Cases) -> list[LabelledScan]:
     if found.channels:
         LOGGER.info("of the channels %s the locator looks at %s", ", ".join(found.channels), found.channels[0])
 
-    def read(name: str) -> LabelledScan:
+    def read(name: str) -> LabelledScan | None:
         (image_path, *_), label_path = chosen[name]
         one = read_case((name, found.patients.get(name, name)), image_path, label_path, how, config)
-        return replace(one, channel=found.channels[0]) if found.channels else one
+        return replace(one, channel=found.channels[0]) if one is not None and found.channels else one
 
     with ThreadPoolExecutor(config.workers) as pool:
         try:
             futures = [pool.submit(read, name) for name in chosen]
-            return [f.result() for f in tqdm(futures, unit="case", desc="reading", dynamic_ncols=True, disable=None)]
+            done = tqdm(futures, unit="case", desc="reading", dynamic_ncols=True, disable=None)
+            read_of = dict(zip(chosen, [future.result() for future in done], strict=True))
         finally:
             pool.shutdown(cancel_futures=True)
+    if healthy := [name for name, one in read_of.items() if one is None]:
+        LOGGER.info("left out, since their labels have no foreground: %s", ", ".join(healthy))
+    cases = [one for one in read_of.values() if one is not None]
+    if len(cases) < LEAST_CASES:
+        raise UserError(f"{len(cases)} labels have foreground, and {LEAST_CASES} are needed: label more cases.")
+    return cases
 
 
 def preprocessing_of(config: Any) -> Preprocessing:
@@ -110,10 +117,12 @@ def preprocessing_of(config: Any) -> Preprocessing:
 
 def read_case(
     names: tuple[str, str], image_path: Path, label_path: Path, how: Preprocessing, config: Any
-) -> LabelledScan:
-    """Read one case, of a name and a patient; see read_cases()."""
+) -> LabelledScan | None:
+    """Read one case, of a name and a patient, or return None if its label has no foreground; see read_cases()."""
     image = read_scan(image_path, pixel_spacing_mm=config.pixel_spacing_mm)
-    label = read_label(label_path, onto=image)
+    label = read_label(label_path, onto=image, may_be_empty=True)
+    if not label.array.any():
+        return None
     structure = np.isin(label.array, config.label_values) if config.label_values else label.array > 0
     if not structure.any():
         values = " ".join(map(str, config.label_values))

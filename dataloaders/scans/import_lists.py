@@ -1,6 +1,7 @@
 """Which imported cases train, validate and test: drawn once, kept when more come."""
 
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,25 @@ def _names(path: Path) -> list[str]:
     return read_list(path) if path.exists() and path.read_text(encoding="utf-8-sig").strip() else []
 
 
+def _test_list(config: Any) -> list[str]:
+    return [unicodedata.normalize("NFC", name) for name in read_list(config.test_list)]  # as cases are called
+
+
 def settings_of(config: Any) -> dict[str, Any]:
     """Return what chose the lists, as dataset.json keeps it."""
     return {
         "test_fraction": config.test_fraction, "val_fraction": config.val_fraction, "seed": config.seed,
-        "test_list": read_list(config.test_list) if config.test_list else None,
+        "test_list": _test_list(config) if config.test_list else None,
     }  # fmt: skip
 
 
-def draw(labelled: Sequence[str], unlabelled: Sequence[str], config: Any, cases: Cases = NO_CASES) -> Lists:
+def draw(
+    labelled: Sequence[str],
+    unlabelled: Sequence[str],
+    config: Any,
+    cases: Cases = NO_CASES,
+    healthy: Collection[str] = (),
+) -> Lists:
     """Divide the labelled cases into training, validation and test, the cases of a patient together.
 
     Args:
@@ -70,6 +81,8 @@ def draw(labelled: Sequence[str], unlabelled: Sequence[str], config: Any, cases:
         unlabelled: the others, which train; those of a patient who is held out are left out, and told.
         config: the header: fractions, seed, a list of test cases.
         cases: whose they are, and on which side, where a table says so.
+        healthy: labelled cases without foreground; the fractions hold for patients with foreground and for those
+            without any.
 
     Raises:
         UserError: fewer than two are left for training, or the test list names others.
@@ -83,8 +96,10 @@ def draw(labelled: Sequence[str], unlabelled: Sequence[str], config: Any, cases:
         sides = {side: sorted(n for n in labelled if cases.splits[n] == side) for side in ("train", "val", "test")}
         return _checked(Lists(sides["train"], sorted(unlabelled), sides["val"], sides["test"]), patient_of, config)
     order = sample_rng(config.seed, "split").permutation(sorted({patient_of[name] for name in labelled})).tolist()
-    held = order[: round(config.test_fraction * len(order))]
-    test = read_list(config.test_list) if config.test_list else [n for n in sorted(labelled) if patient_of[n] in held]
+    with_foreground = {patient_of[name] for name in labelled if name not in healthy}
+    groups = [[p for p in order if p in with_foreground], [p for p in order if p not in with_foreground]]
+    held = [patient for group in groups for patient in group[: round(config.test_fraction * len(group))]]
+    test = _test_list(config) if config.test_list else [n for n in sorted(labelled) if patient_of[n] in held]
     unknown = next((name for name in test if name not in labelled), None)
     if unknown:
         raise UserError(
@@ -92,12 +107,25 @@ def draw(labelled: Sequence[str], unlabelled: Sequence[str], config: Any, cases:
         )
     tested = {patient_of[name] for name in test}
     rest = [patient for patient in order if patient not in tested]
-    validated = rest[: round(config.val_fraction * len(order))]
+    validated = []
+    for group in groups:
+        left_of_group = [patient for patient in group if patient in rest]
+        validated += left_of_group[: round(config.val_fraction * len(group))]
     val = [name for name in sorted(labelled) if patient_of[name] in validated]
     train = [n for n in sorted(labelled) if patient_of[n] in rest and patient_of[n] not in validated]
     if left := sorted(n for n in labelled if patient_of[n] in tested and n not in test):
         LOGGER.info("left out of every list, since other cases of their patients are for the test: %s", few(left))
     return _checked(Lists(train, sorted(unlabelled), val, sorted(test)), patient_of, config)
+
+
+def tell_healthy_splits(lists: Lists, healthy: Collection[str]) -> None:
+    """Warn where the cases that are to score a run have no foreground at all."""
+    for what, names in (("validation", lists.val), ("test", lists.test)):
+        if names and set(names) <= set(healthy):
+            LOGGER.warning(
+                "NOTE: none of the %d %s cases has foreground, so their Dice says nothing: give another --seed with "
+                "--resplit, or hold out more cases.", len(names), what,
+            )  # fmt: skip
 
 
 def _checked(lists: Lists, patient_of: Mapping[str, str], config: Any) -> Lists:

@@ -14,9 +14,18 @@ from dataloaders.own import DESCRIPTION, is_name
 from dataloaders.scans.alignment import TRUSTED, check_alignment
 from dataloaders.scans.channels import read_channels
 from dataloaders.scans.convert import Job, Origin, check_trust, convert, provenance, write_case, write_slices
-from dataloaders.scans.import_lists import Lists, check_lists_replaceable, draw, keep, settings_of, write_lists
+from dataloaders.scans.import_lists import (
+    Lists,
+    check_lists_replaceable,
+    draw,
+    keep,
+    settings_of,
+    tell_healthy_splits,
+    write_lists,
+)
 from dataloaders.scans.joining import Cases
 from dataloaders.scans.label_values import LabelMap, choose_values, name_classes
+from dataloaders.scans.patients import tell_shared_patients, with_patients
 from dataloaders.scans.pictures import check_palettes, colours_of, is_picture
 from dataloaders.scans.preprocessing import WINDOW_HU, Preprocessing, prepare_channels, prepare_label
 from dataloaders.scans.reading import SIDES_MM, Scan, aligned_label, label_by_index, read_label, says_nothing
@@ -46,14 +55,15 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
     if config.by_index:
         check_replaceable(config.output / BY_INDEX)
     labels = LabelMap.of(config.label_values, config.merge, config.ignore)
-    found = _with_colours(find(), config)
+    found = with_patients(_with_colours(find(), config), config)
     cases = found.files
     masks = {name: label for name, (_, label) in cases.items() if label is not None}
     check_palettes(masks.values())
     check_trust(config.trust, masks)
-    labels = choose_values(masks, labels, config.class_names, config.workers)
+    chosen = choose_values(masks, labels, config.class_names, config.workers)
+    labels = chosen.label_map
     names = name_classes(masks, labels, config.class_names)
-    lists = draw(list(masks), [name for name in cases if name not in masks], config, found)
+    lists = draw(list(masks), [name for name in cases if name not in masks], config, found, chosen.healthy)
     how = preprocessing_of(config, found, there)
     content = {
         "name": config.output.resolve().name,
@@ -71,6 +81,9 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
     if earlier is not None:
         lists = keep(earlier, lists, config, there.get("split"), found.patients)
         content["split"] = there.get("split")
+    held = {"val": lists.val, "test": lists.test}
+    tell_shared_patients({"train": [*lists.labelled, *lists.unlabelled], **held}, found.patients)
+    tell_healthy_splits(lists, chosen.healthy)
     jobs = []
     for name, (images, label) in cases.items():
         run = lambda n=name, i=images, m=label: convert_case(n, i, m, how, labels, config)  # noqa: E731
@@ -79,7 +92,9 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
     convert(jobs, config.workers, config.overwrite)
     write_lists(config.output, config.layout, lists)
     write_text(config.output / DESCRIPTION, json.dumps(content, indent=2) + "\n", any_content=True, is_known=True)
-    if config.by_index and (laid := [name for name, path in masks.items() if says_nothing(read_label(path))]):
+    if config.by_index and (
+        laid := [name for name, path in masks.items() if says_nothing(read_label(path, may_be_empty=True))]
+    ):
         draw_by_index(config, laid, content)
     tell_end(config, lists)
 
@@ -121,12 +136,12 @@ def convert_case(
     # choose_slice_axis() has told; what is no CT aligns nowhere
     case = prepare_channels(channels, how, config.trust_hu, tell=False)
     if label_path is not None:
-        label = read_label(label_path, onto=image)
+        label = read_label(label_path, onto=image, may_be_empty=True)
         classes = Scan(label_path, labels.classes(label.array), label.affine)
         is_by_index = config.by_index and says_nothing(label)
         on_image = label_by_index(image, classes) if is_by_index else aligned_label(image, classes)
         alignment = TRUSTED if name in config.trust or "all" in config.trust else "checked"
-        if "ct" in how.rules and alignment != TRUSTED:
+        if "ct" in how.rules and alignment != TRUSTED and on_image.any():
             clipped = np.clip(channels[how.rules.index("ct")].array, *WINDOW_HU)
             check_alignment(label_path, clipped, on_image, is_organ_ct=False, way_out=f"give --trust {name}")
         mask = prepare_label(on_image, image, how)
@@ -173,7 +188,7 @@ def tell_lost(name: str, path: Path, before: np.ndarray, after: np.ndarray, conf
     """
     lost = sorted(set(np.unique(before).tolist()) - set(np.unique(after).tolist()) - {0})
     spacing = " ".join(f"{side:g}" for side in config.spacing_mm or ())
-    if not after.any():
+    if before.any() and not after.any():
         raise UserError(
             f"{path} vanishes at --spacing_mm {spacing}: choose finer voxels, or move the label away, and the scan "
             "counts as unlabelled."

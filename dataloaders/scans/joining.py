@@ -3,6 +3,7 @@
 import csv
 import difflib
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from sdcl.runs.folder import LOGGER
 FURTHER = ("label", "patient", "split")  # columns of a table that may be missing or empty
 SPLITS = ("train", "val", "test")
 MAX_TABLE_BYTES = 2**26
+ENTITIES = re.compile(r"(.+)_[a-z]+-[A-Za-z0-9]+")  # a BIDS name and one more entity of it
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def _paired(
     Raises:
         UserError: a label has no scan.
     """
+    masks = _without_entities(masks, scans)
     for name, path in masks.items():
         if name not in scans:
             close = difflib.get_close_matches(name, scans, n=1)
@@ -130,6 +133,24 @@ def _paired(
             hint = f"the closest is {scans[close[0]][0].name}" if close else there
             raise UserError(f"{path} has no scan of the name {name} in {images} ({hint}): rename one of them.")
     return {name: (paths, masks.get(name)) for name, paths in scans.items()}
+
+
+def _without_entities(masks: Mapping[str, Path], scans: Mapping[str, Any]) -> dict[str, Path]:
+    """Call labels as their scans where BIDS adds entities to a label's name, such as sub-01_space-orig of sub-01."""
+    named, told = {}, []
+    for name, path in masks.items():
+        match = None if name in scans else ENTITIES.fullmatch(name)
+        while match and match[1] not in scans:
+            match = ENTITIES.fullmatch(match[1])
+        scan = match[1] if match else name
+        if scan in named or (match and scan in masks):
+            raise UserError(f"{named.get(scan) or masks[scan]} and {path} are both labels of {scan}: keep one of them.")
+        if match:
+            told.append(f"{name} is of {scan}")
+        named[scan] = path
+    if told:
+        LOGGER.info("labels with further BIDS entities in their names: %s%s", told[0], ", ..." * (len(told) > 1))
+    return named
 
 
 def checked(cases: Cases) -> Cases:
@@ -199,8 +220,11 @@ def by_pattern(folder: Path, pattern: str) -> dict[str, Path]:
     expression = re.compile(_expression(pattern, grouped=named is last, at=len(pattern) - len(last)))
     found: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern)):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):  # such as ._a.nii.gz of macOS
+            continue
         match = expression.fullmatch(path.relative_to(folder).as_posix())
         name = "_".join(part.strip("/").replace("/", "_") for part in match.groups() if part) if match else ""
+        name = unicodedata.normalize("NFC", name)
         if not name:
             raise UserError(f"the stars of {pattern} stand for nothing in {path}, which then has no name: add one.")
         if name in found:
@@ -253,7 +277,9 @@ def read_table(path: Path, channels: tuple[str, ...] = (), series: str | None = 
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--table {path} cannot be read ({error}): write it as UTF-8 text, a line a case.") from None
-    rows = csv.DictReader(text.splitlines())
+    head = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=head.count)  # Excel writes semicolons in many languages
+    rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
     images = channels or ("image",)
     needed = ("case", *images)
     unknown = [name for name in rows.fieldnames or () if name not in (*needed, *FURTHER)]
@@ -268,7 +294,7 @@ def read_table(path: Path, channels: tuple[str, ...] = (), series: str | None = 
     splits: dict[str, str] = {}
     for row in rows:
         given = {name: (row.get(name) or "").strip() for name in (*needed, *FURTHER)}
-        name, where = given["case"], f"--table {path}, line {rows.line_num}"
+        name, where = unicodedata.normalize("NFC", given["case"]), f"--table {path}, line {rows.line_num}"
         if not name or name in files:
             raise UserError(f"{where}: {f'the case {name} is there already' if name else 'the case has no name'}.")
         find = lambda folder: find_scans(folder, series)  # noqa: E731

@@ -76,6 +76,19 @@ class LabelMap:
         return json.dumps({"values": self.values, "merge": dict(self.merge), "ignore": self.ignore})
 
 
+@dataclass(frozen=True)
+class ChosenLabels:
+    """What the label files of an import hold.
+
+    Attributes:
+        label_map: how their values become classes.
+        healthy: cases whose label has no foreground.
+    """
+
+    label_map: LabelMap
+    healthy: tuple[str, ...]
+
+
 def _pair(text: str) -> tuple[int, int]:
     first, colon, second = text.partition(":")
     if not (colon and first.isdecimal() and second.isdecimal() and first != second):
@@ -83,7 +96,7 @@ def _pair(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str], workers: int) -> LabelMap:
+def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str], workers: int) -> ChosenLabels:
     """Read all label files, complete the values that become the classes 1, 2, ..., and say what becomes what.
 
     Args:
@@ -97,9 +110,11 @@ def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str
             but what is left out; or there are not as many names.
     """
     with ThreadPoolExecutor(workers) as pool:
-        raw = list(pool.map(lambda path: _values(read_label(path).array), labels.values()))
-    found = [set(_values(how.kept(np.array(sorted(there))))) for there in raw]
+        raw = list(pool.map(lambda path: _values(read_label(path, may_be_empty=True).array), labels.values()))
+    found = [set(_values(how.kept(np.array(sorted(there), int)))) for there in raw]
     values = list(how.values) or sorted(set().union(*found))
+    if labels and not any(raw):
+        raise UserError(f"none of the {len(raw)} labels has any foreground: give the folder of the labels.")
     # A single value needs no order: it is the foreground, whatever its number, and is said below.
     if not how.values and len(values) > 1 and values != list(range(1, len(values) + 1)):
         raise UserError(
@@ -117,7 +132,7 @@ def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str
                 f"{path} holds the label {min(there - set(values))}, which --label_values does not name: add it there, "
                 "to --merge or to --ignore."
             )
-        if not there:
+        if before and not there:
             raise UserError(
                 f"{path} holds nothing but {', '.join(map(str, sorted(before)))}, which --ignore leaves out: move the "
                 "label away, and the scan counts as unlabelled."
@@ -125,8 +140,14 @@ def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str
     if names and len(names) != len(values):
         raise UserError(f"--class_names gives {len(names)} names for the {len(values)} label values {values}: "
                         "name each one.")  # fmt: skip
+    healthy = tuple(case for case, before in zip(labels, raw, strict=True) if not before)
+    if healthy:
+        LOGGER.info(
+            "NOTE: %d of %d labels have no foreground (healthy cases); they train and are scored as labelled cases: %s",
+            len(healthy), len(labels), ", ".join(healthy),
+        )  # fmt: skip
     _tell(replace(how, values=tuple(values)), names or class_names(values), raw, found)
-    return replace(how, values=tuple(values))
+    return ChosenLabels(replace(how, values=tuple(values)), healthy)
 
 
 def class_names(values: Sequence[int]) -> list[str]:

@@ -98,6 +98,7 @@ def read_label(
     highest: int = 65535,
     pixel_spacing_mm: tuple[float, float] | None = None,
     onto: Scan | None = None,
+    may_be_empty: bool = False,
 ) -> Scan:
     """Read a label map; values a rounding error off a whole number are that number.
 
@@ -107,12 +108,14 @@ def read_label(
         highest: the largest label that counts as one, below 2**31.
         pixel_spacing_mm: see read_scan().
         onto: the image; a DICOM segmentation, which may lack slices, is then completed to its grid.
+        may_be_empty: accept a label map without foreground, as a healthy case has.
 
     Returns:
         The label map; array (X, Y, Z), uint8, or uint16 or int32 where a label needs it.
 
     Raises:
-        UserError: it cannot be read, or holds something else than classes, or nothing but background.
+        UserError: it cannot be read, or holds something else than classes, or nothing but background although
+            it may not.
     """
     path = path if isinstance(path, SeriesPath) else Path(path)
     segmentation = segmentation_in(path) if path.exists() else None
@@ -130,7 +133,7 @@ def read_label(
             f"{path} holds the label {values[~is_right][0]:g}, outside the classes 0 to {top - 1}: correct it, "
             "or give the file of the labels, not of the image or of probabilities."
         )
-    if whole.max() == 0:
+    if whole.max() == 0 and not may_be_empty:
         raise UserError(f"{path} is empty, all background: give the case's own label, or leave the case out.")
     array = np.rint(label.array) if label.array.dtype.kind == "f" else label.array
     return replace(label, array=np.ascontiguousarray(array, _label_type(int(whole.max()))))
