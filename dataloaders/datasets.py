@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dataloaders.files import Sample, read_text_attributes, with_channels
 from dataloaders.roots import check_root
 from dataloaders.scans.alignment import TRUSTED, check_alignment
 from dataloaders.scans.preprocessing import AXES, WINDOW_HU, Preprocessing
+from dataloaders.voxel_sides import SideRange
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
@@ -134,10 +135,17 @@ class DataSet:
         (how,) = found
         return self.preprocessing if how is None else _with_axes(how, axes)
 
-    def facts(self, decision_rule: str, files: Mapping[Path, Texts]) -> dict[str, Any]:
-        """Return what a run's config.json keeps of the data set, for prediction: see preprocessing_of()."""
+    def facts(self, decision_rule: str, files: Mapping[Path, Texts], sides: SideRange | None = None) -> dict[str, Any]:
+        """Return what a run's config.json keeps of the data set, for prediction.
+
+        Args:
+            decision_rule: how probabilities become labels.
+            files: see preprocessing_of().
+            sides: voxel sides of the training cases, as the networks see them; None: not known.
+        """
         how = self.preprocessing_of(files)
-        return {
+        known = {} if sides is None else {"voxel_sides_mm": asdict(sides)}
+        return known | {
             "name": self.name,
             "class_names": list(self.class_names),
             "label_values": list(self.label_values or range(1, self.num_classes)),

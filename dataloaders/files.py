@@ -139,6 +139,18 @@ def read_spacing(path: Path) -> tuple[float, ...] | None:
         return _spacing(path, file)
 
 
+def read_shape(path: Path) -> tuple[int, ...]:
+    """Return the shape of a file's `image`.
+
+    Raises:
+        UserError: the file cannot be read, or has none.
+    """
+    with _opened(path) as file:
+        if not isinstance(file.get("image"), h5py.Dataset):
+            raise UserError(f"{path} has no dataset `image`: convert it again.")
+        return tuple(file["image"].shape)
+
+
 def read_affine(path: Path) -> np.ndarray | None:
     """Return the (4, 4) affine, from indices to mm (RAS+), that a converted file's attributes give; None without them.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dataloaders.datasets import SLICE, DataSet, Duplicate, missing_classes, texts_of
 from dataloaders.own import DESCRIPTION
 from dataloaders.scans.convert import few
+from dataloaders.voxel_sides import unlike_cases
 from sdcl.runs.errors import UserError
 
 if TYPE_CHECKING:  # it imports PyTorch, for which a wrong flag need not wait
@@ -137,6 +138,8 @@ def remarks(findings: Sequence[Finding], known: Counter[Duplicate], root: Path, 
     if healthy and data_set.files == "own":
         lines.append(f"{len(healthy)} labelled cases have no foreground (healthy) and count as such: {few(healthy)}")
     volumes = [f for f in findings if len(f.shape) == 3]
+    if data_set.preprocessing.layout == "volume":
+        lines += filter(None, [unlike_cases({f.name: f.spacing for f in volumes if f.spacing})])
     thin = [f.name for f in volumes if 1 in f.shape]
     if thin:
         lines.append(f"{len(thin)} of {len(volumes)} volumes are a single slice: {few(thin)}")

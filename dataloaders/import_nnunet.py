@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this ch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataloaders.scans.importing import import_cases
-from dataloaders.scans.nnunet import find_cases, read_description
+from dataloaders.scans.nnunet import DESCRIPTION, find_cases, read_description
 from dataloaders.scans.preprocessing import Axis, Normalisation
 from sdcl.runs.config import run_script
 from sdcl.runs.folder import start_logging
@@ -59,6 +59,7 @@ def main(config: Config) -> None:
         "pixel_spacing_mm": None, "merge": (), "ignore": (), "class_names": described.class_names,
         "label_values": described.label_values, "channels": described.channels,
         "normalise": config.normalise or described.normalise,
+        "described_by": config.dataset / DESCRIPTION,
     }  # fmt: skip
     settings = SimpleNamespace(**(vars(config) | fixed))
     import_cases(settings, lambda: find_cases(described, config))

@@ -17,6 +17,7 @@ from dataloaders.files import read_list, read_sample, with_channels
 from dataloaders.streams import Streams
 from dataloaders.study import StudyData, texts_in
 from dataloaders.transforms import Augmentation, apply_index, augmentation_index, shift_intensity
+from dataloaders.voxel_sides import range_of_files
 from sdcl.inference import Slabs, slice_slabs
 from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
@@ -169,14 +170,16 @@ class SliceData(StudyData):
         val_names = read_list(root / "data_split" / "val.list") if has_val else []
         validation = self._volumes(val_names, checked)
         caches = [labelled.cache, *([] if unlabelled is None else [unlabelled.cache])]
+        trained_on = list(dict.fromkeys(name.rsplit(SLICE, 1)[0] for name in used))
+        volumes = [self._path_of(name) for name in trained_on]  # public copies may lack those of training
         return Training(
             task=self._task(config.patch_size),
             streams=lambda stage: Streams(labelled, unlabelled if stage == "self_train" else None, config, stage),
             lists={"labelled": names[0], "unlabelled": names[1]},
-            trained_on=list(dict.fromkeys(name.rsplit(SLICE, 1)[0] for name in used)),
+            trained_on=trained_on,
             validation_cases=Cases(val_names, validation),
             validated_on="val",
-            facts=self._data_set.facts("argmax", texts_in(*caches)),
+            facts=self._data_set.facts("argmax", texts_in(*caches), range_of_files(volumes, config.patch_size)),
             waiting_bytes=sum(cache.waiting_bytes for cache in (*caches, validation)),
             keep=lambda folder: self.keep(folder, checked, [*caches, validation]),
         )

@@ -17,6 +17,7 @@ from dataloaders.files import has_label, read_list, read_sample, with_channels
 from dataloaders.streams import Streams
 from dataloaders.study import StudyData, texts_in
 from dataloaders.transforms import Crop, Cropping, crop_corner, cropped, shift_intensity
+from dataloaders.voxel_sides import range_of_files
 from sdcl.inference import Slabs, Windows, window_slabs
 from sdcl.runs.data import Scoring, Training
 from sdcl.runs.errors import UserError
@@ -195,7 +196,11 @@ class VolumeData(StudyData):
             trained_on=[*labelled, *unlabelled],
             validation_cases=Cases(scored, validation),
             validated_on="test" if config.select == "test" else "val",
-            facts=self._data_set.facts(config.decision_rule, texts_in(*caches)),
+            facts=self._data_set.facts(
+                config.decision_rule,
+                texts_in(*caches),
+                range_of_files(map(self._path_of, [*labelled, *unlabelled]), config.patch_size),
+            ),
             waiting_bytes=sum(cache.waiting_bytes for cache in (*caches, validation)),
             keep=lambda folder: self.keep(folder, checked, [*caches, validation]),
         )

@@ -434,8 +434,9 @@ def test_the_doctor_finds_nothing_wrong_and_then_everything(own, tmp_path):
     (root / "data" / f"{labelled[2]}.h5").unlink()
     text = run("../dataloaders/check.py", *flags, fails=True)
     for part in (
-        f"{labelled[0]}.h5 has an empty label", f"{labelled[1]}.h5: `image` holds nan",
-        f"{labelled[2]}.h5 does not exist", "case_06 and", "hold the same image (train and test)", "4 things are wrong",
+        f"1 labelled cases have no foreground (healthy) and count as such: {labelled[0]}",
+        f"{labelled[1]}.h5: `image` holds nan",
+        f"{labelled[2]}.h5 does not exist", "case_06 and", "hold the same image (train and test)", "3 things are wrong",
     ):  # fmt: skip
         assert part in text
 

@@ -206,7 +206,7 @@ BAD_SCANS = {
     "another format": (lambda p: broken(p, lambda b: b"not a scan " * 99), "cannot be read"),
     "gzip cut short": (lambda p: cut(write_nifti(p, picture())), "cannot be read"),
     "a bomb": (bomb, "declares 6400000000 voxels"),
-    "a time series": (lambda p: write_nifti(p, np.stack([picture()] * 2, -1)), "must be one volume"),
+    "a time series": (lambda p: write_nifti(p, np.stack([picture()] * 2, -1)), "holds 2 volumes"),
     "a line": (lambda p: write_nifti(p, picture()[:, 0, 0]), "must be one volume"),
     "nan": (lambda p: write_nifti(p, nan_scan()), "nan or infinite"),
     "constant": (lambda p: write_nifti(p, np.full(SHAPE, 7, np.int16)), "the value 7 alone"),

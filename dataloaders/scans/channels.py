@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dataloaders.scans.finding import VolumePath
 from dataloaders.scans.pictures import AFFINE, is_picture, read_picture
-from dataloaders.scans.reading import Scan, aligned_label, read_scan
+from dataloaders.scans.reading import Scan, aligned_label, count_volumes, read_scan
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
@@ -40,6 +41,8 @@ def group(
     cases = named or _by_ending(found, numbers)
     are_first = all(set(files) == {numbers[0]} for files in cases.values())
     if all(map(is_picture, found.values())) and not named and are_first:  # each holds all channels
+        return {name.removesuffix(FIRST): (path,) for name, path in found.items()}
+    if not cases and all(count_volumes(path) == len(channels) for path in found.values()):  # 4D files
         return {name.removesuffix(FIRST): (path,) for name, path in found.items()}
     if not cases:
         raise UserError(
@@ -132,12 +135,15 @@ def read_channels(paths: Sequence[Path], pixel_spacing_mm: tuple[float, float] |
     """Read the channels of a case; those beyond the first may have other axes, but lie on its voxels.
 
     Args:
-        paths: of each channel, see read_scan(); of a picture with colours one.
+        paths: of each channel, see read_scan(); of a picture with colours, or a 4D file, one.
         pixel_spacing_mm: see read_scan().
 
     Raises:
         UserError: a file cannot be read, or lies on another grid than the first.
     """
+    count = count_volumes(paths[0]) if len(paths) == 1 and getattr(paths[0], "volume", None) is None else 1
+    if count > 1:
+        paths = [VolumePath.of(paths[0], k) for k in range(count)]
     if len(paths) == 1 and is_picture(paths[0]):
         return [Scan(paths[0], array, AFFINE) for array in read_picture(paths[0])]
     first, *others = (read_scan(path, pixel_spacing_mm=pixel_spacing_mm) for path in paths)

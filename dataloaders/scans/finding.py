@@ -42,6 +42,42 @@ class SeriesPath(type(Path())):
     about: str = ""
 
 
+class VolumePath(type(Path())):
+    """One 3D volume of a 4D file.
+
+    Attributes:
+        volume: its number along the fourth axis, from 0.
+    """
+
+    volume: int | None = None
+
+    @classmethod
+    def of(cls, path: Path, volume: int) -> "VolumePath":
+        """Name a volume of a file."""
+        one = cls(path)
+        one.volume = volume
+        return one
+
+
+class ClassMasks(type(Path())):
+    """A label map that is stored as one mask file per class; the path of the folder that the files lie in.
+
+    Attributes:
+        masks: the class's number and its file, in order.
+        files: the files.
+    """
+
+    masks: tuple[tuple[int, Path], ...] = ()
+    files: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, masks: Sequence[tuple[int, Path]]) -> "ClassMasks":
+        """Put the mask files of one case together."""
+        one = cls(masks[0][1].parent)
+        one.masks, one.files = tuple(masks), tuple(path for _, path in masks)
+        return one
+
+
 @dataclass(frozen=True, eq=False)
 class _Found:
     """A scan and its place below the folder: of a file the last of `parts` is its name, of a series its folder's.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.datasets import find_file
-from dataloaders.files import read_sample
+from dataloaders.files import read_sample, read_spacing
 from dataloaders.own import DESCRIPTION, is_name
 from dataloaders.scans.alignment import TRUSTED, check_alignment
 from dataloaders.scans.channels import read_channels
@@ -28,8 +28,17 @@ from dataloaders.scans.label_values import LabelMap, choose_values, name_classes
 from dataloaders.scans.patients import tell_shared_patients, with_patients
 from dataloaders.scans.pictures import check_palettes, colours_of, is_picture
 from dataloaders.scans.preprocessing import WINDOW_HU, Preprocessing, prepare_channels, prepare_label
-from dataloaders.scans.reading import SIDES_MM, Scan, aligned_label, label_by_index, read_label, says_nothing
+from dataloaders.scans.reading import (
+    SIDES_MM,
+    Scan,
+    aligned_label,
+    few_whole_numbers,
+    label_by_index,
+    read_label,
+    says_nothing,
+)
 from dataloaders.scans.slicing import choose_slice_axis
+from dataloaders.voxel_sides import unlike_cases
 from sdcl.runs.atomic import write_text
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -51,18 +60,25 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
         UserError: a setting is impossible, or a case is refused; the other ones are finished.
     """
     _check(config)
+    labels = LabelMap.of(config.label_values, config.merge, config.ignore)
     there = _earlier(config)
     if config.by_index:
         check_replaceable(config.output / BY_INDEX)
-    labels = LabelMap.of(config.label_values, config.merge, config.ignore)
     found = with_patients(_with_colours(find(), config), config)
     cases = found.files
+    if found.class_names and (config.label_values or config.merge or config.ignore):
+        raise UserError(
+            "--label_pattern with {class} numbers the classes: leave --label_values, --merge, --ignore out."
+        )
+    if found.class_names:
+        labels = LabelMap(tuple(range(1, len(found.class_names) + 1)))
+    given_names = config.class_names or found.class_names
     masks = {name: label for name, (_, label) in cases.items() if label is not None}
     check_palettes(masks.values())
     check_trust(config.trust, masks)
-    chosen = choose_values(masks, labels, config.class_names, config.workers)
+    chosen = choose_values(masks, labels, given_names, config.workers, getattr(config, "described_by", None))
     labels = chosen.label_map
-    names = name_classes(masks, labels, config.class_names)
+    names = name_classes(masks, labels, given_names)
     lists = draw(list(masks), [name for name in cases if name not in masks], config, found, chosen.healthy)
     how = preprocessing_of(config, found, there)
     content = {
@@ -90,6 +106,10 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
         target = find_file(config.output, name)
         jobs.append(Job(name, [target], run, images, label, made_by(how, labels, label)))
     convert(jobs, config.workers, config.overwrite)
+    if config.layout == "volume":
+        spacings = {name: read_spacing(find_file(config.output, name)) for name in cases}
+        if warning := unlike_cases({name: spacing for name, spacing in spacings.items() if spacing}):
+            LOGGER.warning("WARNING: %s.", warning)
     write_lists(config.output, config.layout, lists)
     write_text(config.output / DESCRIPTION, json.dumps(content, indent=2) + "\n", any_content=True, is_known=True)
     if config.by_index and (
@@ -133,6 +153,16 @@ def convert_case(
     """Align, preprocess and write one case, in 2D its single slices first."""
     channels, mask, alignment = read_channels(paths, config.pixel_spacing_mm), None, ""
     image = channels[0]
+    if len(paths) == 1 < len(channels) != len(how.rules) and not is_picture(paths[0]):
+        raise UserError(
+            f"{paths[0]} holds {len(channels)} volumes: name them by --channels if they are channels, or save each "
+            "as a scan of its own."
+        )
+    if not is_picture(paths[0]) and (values := few_whole_numbers(image.array)):
+        LOGGER.warning(
+            "WARNING: %s holds only the numbers %s, like a label map: is it the scan?", paths[0],
+            ", ".join(map(str, values)),
+        )  # fmt: skip
     # choose_slice_axis() has told; what is no CT aligns nowhere
     case = prepare_channels(channels, how, config.trust_hu, tell=False)
     if label_path is not None:

@@ -14,13 +14,14 @@ from dataloaders.datasets import SLICE
 from dataloaders.scans.channels import FIRST, NUMBERED, PLACE, group, numbers_of
 from dataloaders.scans.choosing import check_one_each, listing
 from dataloaders.scans.dicom_labels import holds_segmentation, segmentation_in
-from dataloaders.scans.finding import SeriesPath, find_labels
+from dataloaders.scans.finding import ClassMasks, SeriesPath, find_labels
 from dataloaders.scans.reading import find_scans
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
 FURTHER = ("label", "patient", "split")  # columns of a table that may be missing or empty
 SPLITS = ("train", "val", "test")
+CLASS = "{class}"  # stands in --label_pattern for the name of each class
 MAX_TABLE_BYTES = 2**26
 ENTITIES = re.compile(r"(.+)_[a-z]+-[A-Za-z0-9]+")  # a BIDS name and one more entity of it
 
@@ -34,12 +35,14 @@ class Cases:
         patients: whose a case is, where a table says so; else each case is its own patient.
         splits: "train", "val" or "test" of each case, where a table says so.
         channels: names of several channels, in the order of the files; empty: one.
+        class_names: names of the classes 1, 2, ... where labels have one file per class; else empty.
     """
 
     files: dict[str, tuple[tuple[Path, ...], Path | None]]
     patients: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, str] = field(default_factory=dict)
     channels: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 def find_cases(config: Any) -> Cases:
@@ -64,8 +67,12 @@ def find_cases(config: Any) -> Cases:
         images = by_patterns(config.images, patterns[0], channels)
         if config.series is not None:
             images = {name: tuple(_one_series(path, config.series) for path in paths) for name, paths in images.items()}
-        labels = by_pattern(config.labels, patterns[1])
-        return checked(Cases(_paired(images, labels, config.images), channels=channels))
+        if CLASS in patterns[1]:
+            names = tuple(config.class_names) or _class_names(config.labels, patterns[1])
+            labels = by_class(config.labels, patterns[1], names)
+        else:
+            names, labels = (), by_pattern(config.labels, patterns[1])
+        return checked(Cases(_paired(images, labels, config.images), channels=channels, class_names=names))
     return checked(join(config.images, config.labels, channels, config.series))
 
 
@@ -237,6 +244,45 @@ def by_pattern(folder: Path, pattern: str) -> dict[str, Path]:
         raise UserError(f"{folder} holds nothing of the pattern {pattern}: look at the folders' and files' names.")
     LOGGER.info("%s: %d files of %s, the first is the case %s", folder, len(found), pattern, next(iter(found)))
     return dict(sorted(found.items()))
+
+
+def by_class(folder: Path, pattern: str, class_names: Sequence[str]) -> dict[str, Path]:
+    """Find labels that are stored as one mask file per class, "{class}" in the pattern standing for its name.
+
+    Args:
+        folder: where to look.
+        pattern: as for by_pattern(), such as "*/segmentations/{class}.nii.gz".
+        class_names: of the classes 1, 2, ...
+
+    Returns:
+        Case name to ClassMasks. A case without the file of a class lacks that class, which is logged.
+
+    Raises:
+        UserError: a class has no file at all, or a name is given twice.
+    """
+    masks: dict[str, list[tuple[int, Path]]] = {}
+    for number, name in enumerate(class_names, start=1):
+        for case, path in by_pattern(folder, pattern.replace(CLASS, name)).items():
+            masks.setdefault(case, []).append((number, path))
+    for number, name in enumerate(class_names, start=1):
+        if missing := [case for case, there in masks.items() if number not in dict(there)]:
+            LOGGER.info("NOTE: no file of the class %s, which is taken for absent: %s", name, ", ".join(missing))
+    return {case: ClassMasks.of(there) for case, there in sorted(masks.items())}
+
+
+def _class_names(folder: Path, pattern: str) -> tuple[str, ...]:
+    """Return the names that "{class}" stands for in the files that are there, in alphabetical order."""
+    marker = "classname"
+    text = _expression(pattern.replace(CLASS, marker), grouped=False, at=len(pattern) * 2)
+    expression = re.compile(text.replace(marker, "(?P<name>[^/]+)", 1).replace(marker, "(?P=name)"))
+    matches = (
+        expression.fullmatch(path.relative_to(folder).as_posix()) for path in folder.glob(pattern.replace(CLASS, "*"))
+    )
+    names = tuple(sorted({match["name"] for match in matches if match and not match["name"].startswith(".")}))
+    if not names:
+        raise UserError(f"{folder} holds nothing of the pattern {pattern}: look at the folders' and files' names.")
+    LOGGER.info("one file per class: %s (--class_names chooses and orders them)", ", ".join(names))
+    return names
 
 
 def _expression(pattern: str, grouped: bool, at: int) -> str:

@@ -14,6 +14,7 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
 MAX_VALUE = 65_535  # of a label
+LEAST_COUNTS, LEAST_INSTANCES = 3, 4  # from which numbers 1 to N look like those of instances
 MAX_CLASSES = 255  # that a converted file's uint8 can hold
 
 
@@ -96,7 +97,9 @@ def _pair(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str], workers: int) -> ChosenLabels:
+def choose_values(
+    labels: Mapping[str, Path], how: LabelMap, names: Sequence[str], workers: int, described_by: Path | None = None
+) -> ChosenLabels:
     """Read all label files, complete the values that become the classes 1, 2, ..., and say what becomes what.
 
     Args:
@@ -104,6 +107,7 @@ def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str
         how: from the flags.
         names: of the classes, or () for class1, class2, ...
         workers: files at a time.
+        described_by: the file that names the values, such as nnU-Net's dataset.json; None: the flags do.
 
     Raises:
         UserError: without a choice several values are not 1, 2, ...; a file holds others than those chosen, or nothing
@@ -128,9 +132,15 @@ def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str
         )
     for path, there, before in zip(labels.values(), found, raw, strict=True):
         if not there <= set(values):
+            strange = min(there - set(values))
+            if described_by is not None:
+                raise UserError(
+                    f"{path} holds the label {strange}, which {described_by} does not name: add it to the labels "
+                    "there, or correct the file."
+                )
             raise UserError(
-                f"{path} holds the label {min(there - set(values))}, which --label_values does not name: add it there, "
-                "to --merge or to --ignore."
+                f"{path} holds the label {strange}, which --label_values does not name: add it there, to --merge or "
+                "to --ignore."
             )
         if before and not there:
             raise UserError(
@@ -140,6 +150,8 @@ def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str
     if names and len(names) != len(values):
         raise UserError(f"--class_names gives {len(names)} names for the {len(values)} label values {values}: "
                         "name each one.")  # fmt: skip
+    if not how.values:
+        _tell_instances(raw)
     healthy = tuple(case for case, before in zip(labels, raw, strict=True) if not before)
     if healthy:
         LOGGER.info(
@@ -148,6 +160,18 @@ def choose_values(labels: Mapping[str, Path], how: LabelMap, names: Sequence[str
         )  # fmt: skip
     _tell(replace(how, values=tuple(values)), names or class_names(values), raw, found)
     return ChosenLabels(replace(how, values=tuple(values)), healthy)
+
+
+def _tell_instances(raw: Sequence[set[int]]) -> None:
+    """Note where values look like the numbers of instances, 1 to N with another N in each file."""
+    counts = {len(there) for there in raw if there}
+    are_counted = all(there == set(range(1, len(there) + 1)) for there in raw)
+    if are_counted and len(counts) >= LEAST_COUNTS and max(counts) >= LEAST_INSTANCES:
+        LOGGER.warning(
+            "NOTE: the labels hold 1 to N, with N from %d to %d by case, as if they numbered instances (lesions, "
+            "cells). Each number becomes a class; if they are instances, count them as one: --merge 2:1 3:1 ...",
+            min(counts), max(counts),
+        )  # fmt: skip
 
 
 def class_names(values: Sequence[int]) -> list[str]:

@@ -47,10 +47,13 @@ def read_description(folder: Path) -> Described:
     path = folder / DESCRIPTION
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        is_second = "channel_names" in content
-        channels = content["channel_names"] if is_second else content["modality"]
-        named = content["labels"] if is_second else {name: int(value) for value, name in content["labels"].items()}
-        channels, named = dict(channels), dict(named)
+        channels = content["channel_names"] if "channel_names" in content else content["modality"]
+        channels = dict(enumerate(channels)) if isinstance(channels, list) else dict(channels)
+        channels = {str(number): name for number, name in channels.items()}
+        named = dict(content["labels"])
+        if named and all(str(key).isdecimal() for key in named):  # number to name, as nnU-Net's first version has it
+            named = {str(name): int(number) for number, name in named.items()}
+        named = {name: _number(value) for name, value in named.items()}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give as --dataset the folder nnUNet_raw/DatasetXXX_Name.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -71,6 +74,14 @@ def read_description(folder: Path) -> Described:
     LOGGER.info("%s: %s; labels %s", path, said, ", ".join(n for _, n in others))
     labels = tuple(name for _, name in others), tuple(value for value, _ in others)
     return Described(folder, ending, *labels, rules, names if len(names) > 1 else ())
+
+
+def _number(value: Any) -> Any:
+    """Return a label's number, which some programs write as text; anything else, such as a region, as it is."""
+    if isinstance(value, bool) or not isinstance(value, (str, float)):
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() else value
 
 
 def find_cases(described: Described, config: Any) -> Cases:
@@ -135,9 +146,16 @@ def _sides(files: Mapping[str, tuple], held: Mapping[str, tuple], config: Any) -
 def _images(folder: Path, described: Described) -> dict[str, tuple[Path, ...]]:
     """Return the images of a folder by case, a file a channel: names end with the channel's number."""
     ending, last = described.ending, len(described.channels or ("",)) - 1
-    files = [path for path in _files(folder) if path.name.endswith(ending)]
+    files = _with_ending(folder, ending)
     if not files:
         raise UserError(f"{folder} holds no images <case>{FIRST}{ending}: look at `file_ending` in {DESCRIPTION}.")
+    stems = [path.name.removesuffix(ending) for path in files]
+    if not any(re.fullmatch(r".+_\d{4}", stem) for stem in stems) and all(map(_is_labelled, files)):
+        LOGGER.info(
+            "%s: named as in the Medical Segmentation Decathlon, one file per case; the volumes of a 4D file are its "
+            "channels", folder,
+        )  # fmt: skip
+        return {stem: (path,) for stem, path in zip(stems, files, strict=True)}
     numbers = "|".join(f"{k:04d}" for k in range(last + 1))
     for path in files:
         if not re.fullmatch(rf".+_({numbers})", path.name.removesuffix(ending)):
@@ -155,7 +173,21 @@ def _images(folder: Path, described: Described) -> dict[str, tuple[Path, ...]]:
 
 def _labels(folder: Path, ending: str) -> dict[str, Path]:
     """Return the labels of a folder by case."""
-    return {path.name.removesuffix(ending): path for path in _files(folder) if path.name.endswith(ending)}
+    return {path.name.removesuffix(ending): path for path in _with_ending(folder, ending)}
+
+
+def _with_ending(folder: Path, ending: str) -> list[Path]:
+    """Return a folder's files of the data set's ending; the others are named as left out."""
+    files = _files(folder)
+    if left := [path.name for path in files if not path.name.endswith(ending)]:
+        LOGGER.info("%s: left out, since they do not end with %s: %s", folder, ending, ", ".join(left))
+    return [path for path in files if path.name.endswith(ending)]
+
+
+def _is_labelled(path: Path) -> bool:
+    """Tell whether a label of an image's own name lies in the labels' folder, if there is one."""
+    labels = path.parent.with_name(path.parent.name.replace("images", "labels"))
+    return not labels.is_dir() or path.parent == labels or (labels / path.name).exists()
 
 
 def _files(folder: Path) -> Sequence[Path]:

@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataloaders.scans.channels import group
+from dataloaders.scans.channels import PLACE, group
 from dataloaders.scans.dicom_output import check_are_series
-from dataloaders.scans.finding import SeriesPath, is_scan_file
+from dataloaders.scans.finding import SeriesPath, VolumePath, is_scan_file
+from dataloaders.scans.joining import by_patterns
 from dataloaders.scans.locating import roi_finder
 from dataloaders.scans.overlapping import InTurn, Later
 from dataloaders.scans.pictures import is_picture
 from dataloaders.scans.prediction import Run, inference_of, segmented
 from dataloaders.scans.preprocessing import Prepared
-from dataloaders.scans.reading import find_scans, name_of
+from dataloaders.scans.reading import count_volumes, find_scans, name_of
 from dataloaders.scans.results import VOLUMES, add_volumes, read_volumes
 from dataloaders.scans.segmenting import (
     FindRoi,
+    LeftOutError,
     Opened,
     OutputFiles,
     check_outputs,
@@ -72,11 +74,40 @@ def scans_of(
     return group({path.resolve().name: only} if is_series else scans, channels, incomplete), incomplete
 
 
+def _scans(config: Any, run: Run) -> tuple[dict[str, tuple[Path, ...]], dict[str, str]]:
+    """Return the scans that the header names, as scans_of() does, by --image_pattern and --frames, too.
+
+    Raises:
+        UserError: flags contradict each other, or nothing is found.
+    """
+    channels, incomplete = run.preprocessing.channels, {}
+    if config.image_pattern is None:
+        scans, incomplete = scans_of(config.input, channels, config.series)
+    elif config.input.is_file() or config.series is not None:
+        raise UserError("--image_pattern chooses among the files of a folder: leave --series out, and give the folder.")
+    else:
+        scans = by_patterns(config.input, config.image_pattern, channels if PLACE in config.image_pattern else ())
+    if not config.frames:
+        return scans, incomplete
+    if channels:
+        raise UserError("--frames is for runs of one channel: a 4D file of this run holds its channels.")
+    frames: dict[str, tuple[Path, ...]] = {}
+    for name, (path, *_) in scans.items():
+        count = count_volumes(path)
+        digits = max(len(str(count)), 2)
+        for k in range(count):
+            number = f"_frame{k + 1:0{digits}d}" if count > 1 else ""
+            frames[f"{name}{number}"] = (VolumePath.of(path, k) if count > 1 else path,)
+    return frames, incomplete
+
+
 def tell_limits(config: Any, run: Run) -> None:
     """Say what of a run makes its predictions doubtful."""
     how = run.preprocessing
     if run.trained_on_crops and config.roi is None:
         LOGGER.info("NOTE: this run was trained on crops around the structure; without --roi expect false findings.")
+    if run.voxel_sides is None and run.is_3d:
+        LOGGER.info("NOTE: this run does not say the voxel sides of its training cases, so scans are not compared.")
     if how.orientation is None:
         LOGGER.info(
             "NOTE: this run's files kept the axes that they were stored in: a scan of other axes is not turned."
@@ -106,7 +137,7 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     find_roi = roi_finder(config, device, run.preprocessing.channels)
     if config.stride and run.is_3d:
         check_windows(config.stride, run.settings["patch_size"])
-    scans, incomplete = scans_of(config.input, run.preprocessing.channels, config.series)
+    scans, incomplete = _scans(config, run)
     if config.dicom_seg:
         check_are_series(paths[0] for paths in scans.values())
     check_outputs(config, scans)
@@ -132,7 +163,7 @@ class Batch:
         self._config, self._run, self._loaded, self._find_roi = config, run, loaded, find_roi
         self._table = config.output / VOLUMES
         read_volumes(self._table)  # refused before anything is computed
-        self._rows, self._failures, self._kept = [], [], 0
+        self._rows, self._failures, self._left_out, self._kept = [], [], [], 0
         self._turn = InTurn()
 
     def predict(self, scans: Mapping[str, tuple[Path, ...]], incomplete: Mapping[str, str]) -> None:
@@ -148,6 +179,10 @@ class Batch:
         if self._rows:
             stay = f"; {self._kept} rows of other scans stay in {self._table.name}" * bool(self._kept)
             LOGGER.info("written to %s%s", self._config.output, stay)
+        if self._left_out:
+            LOGGER.info("left out: %d files that look like label maps", len(self._left_out))
+            if not self._rows and not self._failures:
+                raise UserError(f"{self._config.input} holds label maps only, no scan: give the folder of the scans.")
         if self._failures:
             count = len(scans) + len(incomplete)
             raise UserError(f"{len(self._failures)} of {count} scans were refused, the first: {self._failures[0]}")
@@ -160,6 +195,8 @@ class Batch:
                 self._turn.of(number)
                 try:
                     finish = partial(self._write, *self._segment(scans, number, waiting))
+                except LeftOutError as reason:
+                    finish = partial(self._leave_out, str(reason))
                 except Exception as error:  # whatever a library raises, the other scans are predicted
                     finish = partial(self._refuse, name, told(paths, error))
                 writing.result()
@@ -200,6 +237,10 @@ class Batch:
             LOGGER.info("%s: %s%s", of.name, ", ".join(map(_size, found)), replaces)
         except Exception as error:
             self._refuse(of.name, told((of.path,), error))
+
+    def _leave_out(self, said: str) -> None:
+        self._left_out.append(said)
+        LOGGER.info("LEFT OUT: %s", said)
 
     def _refuse(self, name: str, said: str) -> None:
         self._failures.append(said)

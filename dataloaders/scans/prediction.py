@@ -12,8 +12,10 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from dataloaders.scans.pictures import is_picture
 from dataloaders.scans.preprocessing import Box, Prepared, Preprocessing, prepare_channels, resampled
 from dataloaders.scans.reading import Scan
+from dataloaders.voxel_sides import SideRange, seen_sides
 from sdcl.inference import Slabs, Windows, mean_of, put_together, slice_slabs, window_slabs, window_starts
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, read_config, read_task
@@ -36,6 +38,7 @@ class Run:
         preprocessing: what its training files went through.
         trained_on_crops: they were cropped around the label, which a new scan does not have.
         label_values: what the label files called the foreground classes, and predictions call them.
+        voxel_sides: of the training cases, as the networks see them; None: not known.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class Run:
     preprocessing: Preprocessing
     trained_on_crops: bool
     label_values: tuple[int, ...]
+    voxel_sides: SideRange | None = None
 
     @classmethod
     def read(cls, folder: Path, largest_component: bool) -> "Run":
@@ -59,7 +63,8 @@ class Run:
             decision = Decision(task["decision_rule"], 26 if largest_component else None)
             names = tuple(task["class_names"])
             values = _label_values(task.get("label_values"), len(names))
-            return cls(folder, settings, names, decision, how, bool(task["trained_on_crops"]), values)
+            crops, sides = bool(task["trained_on_crops"]), SideRange.from_dict(task.get("voxel_sides_mm"))
+            return cls(folder, settings, names, decision, how, crops, values, sides)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder / 'config.json'} lacks what prediction needs ({error}): restore it.") from None
 
@@ -91,6 +96,24 @@ def _label_values(values: Any, count: int) -> tuple[int, ...]:
     if not is_sound or len(set(values)) != len(values) or len(values) != count:
         raise ValueError(f"label_values {list(values)} are not {count} different numbers")
     return values
+
+
+def tell_unlike_sides(run: Run, path: Path, prepared: Prepared) -> None:
+    """Warn where the networks see a scan's voxels unlike those that they were trained on."""
+    spacing = nibabel.affines.voxel_sizes(prepared.affine)
+    if run.is_3d and 1 in prepared.shape:
+        LOGGER.warning("WARNING: %s is a single slice, and this run's networks were trained on volumes.", path)
+    if run.voxel_sides is None or is_picture(path):
+        return
+    sides = seen_sides(prepared.shape, spacing, run.settings["patch_size"])
+    if len(sides) == len(run.voxel_sides.low) and run.voxel_sides.is_unlike(sides):
+        shown = "×".join(f"{side:.3g}" for side in sides)
+        resample = "resample the scan, or train on data imported with --spacing_mm"
+        how = resample if run.is_3d else "crop or pad its slices"
+        LOGGER.warning(
+            "WARNING: %s: the networks see voxels of %s mm, and were trained on %s mm; expect a worse result, or %s.",
+            path, shown, run.voxel_sides, how,
+        )  # fmt: skip
 
 
 def inference_of(run: Run, config: Any, name: str) -> Infer:

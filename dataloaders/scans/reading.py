@@ -13,7 +13,7 @@ from nibabel import orientations
 from dataloaders.checks import check_declared
 from dataloaders.scans.dicom import dicom_files, guarded, is_dicom
 from dataloaders.scans.dicom_labels import read_segmentation, segmentation_in
-from dataloaders.scans.finding import ITK, MGH, NIFTI, PAIR, SeriesPath, suffix_of
+from dataloaders.scans.finding import ITK, MGH, NIFTI, PAIR, suffix_of
 from dataloaders.scans.finding import SUFFIXES as SUFFIXES
 from dataloaders.scans.finding import find_scans as find_scans
 from dataloaders.scans.finding import name_of as name_of
@@ -26,7 +26,17 @@ SIDES_MM = (0.01, 50.0)  # plausible voxel sides; beyond them the header's unit 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 GEOMETRY_TOLERANCE = 0.1  # of a voxel's smallest side, at the grid's corners
 UNITS_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}  # that a NIfTI header may name
+MOST_LABELS = 32  # different whole numbers; an image has more
+SAMPLE = 50_000  # voxels
 ROUNDING = 1e-3  # how far a label may lie from its whole number, after a header's slope and intercept
+
+
+class ConstantImageError(UserError):
+    """A file holds one value throughout, and so no image."""
+
+    def __init__(self, path: Path, value: float):
+        super().__init__(f"{path} holds the value {value:g} alone, no image: export the scan again.")
+        self.value = value
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,26 @@ def read_scan(path: Path, *, pixel_spacing_mm: tuple[float, float] | None = None
     if not np.isfinite(array).all():
         raise UserError(f"{path} holds nan or infinite values: replace them, or export the scan again.")
     if array.min() == array.max():
-        raise UserError(f"{path} holds the value {array.flat[0]:g} alone, no image: export the scan again.")
+        raise ConstantImageError(path, float(array.flat[0]))
     return replace(scan, array=array)
+
+
+def few_whole_numbers(array: np.ndarray) -> list[int]:
+    """Return the values of an array that holds few whole numbers from 0 on, as a label map does; else nothing."""
+    flat = array.reshape(-1)
+    for values in (flat[:: max(len(flat) // SAMPLE, 1)], flat):  # of an image some voxels suffice
+        found = np.unique(values)
+        if len(found) > MOST_LABELS or found[0] < 0 or not (found == np.rint(found)).all():
+            return []
+    return [int(value) for value in found] if len(flat) > len(found) ** 2 else []
+
+
+def count_volumes(path: Path) -> int:
+    """Return how many 3D volumes a NIfTI file holds; 1 for any other file."""
+    if not suffix_of(path, NIFTI):
+        return 1
+    shape = guarded(path, lambda file: nibabel.load(file).shape)
+    return int(shape[3]) if len(shape) == 4 and shape[3] > 0 else 1
 
 
 def read_label(
@@ -117,9 +145,12 @@ def read_label(
         UserError: it cannot be read, or holds something else than classes, or nothing but background although
             it may not.
     """
-    path = path if isinstance(path, SeriesPath) else Path(path)
-    segmentation = segmentation_in(path) if path.exists() else None
-    if is_picture(path):
+    path = path if isinstance(path, Path) else Path(path)
+    masks = getattr(path, "masks", ())
+    segmentation = segmentation_in(path) if path.exists() and not masks else None
+    if masks:
+        label = _read_class_masks(path, masks, pixel_spacing_mm)
+    elif is_picture(path):
         label = Scan(path, read_mask(path), AFFINE)
     else:
         label = _read(path, pixel_spacing_mm) if segmentation is None else _read_segmentation(segmentation, onto)
@@ -137,6 +168,29 @@ def read_label(
         raise UserError(f"{path} is empty, all background: give the case's own label, or leave the case out.")
     array = np.rint(label.array) if label.array.dtype.kind == "f" else label.array
     return replace(label, array=np.ascontiguousarray(array, _label_type(int(whole.max()))))
+
+
+def _read_class_masks(
+    path: Path, masks: Sequence[tuple[int, Path]], pixel_spacing_mm: tuple[float, float] | None
+) -> Scan:
+    """Put one mask file per class together; where they overlap, the class with the highest number counts.
+
+    Raises:
+        UserError: a file holds more than one value beside 0, or lies on another grid than the first.
+    """
+    whole, overlap = None, 0
+    for value, file in sorted(masks):
+        one = read_label(file, pixel_spacing_mm=pixel_spacing_mm, may_be_empty=True)
+        if len(set(np.unique(one.array).tolist()) - {0}) > 1:
+            raise UserError(f"{file} holds several labels, and a file of one class holds one: give the class's mask.")
+        if whole is None:
+            whole = replace(one, path=path, array=np.zeros(one.array.shape, np.uint16))
+        mask = aligned_label(replace(whole, path=masks[0][1]), one) > 0
+        overlap += int((mask & (whole.array > 0)).sum())
+        whole.array[mask] = value
+    if overlap:
+        LOGGER.info("NOTE: %s: %d voxels lie in several classes' masks; the last class counts there", path, overlap)
+    return whole
 
 
 def _label_type(largest: int) -> type:
@@ -207,7 +261,7 @@ def _times(values: Sequence[float]) -> str:
 
 
 def _read(path: Path, pixel_spacing_mm: tuple[float, float] | None) -> Scan:
-    path = path if isinstance(path, SeriesPath) else Path(path)
+    path = path if isinstance(path, Path) else Path(path)
     if getattr(path, "files", ()):
         return _checked(_read_dicom(path, path.files, pixel_spacing_mm))
     if path.is_dir():
@@ -278,6 +332,11 @@ def _series_with(path: Path) -> tuple[Path, ...]:
 def _volume_shape(path: Path, shape: Sequence[int]) -> tuple[int, ...]:
     """Return the first three sides, of which no others may be longer than 1; an image of two is one slice."""
     shape = (*shape, 1) if len(shape) == 2 else shape
+    if len(shape) == 4 and shape[3] > 1 and 0 not in shape:
+        raise UserError(
+            f"{path} holds {shape[3]} volumes: name them by --channels if they are channels (import), or predict each "
+            "by --frames."
+        )
     if len(shape) < 3 or any(side != 1 for side in shape[3:]) or 0 in shape:
         raise UserError(f"{path} has the shape {_times(shape)}, it must be one volume of three dimensions: export one.")
     return tuple(shape[:3])
@@ -290,10 +349,11 @@ def _read_nifti(path: Path) -> Scan:
     kind = image.get_data_dtype().kind
     if kind not in "fiub":
         raise UserError(f"{path} holds {image.get_data_dtype()} voxels: export it with one number a voxel.")
-    shape = _volume_shape(path, image.shape)
+    volume = getattr(path, "volume", None)
+    shape = _volume_shape(path, image.shape if volume is None else image.shape[:3])
     stored = Path(image.file_map["image"].filename).stat().st_size
     check_declared(path, "its header", image.shape, image.get_data_dtype().itemsize, stored)
-    array = np.asanyarray(image.dataobj).reshape(shape)
+    array = np.asanyarray(image.dataobj if volume is None else image.dataobj[..., volume]).reshape(shape)
     array = np.array(array) if isinstance(array, np.memmap) else array  # the file may change or go meanwhile
     return Scan(path, array, _nifti_affine(path, image), image.header)
 
@@ -309,7 +369,7 @@ def _nifti_affine(path: Path, image: nibabel.Nifti1Pair) -> np.ndarray:
     if len(image.shape) == 2 and not affine[:3, 2].any():  # a slice whose header gives it no thickness
         normal = np.cross(affine[:3, 0], affine[:3, 1])
         affine[:3, 2] = normal / max(np.linalg.norm(normal), 1e-12)
-    scan = Scan(path, np.empty(_volume_shape(path, image.shape), np.bool_), affine)
+    scan = Scan(path, np.empty(image.shape[:3] if len(image.shape) > 2 else (*image.shape, 1), np.bool_), affine)
     if unit in ("meter", "micron") and not _is_plausible(scan):
         raise UserError(
             f"{path}: its header gives voxels of {_times(scan.spacing_mm)} mm, its unit being the {unit}, which no "

@@ -11,9 +11,9 @@ import numpy as np
 from dataloaders.scans.channels import FIRST, read_channels
 from dataloaders.scans.dicom_output import read_sources, save_segmentation
 from dataloaders.scans.pictures import is_picture, save_mask
-from dataloaders.scans.prediction import Placed, Run, box_on_grid, prepared_for
+from dataloaders.scans.prediction import Placed, Run, box_on_grid, prepared_for, tell_unlike_sides
 from dataloaders.scans.preprocessing import WINDOW_HU, Box, Prepared
-from dataloaders.scans.reading import Scan
+from dataloaders.scans.reading import ConstantImageError, Scan, few_whole_numbers
 from dataloaders.scans.results import is_sheared, nifti_like, save_nifti_file, upright
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -22,6 +22,10 @@ from sdcl.scoring.evaluation import Case
 from sdcl.scoring.figures import class_colours, save_scan_figure
 
 FindRoi = Callable[[Sequence[Scan]], Box | None]
+
+
+class LeftOutError(Exception):
+    """A file among the scans is a label map, and is left out."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,28 @@ def opened(config: Any, run: Run, name: str, paths: tuple[Path, ...], find_roi: 
         name: of the scan.
         paths: of the scan, of each channel.
         find_roi: gives the box to segment, or None for the whole scan.
+
+    Raises:
+        LeftOutError: a file that was found in a folder looks like a label map.
+        UserError: the scan cannot be read, or does not suit the run.
     """
     path, how = paths[0], run.preprocessing
     if is_picture(path) and (run.is_3d or how.spacing_mm is not None):
         raise UserError(f"{path} is a picture without mm, and this run was trained on scans: give those.")
-    channels = read_channels(paths, config.pixel_spacing_mm)
+    is_named = config.input.is_file() or config.image_pattern is not None  # then it is what the user wants
+    try:
+        channels = read_channels(paths, config.pixel_spacing_mm)
+    except ConstantImageError as error:
+        if is_named or error.value != 0:
+            raise
+        raise LeftOutError(f"{path} holds the value 0 only, like a label map without foreground") from None
+    if (values := few_whole_numbers(channels[0].array)) and len(paths) == 1:
+        said = f"{path} holds only the numbers {', '.join(map(str, values))}, like a label map"
+        if not is_named:
+            raise LeftOutError(f"{said}; --image_pattern says which files are scans")
+        LOGGER.info("NOTE: %s", said)
+    if len(paths) == 1 < len(channels) and len(how.rules) == 1 and not is_picture(path):
+        raise UserError(f"{path} holds {len(channels)} volumes, and this run takes one: give --frames to predict each.")
     original = scan = channels[0]
     sources = read_sources(scan) if config.dicom_seg else None
     roi, inside = find_roi(channels), None
@@ -72,7 +93,9 @@ def opened(config: Any, run: Run, name: str, paths: tuple[Path, ...], find_roi: 
         )  # fmt: skip
     elif is_sheared(scan):
         LOGGER.info("NOTE: %s: its axes are sheared; the prediction's are, too (qform code 0)", path)
-    return Opened(name, path, scan, inside, sources), prepared_for(channels, how, roi, config.trust_hu)
+    prepared = prepared_for(channels, how, roi, config.trust_hu)
+    tell_unlike_sides(run, path, prepared)
+    return Opened(name, path, scan, inside, sources), prepared
 
 
 @dataclass(frozen=True)
