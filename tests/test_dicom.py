@@ -239,15 +239,15 @@ def test_frames_without_places_are_refused(tmp_path):
         read_scan(find_scans(tmp_path)["ct"])
 
 
-def test_frames_scaled_each_in_its_own_way_are_refused(tmp_path):
+def test_frames_are_scaled_each_in_its_own_way(tmp_path):
     data = enhanced(picture(), [(0, 0, k) for k in range(6)])
     for k, part in enumerate(data.PerFrameFunctionalGroupsSequence):
         part.PixelValueTransformationSequence = [Dataset()]
         part.PixelValueTransformationSequence[0].RescaleSlope = 1 + k % 2
-        part.PixelValueTransformationSequence[0].RescaleIntercept = 0
+        part.PixelValueTransformationSequence[0].RescaleIntercept = 3
     save(data, tmp_path / "ct" / "pet.dcm")
-    with pytest.raises(UserError, match="pet.dcm is a multi-frame file .*scaled.*dcm2niix"):
-        read_scan(tmp_path / "ct")
+    slopes = np.array([1, 2, 1, 2, 1, 2])
+    np.testing.assert_array_equal(read_scan(tmp_path / "ct").array, (picture() + 1024) * slopes + 3)
 
 
 def test_fewer_groups_than_frames_are_damage(tmp_path):

@@ -23,7 +23,8 @@ TAGS = [
     "SOPClassUID", "SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber",
     "SeriesDescription", "ImageType", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
     "PhotometricInterpretation", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
-    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "BitsAllocated", "BitsStored",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "BitsAllocated", "BitsStored", "HighBit",
+    "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
 ]  # fmt: skip
 LABEL_MAP, HEIGHT_MAP = "1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.66.8"  # segmentations too
 DERIVED = ("Segmentation Storage", "Surface", "RT Dose", "Parametric Map", "Real World Value")  # made from images
@@ -71,6 +72,7 @@ class Header:
         frames: its pictures, in the file's order; none where there is a problem.
         problem: why it cannot be part of a scan, to follow the file's name; "" if it can.
         syntax: how its pixels are stored (transfer syntax).
+        rescales: slope and intercept of its pictures, each once; None for a number that the header lacks.
     """
 
     path: Path
@@ -86,6 +88,7 @@ class Header:
     frames: tuple[Frame, ...]
     problem: str
     syntax: pydicom.uid.UID
+    rescales: frozenset[tuple[float | None, float | None]] = frozenset()
 
 
 def is_dicom(path: Path) -> bool:
@@ -193,10 +196,11 @@ def _read_header(path: Path) -> Header | None:
     shape, count = (int(data.Columns), int(data.Rows)), int(data.get("NumberOfFrames") or 1)
     check_declared(path, "its header", (*shape, count), 1, path.stat().st_size)
     syntax = uids.UID(str(data.file_meta.get("TransferSyntaxUID") or uids.ImplicitVRLittleEndian))
-    frames, problem = (), _storage(data, syntax) or _colours(data) or _scalings(data)
+    frames, rescales, problem = (), frozenset(), _storage(data, syntax) or _colours(data) or _lookup_table(data)
     if not problem:
         try:
             frames = tuple(frame_of(path, data, number, count) for number in range(count))
+            rescales = frozenset(rescale_of(data, number) for number in range(count))
         except (KeyError, AttributeError, IndexError) as error:
             problem = _unplaced(count, error)
     text = {name: str(data.get(tag) or "").strip("\0 ") for name, tag in _TEXTS.items()}
@@ -204,6 +208,7 @@ def _read_header(path: Path) -> Header | None:
     return Header(
         path, **text, number=int(number) if number.isdecimal() else None, shape=shape, count=count, frames=frames,
         is_localiser="LOCALIZER" in str(data.get("ImageType", "")).upper(), problem=problem, syntax=syntax,
+        rescales=rescales,
     )  # fmt: skip
 
 
@@ -221,6 +226,11 @@ def _storage(data: pydicom.Dataset, syntax: uids.UID) -> str:
     used = int(data.get("BitsStored") or bits)
     if bits not in (8, 16, 32) or (bits != 16 and (used != bits or syntax == uids.ExplicitVRBigEndian)):
         return f"stores {used} of {bits} bits a pixel as {syntax.name}, which is not read here: {UNCOMPRESSED}"
+    highest = int(data.get("HighBit", used - 1))
+    if not 0 < used <= highest + 1 <= bits:
+        return f"has the HighBit {highest} for BitsStored {used} of {bits}, which cannot be: export the series again"
+    if highest != used - 1 and syntax.is_compressed and syntax != uids.DeflatedExplicitVRLittleEndian:
+        return f"has the HighBit {highest} for BitsStored {used} in compressed pixels: {UNCOMPRESSED}"
     return ""
 
 
@@ -232,13 +242,33 @@ def _colours(data: pydicom.Dataset) -> str:
     return f"holds colours ({kind}), not one number a pixel: give the series that it was made from"
 
 
-def _scalings(data: pydicom.Dataset) -> str:
-    """Say that frames are rescaled each in its own way, which the pixels' reader does not do; "" if they are not."""
-    name = "PixelValueTransformationSequence"
-    groups = [group[name].value[0] for group in data.get("PerFrameFunctionalGroupsSequence") or () if name in group]
-    if len({(str(group.get("RescaleSlope")), str(group.get("RescaleIntercept"))) for group in groups}) < 2:
+def _lookup_table(data: pydicom.Dataset) -> str:
+    """Say that stored values become the scan's by a table, which is not applied here; "" if they do not."""
+    places = [data]
+    for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in data.get(name) or ():
+            places += group.get("PixelValueTransformationSequence") or ()
+    if not any(one.get("ModalityLUTSequence") for one in places):
         return ""
-    return "is a multi-frame file whose frames are scaled each in its own way: convert the series with dcm2niix"
+    return (
+        "turns its stored values into the scan's by a table (ModalityLUTSequence), which is not read here: convert the "
+        "series with dcm2niix, or export it with RescaleSlope and RescaleIntercept"
+    )
+
+
+def rescale_of(data: pydicom.Dataset, number: int) -> tuple[float | None, float | None]:
+    """Return RescaleSlope and RescaleIntercept of one picture; None for a number that the header lacks.
+
+    Raises:
+        ValueError: a number is none.
+    """
+    found = []
+    for name in ("RescaleSlope", "RescaleIntercept"):
+        value = frame_attribute(data, number, "PixelValueTransformationSequence", name)
+        found.append(None if value is None or value == "" else float(value))
+        if found[-1] is not None and not np.isfinite(found[-1]):
+            raise ValueError(f"{name} is {value}")
+    return found[0], found[1]
 
 
 def _unplaced(count: int, error: Exception) -> str:

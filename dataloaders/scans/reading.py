@@ -153,7 +153,8 @@ def read_label(
     elif is_picture(path):
         label = Scan(path, read_mask(path), AFFINE)
     else:
-        label = _read(path, pixel_spacing_mm) if segmentation is None else _read_segmentation(segmentation, onto)
+        is_plain = segmentation is None
+        label = _read(path, pixel_spacing_mm, is_label=True) if is_plain else _read_segmentation(segmentation, onto)
     top = num_classes or highest + 1
     values = np.unique(label.array)
     with np.errstate(invalid="ignore"):  # infinite values are refused below
@@ -260,12 +261,12 @@ def _times(values: Sequence[float]) -> str:
     return "×".join(f"{value:.4g}" for value in values)
 
 
-def _read(path: Path, pixel_spacing_mm: tuple[float, float] | None) -> Scan:
+def _read(path: Path, pixel_spacing_mm: tuple[float, float] | None, is_label: bool = False) -> Scan:
     path = path if isinstance(path, Path) else Path(path)
     if getattr(path, "files", ()):
-        return _checked(_read_dicom(path, path.files, pixel_spacing_mm))
+        return _checked(_read_dicom(path, path.files, pixel_spacing_mm, is_label))
     if path.is_dir():
-        return _checked(_read_dicom(path, _only_series(path), pixel_spacing_mm))
+        return _checked(_read_dicom(path, _only_series(path), pixel_spacing_mm, is_label))
     if not path.exists():
         raise UserError(f"{path} does not exist: check the path.")
     for suffixes, read in (((*NIFTI, *PAIR), _read_nifti), (ITK, _read_itk), (MGH, _read_mgh)):
@@ -277,12 +278,14 @@ def _read(path: Path, pixel_spacing_mm: tuple[float, float] | None) -> Scan:
             raise UserError(f"{path} holds colours, and one number a pixel is needed here: save it as a grey picture.")
         return Scan(path, channels[0], AFFINE)
     if is_dicom(path):
-        return _checked(_read_dicom(path, _series_with(path), pixel_spacing_mm))
+        return _checked(_read_dicom(path, _series_with(path), pixel_spacing_mm, is_label))
     raise UserError(f"{path} is none of {', '.join(SUFFIXES)}, nor a folder of DICOM files: convert it to NIfTI.")
 
 
-def _read_dicom(path: Path, files: Sequence[Path], pixel_spacing_mm: tuple[float, float] | None) -> Scan:
-    array, affine, names = read_series(path, files, pixel_spacing_mm)
+def _read_dicom(
+    path: Path, files: Sequence[Path], pixel_spacing_mm: tuple[float, float] | None, is_label: bool
+) -> Scan:
+    array, affine, names = read_series(path, files, pixel_spacing_mm, is_label)
     return Scan(path, array, LPS_TO_RAS @ affine, slice_names=names)
 
 

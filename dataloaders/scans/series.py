@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
-from pydicom.pixels import pixel_array
-from pydicom.uid import RLELossless
 
-from dataloaders.scans.dicom import Frame, Header, guarded, read_header, undecodable
+from dataloaders.scans.dicom import Frame, Header, guarded, read_header
+from dataloaders.scans.dicom_pixels import Pixels, read_pixels
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
@@ -146,7 +144,10 @@ def tell_left_out(folder: Path, left: LeftOut) -> None:
 
 
 def read_series(
-    where: Path, files: Sequence[Path], pixel_spacing_mm: tuple[float, float] | None = None
+    where: Path,
+    files: Sequence[Path],
+    pixel_spacing_mm: tuple[float, float] | None = None,
+    is_label: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Read the files of one series.
 
@@ -154,9 +155,11 @@ def read_series(
         where: the series' folder or first file, for messages.
         files: all of them; none may be left out.
         pixel_spacing_mm: between rows and between columns, where the headers have no PixelSpacing.
+        is_label: the pictures are a label map, in which no number stands for padding.
 
     Returns:
-        Array (X, Y, Z), of a CT in HU; affine (4, 4) to mm, x to the left (LPS); the slices' files along z.
+        Array (X, Y, Z), stored values × slope + intercept (of a CT in HU), padding at the least of the others; affine
+        (4, 4) to mm, x to the left (LPS); the slices' files along z.
 
     Raises:
         UserError: a file is damaged or no picture in space, the pictures are no stack, or PixelSpacing is missing.
@@ -169,9 +172,12 @@ def read_series(
     if len(frames) < 2:
         raise UserError(f"{where} holds no DICOM series of slices: give the folder with the scan's .dcm files.")
     _check_shapes(where, headers)
+    _check_rescales(headers)
     frames, axes = ordered(where, frames)
-    pictures = {header.path: guarded(header.path, lambda path, h=header: _pixels(path, h)) for header in headers}
-    array = np.stack([pictures[frame.path][:, :, frame.number] for frame in frames], axis=-1)
+    pictures = {header.path: guarded(header.path, lambda path, h=header: read_pixels(path, h)) for header in headers}
+    array = np.stack([pictures[frame.path].values[:, :, frame.number] for frame in frames], axis=-1)
+    if not is_label:
+        _fill_padding(where, array, [(pictures[frame.path], frame.number) for frame in frames])
     sides = np.median([frame.sides for frame in frames], axis=0)
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1] = axes[0] * sides[0], axes[1] * sides[1]
@@ -205,6 +211,40 @@ def _check_shapes(where: Path, headers: Sequence[Header]) -> None:
             f"{where}: {odd.path.name} has {odd.shape[0]}×{odd.shape[1]} pixels, other images of its series "
             f"{usual[0]}×{usual[1]}: move what does not belong to the scan away, or export the series again."
         )
+
+
+def _check_rescales(headers: Sequence[Header]) -> None:
+    """Refuse a series of which some images have a rescale and others lack it: their values are in two units.
+
+    Raises:
+        UserError: names an image and the attribute.
+    """
+    for k, (name, default) in enumerate((("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))):
+        known = {pair[k] for header in headers for pair in header.rescales}
+        if None in known and known - {None, default}:
+            without = next(header for header in headers if any(pair[k] is None for pair in header.rescales))
+            raise UserError(
+                f"{without.path} has no {name}, which other images of its series have: export the series again."
+            )
+
+
+def _fill_padding(where: Path, array: np.ndarray, pictures: Sequence[tuple[Pixels, int]]) -> None:
+    """Give padding voxels (PixelPaddingValue) the least value of the others, in place, and log it."""
+    padded = [(k, pixels, number) for k, (pixels, number) in enumerate(pictures) if pixels.is_padding is not None]
+    if not padded:
+        return
+    is_padding = np.zeros(array.shape, bool)
+    for k, pixels, number in padded:
+        is_padding[:, :, k] = pixels.is_padding[:, :, number]
+    if is_padding.all() or not is_padding.any():
+        return
+    air = array.min(where=~is_padding, initial=array.max())
+    if not (array[is_padding] == air).all():
+        LOGGER.info(
+            "NOTE: %s: %.1f %% of its voxels are padding (%s) and become %g, the least of its other values",
+            where, 100 * is_padding.mean(), padded[0][1].padding, air,
+        )  # fmt: skip
+    array[is_padding] = air
 
 
 def ordered(where: Path, frames: Sequence[Frame]) -> tuple[list[Frame], np.ndarray]:
@@ -276,21 +316,3 @@ def _check_line(where: Path, frames: Sequence[Frame], normal: np.ndarray, side: 
 def _in_plane(vectors: np.ndarray, normal: np.ndarray) -> np.ndarray:
     """Return what of vectors (N, 3) lies across a normal."""
     return vectors - np.outer(vectors @ normal, normal)
-
-
-def _pixels(path: Path, header: Header) -> np.ndarray:
-    """Return a file's pictures (X, Y, count), rescaled to HU for a CT."""
-    try:
-        if header.syntax == RLELossless:
-            pixel_array(path, raw=True)  # it refuses a cut stream, of which the other reader makes up the rest
-        array = sitk.GetArrayFromImage(sitk.ReadImage(os.fspath(path))).T
-    except (RuntimeError, ValueError):
-        if header.syntax.is_compressed:
-            raise undecodable(path, header.syntax) from None
-        raise
-    if array.shape != (*header.shape, header.count):
-        raise UserError(
-            f"{path} holds {'×'.join(map(str, array.shape))} pixels where its header says "
-            f"{header.shape[0]}×{header.shape[1]}×{header.count}: export the series again."
-        )
-    return array
