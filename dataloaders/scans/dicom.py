@@ -24,10 +24,26 @@ TAGS = [
     "SeriesDescription", "ImageType", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
     "PhotometricInterpretation", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "BitsAllocated", "BitsStored", "HighBit",
-    "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
+    "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "SliceThickness", "SpacingBetweenSlices",
+    "InstanceNumber", "TemporalPositionIdentifier", "EchoTime", "TriggerTime", "DiffusionBValue", "AcquisitionNumber",
+    "AcquisitionTime", "ContentTime", "SeriesTime",
 ]  # fmt: skip
+# What tells the pictures of several phases, echoes or acquisitions apart, and where multi-frame files have it.
+MARKS = (
+    ("TemporalPositionIdentifier", "FrameContentSequence", "TemporalPositionIndex"),
+    ("EchoTime", "MREchoSequence", "EffectiveEchoTime"),
+    ("TriggerTime", "CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"),
+    ("DiffusionBValue", "MRDiffusionSequence", "DiffusionBValue"),
+    ("AcquisitionNumber", "FrameContentSequence", "FrameAcquisitionNumber"),
+    ("AcquisitionTime", "FrameContentSequence", "FrameAcquisitionDateTime"),
+    ("ContentTime", "FrameContentSequence", "FrameReferenceDateTime"),
+    ("SeriesTime", "FrameContentSequence", "StackID"),
+    ("ImageType", "CTImageFrameTypeSequence", "FrameType"),
+)
+CAPTURES = "1.2.840.10008.5.1.4.1.1.7"  # secondary captures: this class, and those whose numbers go on with a point
 LABEL_MAP, HEIGHT_MAP = "1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.66.8"  # segmentations too
 DERIVED = ("Segmentation Storage", "Surface", "RT Dose", "Parametric Map", "Real World Value")  # made from images
+STEPS = ("SpacingBetweenSlices", "SliceThickness")
 AXES_TOLERANCE = 0.01  # of a direction's length and of two directions' product
 # What the pixels' reader decodes, as tests compare it with other decoders; it does not know other ones.
 JPEG_2000, JPEG_LS = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"), uids.JPEGLSTransferSyntaxes
@@ -48,6 +64,9 @@ class Frame:
         position: (3,), of the first pixel's centre.
         axes: (2, 3), where the picture's x (along a row) and y (down a column) point.
         sides: of a pixel along x and y; None where the header has no PixelSpacing.
+        step_mm: SpacingBetweenSlices, else SliceThickness; None where the header has neither.
+        instance: InstanceNumber.
+        marks: attributes of MARKS and their values.
     """
 
     path: Path
@@ -55,6 +74,9 @@ class Frame:
     position: np.ndarray
     axes: np.ndarray
     sides: tuple[float, float] | None
+    step_mm: float | None = None
+    instance: int | None = None
+    marks: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +89,7 @@ class Header:
         number: of the series in its study.
         description: of the series.
         is_localiser: its ImageType says so.
+        is_capture: it is a secondary capture, such as a dose report or a screenshot.
         shape: (columns, rows).
         count: of its pictures.
         frames: its pictures, in the file's order; none where there is a problem.
@@ -83,6 +106,7 @@ class Header:
     number: int | None
     description: str
     is_localiser: bool
+    is_capture: bool
     shape: tuple[int, int]
     count: int
     frames: tuple[Frame, ...]
@@ -205,10 +229,13 @@ def _read_header(path: Path) -> Header | None:
             problem = _unplaced(count, error)
     text = {name: str(data.get(tag) or "").strip("\0 ") for name, tag in _TEXTS.items()}
     number = str(data.get("SeriesNumber") or "")
+    image_type = [part.upper() for part in map(str, data.get("ImageType") or ())]
+    is_secondary = not frames and ("SECONDARY" in image_type[1:2] or "SCREEN SAVE" in image_type)
+    is_capture = f"{kind}.".startswith(f"{CAPTURES}.") or is_secondary
     return Header(
         path, **text, number=int(number) if number.isdecimal() else None, shape=shape, count=count, frames=frames,
         is_localiser="LOCALIZER" in str(data.get("ImageType", "")).upper(), problem=problem, syntax=syntax,
-        rescales=rescales,
+        rescales=rescales, is_capture=is_capture,
     )  # fmt: skip
 
 
@@ -316,7 +343,16 @@ def frame_of(path: Path, data: pydicom.Dataset, number: int, count: int) -> Fram
     position, axes = np.array(position, float).reshape(3), np.array(axes, float).reshape(2, 3)
     if not np.isfinite(position).all() or not np.allclose(axes @ axes.T, np.eye(2), rtol=0, atol=AXES_TOLERANCE):
         raise ValueError(f"ImageOrientationPatient is {axes.ravel().round(4).tolist()}")
-    return Frame(path, number, position, axes, _sides(spacing))
+    steps = [frame_attribute(data, number, "PixelMeasuresSequence", name) for name in STEPS]
+    marks = [(name, frame_attribute(data, number, sequence, inside)) for name, sequence, inside in MARKS]
+    marks = [(name, data.get(name) if value is None else value) for name, value in marks]
+    instance = str(data.get("InstanceNumber") or "")
+    return Frame(
+        path, number, position, axes, _sides(spacing),
+        step_mm=next((abs(float(step)) for step in steps if step), None),
+        instance=int(instance) if instance.isdecimal() else None,
+        marks=tuple((name, str(value)) for name, value in marks if value not in (None, "")),
+    )  # fmt: skip
 
 
 def _sides(spacing: Any) -> tuple[float, float] | None:

@@ -1,13 +1,14 @@
 """DICOM files into series: which belong together, what is left out, and a series as one array in space."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from dataloaders.scans.dicom import Frame, Header, guarded, read_header
+from dataloaders.scans.dicom import MARKS, Frame, Header, guarded, read_header
 from dataloaders.scans.dicom_pixels import Pixels, read_pixels
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -16,11 +17,18 @@ GAP_TOLERANCE = 0.1  # of the usual gap between two slices of a series
 LINE_TOLERANCE = 0.25  # of a voxel: how far a slice may lie from where the series' steps lead
 ALIKE = 1e-3  # largest difference of directions, and relative of pixel sides, within a series: rounding
 FEW = 3  # images; a series of fewer beside another one is a scout
+SAME_PLACE = 0.05  # of the usual gap between places: pictures nearer than this lie at one
+WIDER = 1.5  # times the gap between all slices: the least gap between those of one of two interleaved acquisitions
+OVERLAP = 1.2  # times the gap between all slices: slices beyond this thickness overlap
+MOST_PARTS = 20  # acquisitions of a series
+FEW_GAPS = 0.1  # of the gaps: up to so many wide ones are missing slices, more are variable spacing
+RESAMPLE = "dcm2niix writes an evenly spaced copy (its name ends with _Eq), which can be read; or resample in 3D Slicer"
 NAMED = 5  # files that a line about left-out ones names
 
 # What is left out, and why: said of one file and of several.
 NO_IMAGE = ("holds no image", "hold no image")
 SINGLE = ("is a single image, no volume,", "are single images, no volumes,")
+CAPTURE = ("is a secondary capture, no slice of the scan,", "are secondary captures, no slices of the scan,")
 SCOUT = ("belongs to a localiser", "belong to localisers")
 LeftOut = dict[tuple[str, str], list[Path]]
 
@@ -79,7 +87,12 @@ def sort_out(paths: Iterable[Path]) -> tuple[list[Series], LeftOut]:
         else:
             key = (header.series, header.is_localiser, header.patient, header.study)
             groups.setdefault(key, []).append(header)
-    series = [Series(tuple(part)) for headers in groups.values() for part in _apart(headers)]
+    series = []
+    for headers in groups.values():
+        headers, captures = _without_captures(headers)
+        if captures:
+            left.setdefault(CAPTURE, []).extend(header.path for header in captures)
+        series += [Series(tuple(part)) for same in _apart(headers) for part in _acquisitions(same)]
     kept = []
     for one in series:
         reason = _why_left_out(one, series)
@@ -88,6 +101,20 @@ def sort_out(paths: Iterable[Path]) -> tuple[list[Series], LeftOut]:
         else:
             left.setdefault(reason, []).extend(one.files)
     return sorted(_with_damaged(kept, damaged), key=lambda s: s.files[0]), left
+
+
+def _without_captures(headers: Sequence[Header]) -> tuple[list[Header], list[Header]]:
+    """Divide images of the same identifiers into those of the scan and the secondary captures beside them.
+
+    A folder that holds several captures and no slice may be a patient of its own, and stays.
+    """
+    slices = [header for header in headers if not header.is_capture]
+    if sum(header.count for header in slices) < FEW:
+        return list(headers), []
+    folders = {header.path.parent for header in slices}
+    alone = Counter(h.path.parent for h in headers if h.is_capture and h.path.parent not in folders)
+    captures = [h for h in headers if h.is_capture and alone[h.path.parent] < FEW]
+    return [h for h in headers if h not in captures], captures
 
 
 def _apart(headers: Sequence[Header]) -> list[list[Header]]:
@@ -113,11 +140,94 @@ def _why_left_out(one: Series, all_series: Sequence[Series]) -> tuple[str, str] 
     if one.count == 1:
         return SINGLE
     first = one.headers[0]
-    if one.count >= FEW and not first.is_localiser:
+    is_report = all(header.is_capture and not header.frames for header in one.headers)
+    if one.count >= FEW and not first.is_localiser and not is_report:
         return None
-    beside = (s for s in all_series if s.count >= FEW and not s.headers[0].is_localiser)
+    beside = [s for s in all_series if s is not one and s.count >= FEW and not s.headers[0].is_localiser]
+    if is_report and one.count >= FEW:
+        return CAPTURE if any(s.folder == one.folder for s in beside) else None
     is_beside = any(s.folder == one.folder or (first.study and s.headers[0].study == first.study) for s in beside)
-    return SCOUT if is_beside else None
+    return (CAPTURE if is_report else SCOUT) if is_beside else None
+
+
+def _acquisitions(headers: Sequence[Header]) -> list[list[Header]]:
+    """Divide a series whose slices lie between those of another acquisition; each part is a regular stack."""
+    if any(header.problem for header in headers):
+        return [list(headers)]
+    frames = [frame for header in headers for frame in header.frames]
+    mark, parts = interleaved(frames)
+    owners = {frame.path: k for k, part in enumerate(parts) for frame in part}
+    if len(parts) < 2 or any(owners[frame.path] != k for k, part in enumerate(parts) for frame in part):
+        return [list(headers)]
+    LOGGER.info(
+        "NOTE: %s: its slices are of %d acquisitions (by %s), each between the slices of the others; they are read "
+        "as %d scans", headers[0].path.parent, len(parts), mark, len(parts),
+    )  # fmt: skip
+    return [[header for header in headers if owners[header.path] == k] for k in range(len(parts))]
+
+
+def interleaved(frames: Sequence[Frame]) -> tuple[str, list[list[Frame]]]:
+    """Find acquisitions whose slices lie between one another's.
+
+    Pictures belong to several acquisitions if an attribute, or the order of InstanceNumber, divides them into regular
+    stacks of the same extent, each with gaps wider than those between all slices, and if the slices of all overlap or
+    are unevenly spaced. MRI that was measured in two passes but whose slices do not overlap is one acquisition.
+
+    Returns:
+        What tells them apart, and each one's pictures; "" and no parts where there is one acquisition.
+    """
+    if len(frames) < 2 * FEW:
+        return "", []
+    normal = np.cross(*np.median([frame.axes for frame in frames], axis=0))
+    place = {id(frame): float(frame.position @ normal) for frame in frames}
+    gaps = np.diff(sorted(place.values()))
+    usual = float(np.median(gaps))
+    if usual <= 0 or gaps.min() < SAME_PLACE * usual:
+        return "", []  # several pictures of one place: ordered() says what they are
+    is_even = _is_regular(gaps)
+    known = [frame.step_mm for frame in frames if frame.step_mm is not None]
+    overlaps = not is_even or (len(known) == len(frames) and min(known) > OVERLAP * usual)
+    for name in (*(mark for mark, _, _ in MARKS), "InstanceNumber"):
+        parts = _runs(frames, place) if name == "InstanceNumber" else _by_mark(frames, name)
+        is_unknown = not known and name != "InstanceNumber"
+        if not 2 <= len(parts) <= MOST_PARTS or not (overlaps or is_unknown):
+            continue
+        places = [sorted(place[id(frame)] for frame in part) for part in parts]
+        if min(map(len, places)) < FEW:
+            continue
+        steps = [np.diff(one) for one in places]
+        begins, ends = max(one[0] for one in places), min(one[-1] for one in places)
+        has_one_extent = ends - begins > 0.5 * (max(place.values()) - min(place.values()))
+        if has_one_extent and all(_is_regular(step) and np.median(step) >= WIDER * usual for step in steps):
+            return name, parts
+    return "", []
+
+
+def _is_regular(gaps: np.ndarray) -> bool:
+    usual = float(np.median(gaps))
+    return usual > 0 and bool(np.abs(gaps - usual).max() <= GAP_TOLERANCE * usual)
+
+
+def _by_mark(frames: Sequence[Frame], name: str) -> list[list[Frame]]:
+    parts: dict[str, list[Frame]] = {}
+    for frame in frames:
+        parts.setdefault(dict(frame.marks).get(name, ""), []).append(frame)
+    return list(parts.values())
+
+
+def _runs(frames: Sequence[Frame], place: dict[int, float]) -> list[list[Frame]]:
+    """Divide pictures, in the order of their numbers, wherever they turn back."""
+    if any(frame.instance is None for frame in frames):
+        return []
+    numbered = sorted(frames, key=lambda frame: (frame.instance, frame.number))
+    steps = np.sign(np.diff([place[id(frame)] for frame in numbered]))
+    forward = np.sign(steps.sum())
+    parts = [[numbered[0]]]
+    for frame, step in zip(numbered[1:], steps, strict=True):
+        if step != forward:
+            parts.append([])
+        parts[-1].append(frame)
+    return parts
 
 
 def _with_damaged(series: Sequence[Series], damaged: Sequence[Path]) -> list[Series]:
@@ -199,7 +309,7 @@ def _with_sides(frame: Frame, given: tuple[float, float] | None) -> Frame:
             f"{frame.path} has no PixelSpacing, the sides of its pixels: find them in the scan's protocol and give "
             "--pixel_spacing_mm <between rows> <between columns>."
         )
-    return Frame(frame.path, frame.number, frame.position, frame.axes, (float(given[1]), float(given[0])))
+    return replace(frame, sides=(float(given[1]), float(given[0])))
 
 
 def _check_shapes(where: Path, headers: Sequence[Header]) -> None:
@@ -277,15 +387,64 @@ def ordered(where: Path, frames: Sequence[Frame]) -> tuple[list[Frame], np.ndarr
 
 
 def _check_gaps(where: Path, frames: Sequence[Frame], normal: np.ndarray) -> None:
-    """Refuse a series with slices missing, doubled or unevenly spaced."""
-    gaps = np.diff([frame.position @ normal for frame in frames])
-    usual = float(np.median(gaps))
-    worst = int(np.abs(gaps - usual).argmax())
-    if usual <= 0 or abs(gaps[worst] - usual) > GAP_TOLERANCE * usual:
+    """Refuse a series that is no evenly spaced stack, and say what it is instead.
+
+    Raises:
+        UserError: several pictures lie at one place, or slices are missing, unevenly spaced, or of two acquisitions.
+    """
+    mark, parts = interleaved(frames)
+    if parts:
         raise UserError(
-            f"{where}: {frames[worst].path.name} and {frames[worst + 1].path.name} lie {gaps[worst]:.3g} mm apart, "
-            f"other slices {usual:.3g} mm: a slice is missing or doubled; export the series again."
+            f"{where} holds {len(parts)} acquisitions (by {mark}), each between the slices of the others: export each "
+            "as a series of its own."
         )
+    places = np.array([frame.position @ normal for frame in frames])
+    gaps = np.diff(places)
+    usual = float(np.median(gaps))
+    if usual > 0 and np.abs(gaps - usual).max() <= GAP_TOLERANCE * usual:
+        return
+    wide = float(np.median(gaps[gaps > SAME_PLACE * gaps.max()])) if gaps.max() > 0 else 0.0
+    if wide < 1e-3:  # mm
+        raise UserError(
+            f"{where}: {frames[0].path.name} and {frames[1].path.name} lie 0 mm apart, and so do all {len(frames)} "
+            f"pictures: they are a cine or time series of one place{_difference([frames])}, no volume. Export the "
+            "volume, or a single time point of it."
+        )
+    ends = [0, *(np.flatnonzero(gaps > SAME_PLACE * wide) + 1), len(frames)]
+    groups = [frames[first:end] for first, end in zip(ends, ends[1:], strict=False)]
+    counts = [len(group) for group in groups]
+    if sum(count > 1 for count in counts) > len(counts) / 2:
+        most = Counter(counts).most_common(1)[0][0]
+        each = f"{most} pictures at each" if min(counts) == max(counts) else f"1 to {max(counts)} pictures at each"
+        raise UserError(
+            f"{where} holds {each} of its {len(groups)} places: several phases, time points or echoes"
+            f"{_difference(groups)}. Export each as a series of its own, and give the one that you mean."
+        )
+    worst = int(np.abs(gaps - wide).argmax())
+    text = (
+        f"{where}: {frames[worst].path.name} and {frames[worst + 1].path.name} lie {gaps[worst]:.3g} mm apart, other "
+        f"slices {wide:.3g} mm"
+    )
+    if max(counts) > 1:
+        raise UserError(f"{text}: a slice is doubled; move one of the two files away, or export the series again.")
+    times = gaps / wide
+    is_wide = times > 1 + GAP_TOLERANCE
+    is_whole = (np.abs(times - times.round()) <= GAP_TOLERANCE * times.round()).all()
+    if is_whole and is_wide.sum() <= max(1, FEW_GAPS * len(gaps)):
+        count = int((times.round() - 1).sum())
+        raise UserError(
+            f"{text}: {count} slice{'s are' if count > 1 else ' is'} missing; copy or export the series again."
+        )
+    raise UserError(f"{text}: variable slice spacing ({gaps.min():.3g} to {gaps.max():.3g} mm). {RESAMPLE}.")
+
+
+def _difference(groups: Sequence[Sequence[Frame]]) -> str:
+    """Return which attribute tells pictures of one place apart, to follow what they are."""
+    for name, _, _ in MARKS:
+        values = [[dict(frame.marks).get(name) for frame in group] for group in groups]
+        if all(len(set(one)) == len(one) for one in values):
+            return f" (they differ in {name})"
+    return ""
 
 
 def _check_line(where: Path, frames: Sequence[Frame], normal: np.ndarray, side: float) -> None:
