@@ -13,10 +13,33 @@ from sdcl.runs.errors import UserError
 MAX_VOXELS = 2**30  # of one array, 1024 x 1024 x 1024; the largest CT here has 2**27
 MAX_RATIO = 1100  # of decoded to stored bytes: deflate cannot exceed 1032, so that more was never stored
 FREE_BYTES = 2**26  # an array up to this size may be stored in nothing at all
+MAX_POINTER_BYTES = 2**10  # of a git-lfs pointer
 REDO = "convert the case again"
 # What some system's paths give a meaning, what ends a line of a list, and half characters, which no list can hold.
 NOT_IN_A_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|\ufffd\u2028\u2029\ud800-\udfff]')
 MAX_NAME_BYTES = 200  # so that a file's name, with slice and suffix, stays below the 255 that systems allow
+
+
+LFS = b"version https://git-lfs.github.com/spec/"  # begins a git-lfs pointer, which stands for a file not loaded yet
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Tell whether a file is a git-lfs pointer instead of the data."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(LFS)) == LFS
+    except OSError:
+        return False
+
+
+def check_is_loaded(path: Path) -> None:
+    """Refuse a git-lfs pointer.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if is_lfs_pointer(path):
+        raise UserError(f"{path} is a git-lfs pointer, not the data: run git lfs pull.")
 
 
 def check_file(path: Path) -> os.stat_result:
@@ -29,7 +52,7 @@ def check_file(path: Path) -> os.stat_result:
         What the system says of it, such as its size.
 
     Raises:
-        UserError: it is missing, empty, a folder or a device.
+        UserError: it is missing, empty, a folder, a device or a git-lfs pointer.
     """
     try:
         status = path.stat()
@@ -41,6 +64,8 @@ def check_file(path: Path) -> os.stat_result:
         raise UserError(f"{path} is not a file: put the case's file in its place, or take it out of the list.")
     if status.st_size == 0:
         raise UserError(f"{path} is empty: copy or {REDO}.")
+    if status.st_size < MAX_POINTER_BYTES:
+        check_is_loaded(path)
     return status
 
 

@@ -10,7 +10,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from dataloaders.checks import check_declared, check_file, check_image, check_label, check_name, check_varies
+from dataloaders.checks import (
+    check_declared,
+    check_file,
+    check_image,
+    check_is_loaded,
+    check_label,
+    check_name,
+    check_varies,
+)
 from sdcl.runs.errors import UserError
 
 MAX_LIST_BYTES = 2**24
@@ -48,6 +56,7 @@ def read_list(path: Path) -> list[str]:
     Raises:
         UserError: the file is missing, empty, no text, or names a case twice or by a path.
     """
+    check_is_loaded(path)
     try:
         if path.stat().st_size > MAX_LIST_BYTES:
             raise UserError(f"the list {path} has more than {MAX_LIST_BYTES} bytes: write a case name a line.")

@@ -11,7 +11,7 @@ import numpy as np
 import pydicom
 from pydicom import uid as uids
 
-from dataloaders.checks import check_declared
+from dataloaders.checks import check_declared, check_is_loaded
 from sdcl.runs.errors import UserError
 
 LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
@@ -177,8 +177,9 @@ def guarded(path: Path, read: Callable[[Path], Result]) -> Result:
     """Call a library's reader; a damaged file makes it fail in many ways, all of which mean the same.
 
     Raises:
-        UserError: it failed.
+        UserError: it failed, or the file is a git-lfs pointer.
     """
+    check_is_loaded(path)
     try:
         return read(path)
     except UserError:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataloaders.checks import is_lfs_pointer
 from dataloaders.scans.choosing import about, chosen
 from dataloaders.scans.dicom import is_dicom
 from dataloaders.scans.dicom_labels import CONTOURS, SEGMENTATIONS, kind_of, refusal_of_contours
@@ -22,6 +23,7 @@ MGH = (".mgz", ".mgh")  # FreeSurfer's
 SUFFIXES = (*NIFTI, *ITK, *MGH)
 PIXELS_OF = {".raw": ITK, ".zraw": ITK, ".raw.gz": ITK, ".img": PAIR, ".img.gz": PAIR}  # whose header is beside them
 NO_SCAN = ("is of no format that is read here", "are of no format that is read here")
+POINTER = ("is a git-lfs pointer (run git lfs pull)", "are git-lfs pointers (run git lfs pull)")
 PICTURE = ("is a picture beside scans", "are pictures beside scans")
 NO_FILE = ("cannot be opened", "cannot be opened")
 NO_SERIES = ("is no DICOM series, of which --series chooses,", "are no DICOM series, of which --series chooses,")
@@ -196,7 +198,7 @@ def _there(folder: Path) -> tuple[list[Path], list[Series], LeftOut]:
         elif is_dicom(path):
             dicoms.append(path)
         elif not _is_part(path):
-            left.setdefault(NO_SCAN, []).append(path)
+            left.setdefault(POINTER if is_lfs_pointer(path) else NO_SCAN, []).append(path)
     series, without = sort_out(dicoms)
     if files or series:
         left |= {PICTURE: pictures} if pictures else {}

@@ -1,6 +1,8 @@
 """Raw scans and labels with their geometry: NIfTI, NRRD, MetaImage, MGH and DICOM series, every mistake named."""
 
+import gzip
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 from nibabel import orientations
 
-from dataloaders.checks import check_declared
+from dataloaders.checks import check_declared, check_is_loaded
 from dataloaders.scans.dicom import dicom_files, guarded, is_dicom
 from dataloaders.scans.dicom_labels import read_segmentation, segmentation_in
 from dataloaders.scans.finding import ITK, MGH, NIFTI, PAIR, suffix_of
@@ -28,6 +30,19 @@ GEOMETRY_TOLERANCE = 0.1  # of a voxel's smallest side, at the grid's corners
 UNITS_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}  # that a NIfTI header may name
 MOST_LABELS = 32  # different whole numbers; an image has more
 SAMPLE = 50_000  # voxels
+LENGTHS_MM = {  # that an NRRD or MetaImage header may name
+    **dict.fromkeys(("", "?", "mm", "millimeter", "millimetre", "millimeters", "millimetres"), 1.0),
+    **dict.fromkeys(("m", "meter", "metre", "meters", "metres"), 1000.0),
+    **dict.fromkeys(("dm", "decimeter", "decimetre", "decimeters", "decimetres"), 100.0),
+    **dict.fromkeys(("cm", "centimeter", "centimetre", "centimeters", "centimetres"), 10.0),
+    **dict.fromkeys(("um", "\u00b5m", "\u03bcm", "micron", "microns", "micrometer", "micrometre", "micrometers",
+                     "micrometres"), 1e-3),
+    **dict.fromkeys(("nm", "nanometer", "nanometre", "nanometers", "nanometres"), 1e-6),
+}  # fmt: skip
+MAX_TEXT_HEADER = 2**20  # bytes of an NRRD or MetaImage header
+GZIP = b"\x1f\x8b"
+# nibabel takes a quaternion that is longer than 1 by less than this for a rotation, and normalises it.
+nibabel.Nifti1Header.quaternion_threshold = nibabel.Nifti2Header.quaternion_threshold = -1e-3
 ROUNDING = 1e-3  # how far a label may lie from its whole number, after a header's slope and intercept
 
 
@@ -269,6 +284,7 @@ def _read(path: Path, pixel_spacing_mm: tuple[float, float] | None, is_label: bo
         return _checked(_read_dicom(path, _only_series(path), pixel_spacing_mm, is_label))
     if not path.exists():
         raise UserError(f"{path} does not exist: check the path.")
+    check_is_loaded(path)
     for suffixes, read in (((*NIFTI, *PAIR), _read_nifti), (ITK, _read_itk), (MGH, _read_mgh)):
         if suffix_of(path, suffixes):
             return _checked(guarded(path, read))
@@ -345,8 +361,28 @@ def _volume_shape(path: Path, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:3])
 
 
+def _loaded_nifti(path: Path) -> nibabel.Nifti1Pair:
+    """Open a NIfTI file by its content: some are called .nii.gz and are not compressed, or .nii and are."""
+    with open(path, "rb") as file:
+        begin = file.read(4)
+    is_named_gz = path.name.lower().endswith(".gz")
+    is_plain = 348 in (sizes := [int.from_bytes(begin, order) for order in ("little", "big")]) or 540 in sizes
+    if suffix_of(path, PAIR) or is_named_gz == begin.startswith(GZIP) or not (is_plain or begin.startswith(GZIP)):
+        return nibabel.load(path)
+    what = "is not compressed, though its name ends with .gz" if is_named_gz else "is compressed, though named .nii"
+    LOGGER.info("NOTE: %s %s; it is read all the same", path, what)
+    content = open(path, "rb") if is_named_gz else gzip.open(path)  # noqa: SIM115 - its voxels are read from it later
+    size = content.read(4)
+    content.seek(0)
+    is_first = 348 in [int.from_bytes(size, order) for order in ("little", "big")]
+    kind = nibabel.Nifti1Image if is_first else nibabel.Nifti2Image
+    image = kind.from_stream(content)
+    image.file_map["image"].filename = os.fspath(path)
+    return image
+
+
 def _read_nifti(path: Path) -> Scan:
-    image = nibabel.load(path)
+    image = _loaded_nifti(path)
     if not isinstance(image, (nibabel.Nifti1Image, nibabel.Nifti1Pair)):
         raise UserError(f"{path} is no NIfTI file, whatever its name says: convert it.")
     kind = image.get_data_dtype().kind
@@ -379,7 +415,12 @@ def _nifti_affine(path: Path, image: nibabel.Nifti1Pair) -> np.ndarray:
             "scan has: correct the unit (xyzt_units)."
         )
     codes = int(image.header["sform_code"]), int(image.header["qform_code"])
-    if codes[0] > 0 and codes[1] > 0:
+    length = float(sum(np.square([image.header[f"quatern_{name}"] for name in "bcd"], dtype=float)))
+    if codes[1] > 0 and not length <= 1 + 1e-6:
+        counts = "the sform counts" if codes[0] > 0 else "the rotation nearest to it counts"
+        LOGGER.info("NOTE: %s: the quaternion of its qform is longer than 1 (by %.2g); %s", path, length - 1, counts)
+        image.header.set_qform(image.affine, codes[1])  # for what is written onto its grid
+    elif codes[0] > 0 and codes[1] > 0:
         other = np.array(image.header.get_qform(), float)
         other[:3] *= UNITS_MM.get(unit, 1.0)
         offset = corner_offset_mm(scan, replace(scan, affine=other))
@@ -414,7 +455,41 @@ def _read_itk(path: Path) -> Scan:
     affine, sides = np.eye(4), image.GetDimension()
     affine[:sides, :sides] = np.reshape(image.GetDirection(), (sides, sides)) * image.GetSpacing()
     affine[:sides, 3] = image.GetOrigin()
+    affine[:sides] *= _units_mm(path, sides)[:, None]
     return Scan(path, sitk.GetArrayFromImage(image).T.reshape(shape), LPS_TO_RAS @ affine)
+
+
+def _units_mm(path: Path, sides: int) -> np.ndarray:
+    """Return the mm of the unit along each axis in space that an NRRD or MetaImage header names, which ITK leaves out.
+
+    Raises:
+        UserError: the unit is no length.
+
+    Source: NRRD's `space units` and `units`, MetaImage's `DistanceUnits`.
+    """
+    with open(path, "rb") as file:
+        text = file.read(MAX_TEXT_HEADER)
+    if suffix_of(path, (".nrrd", ".nhdr")):
+        text = re.split(rb"\r?\n\r?\n", text, maxsplit=1)[0]
+        found = re.search(rb"^space units:\s*(.*?)\s*$", text, re.MULTILINE)
+        if found is None and not re.search(rb"^space directions:", text, re.MULTILINE):
+            found = re.search(rb"^units:\s*(.*?)\s*$", text, re.MULTILINE)
+        named = re.findall(rb'"([^"]*)"|(\S+)', found[1]) if found else []
+        units = [(quoted or bare).decode("utf-8", "replace") for quoted, bare in named]
+    else:
+        text = re.split(rb"ElementDataFile", text, maxsplit=1)[0]
+        found = re.search(rb"^\s*DistanceUnits\s*=\s*(.*?)\s*$", text, re.MULTILINE)
+        units = [found[1].decode("utf-8", "replace")] * sides if found else []
+    units = [unit.strip() for unit in units[:sides]]
+    units += [""] * (sides - len(units))
+    strange = next((unit for unit in units if unit.lower() not in LENGTHS_MM), None)
+    if strange is not None:
+        raise UserError(f"{path}: its header gives lengths in {strange!r}: convert the file to mm.")
+    factors = np.array([LENGTHS_MM[unit.lower()] for unit in units])
+    if (factors != 1).any():
+        names = ", ".join(dict.fromkeys(units))
+        LOGGER.info("NOTE: %s: its header gives lengths in %s; they are converted to mm", path, names)
+    return factors
 
 
 def _checked(scan: Scan) -> Scan:
