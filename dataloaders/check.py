@@ -16,9 +16,20 @@ from tqdm import tqdm
 
 from dataloaders import acdc, la, pancreas
 from dataloaders.datasets import SLICE, DataSet
-from dataloaders.files import read_list, read_sample, read_spacing
-from dataloaders.findings import Finding, Problem, doubles, kind_of, labels_of, remarks, same_preprocessing, told
+from dataloaders.files import read_list, read_sample, read_spacing, read_text_attributes
+from dataloaders.findings import (
+    Finding,
+    Problem,
+    doubles,
+    kind_of,
+    labels_of,
+    not_in_hu,
+    remarks,
+    same_preprocessing,
+    told,
+)
 from dataloaders.own import read_data_set
+from dataloaders.scans.hounsfield import TRUSTED_HU, prepared_fault
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, start_logging
@@ -68,6 +79,9 @@ def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[
         found.low, found.high = float(sample.image.min()), float(sample.image.max())
         found.content = hashlib.sha256(sample.image.tobytes()).hexdigest()
         found.spacing = read_spacing(path) if ndim == 3 else None
+        rules = data_set.preprocessing.rules
+        if "ct" in rules and read_text_attributes(path, "hu") != (TRUSTED_HU,):
+            found.hu_fault = prepared_fault(sample.image[rules.index("ct")] if len(rules) > 1 else sample.image)
         if sample.label is not None:
             found.classes = frozenset(np.unique(sample.label).tolist())
             if found.classes == {0} and ndim == 3 and data_set.files != "own":  # of these every case has the structure
@@ -137,7 +151,7 @@ def main(config: Config) -> None:
     problems += [Problem(f.name, kind_of(f), f.problem) for f in findings if f.problem]
     shared, known = doubles(findings, data_set)
     classes, untaught = labels_of(findings, data_set)
-    problems += shared + untaught + same_preprocessing(findings, data_set)
+    problems += shared + untaught + same_preprocessing(findings, data_set) + not_in_hu(findings)
     LOGGER.info("%s in %s\n\n%s\n", data_set.name, root.resolve(), table(findings, data_set))
     LOGGER.info("classes: %s", classes)
     usual = max((f.spacing for f in findings if f.spacing), default=None)

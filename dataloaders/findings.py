@@ -35,6 +35,7 @@ class Finding:
         split: the list that names it.
         path: of the file.
         problem: what is wrong with it, or "".
+        hu_fault: why the image was no CT in HU before it was mapped to [0, 1], or "".
         case: what was read, of a volume that is to be drawn.
     """
 
@@ -50,6 +51,7 @@ class Finding:
     low: float = 0.0
     high: float = 0.0
     is_labelled: bool = False
+    hu_fault: str = ""
     case: "Case | None" = field(default=None, repr=False)
 
     @property
@@ -119,6 +121,23 @@ def labels_of(findings: Sequence[Finding], data_set: DataSet) -> tuple[str, list
         if there == {0} and name in sliced and data_set.files != "own"
     ]
     return f"{', '.join(counts)} of {len(cases)} labelled training cases", problems
+
+
+def not_in_hu(findings: Sequence[Finding]) -> list[Problem]:
+    """Name the cases of a CT data set whose images were no HU; of slices, all of a case that show something count."""
+    cases: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if finding.shape and not finding.is_constant:
+            cases.setdefault(finding.case_name, []).append(finding)
+    problems = []
+    for name, mine in cases.items():
+        if all(finding.hu_fault for finding in mine):
+            text = (
+                f"{name} was no CT in HU before its import ({mine[0].hu_fault}): import the CT itself, or, if it was "
+                "in HU after all, import it with --trust_hu --overwrite"
+            )
+            problems.append(Problem(name, "no HU", text))
+    return problems
 
 
 def remarks(findings: Sequence[Finding], known: Counter[Duplicate], root: Path, data_set: DataSet) -> list[str]:

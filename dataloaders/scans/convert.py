@@ -191,7 +191,7 @@ def write_slices(
     for path in earlier:
         remove_written(path)
     kept = ("source", "label_source", "orientation", "rule", "preprocessing", "version")
-    of_slices = {key: attributes[key] for key in kept}
+    of_slices = {key: attributes[key] for key in kept} | ({"hu": attributes["hu"]} if "hu" in attributes else {})
     for k, picture in enumerate(image if image.ndim == 3 else image.swapaxes(0, 1), start=1):
         write_case(folder / f"{name}{SLICE}{k}.h5", picture, None if label is None else label[k - 1], of_slices)
     write_case(volume, image, label, attributes)

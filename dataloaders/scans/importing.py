@@ -14,6 +14,7 @@ from dataloaders.own import DESCRIPTION, is_name
 from dataloaders.scans.alignment import TRUSTED, check_alignment
 from dataloaders.scans.channels import read_channels
 from dataloaders.scans.convert import Job, Origin, check_trust, convert, provenance, write_case, write_slices
+from dataloaders.scans.hounsfield import TRUSTED_HU
 from dataloaders.scans.import_lists import (
     Lists,
     check_lists_replaceable,
@@ -179,6 +180,7 @@ def convert_case(
     raw = config.images if config.table is None else config.table.parent
     attributes = provenance(case, how, Origin(RULE, raw, paths, label_path))
     attributes |= {"alignment": alignment} | made_by(how, labels, label_path)
+    attributes |= {"hu": TRUSTED_HU} if config.trust_hu and "ct" in how.rules else {}
     if is_picture(paths[0]):
         attributes = {key: value for key, value in attributes.items() if key not in ("spacing", "origin", "direction")}
     if how.layout == "slices":

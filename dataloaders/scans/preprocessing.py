@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
+from dataloaders.scans.hounsfield import WINDOW_HU, hu_fault
 from dataloaders.scans.reading import Scan
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -18,7 +19,6 @@ Axis = Literal["x", "y", "z"]
 AXES: tuple[Axis, ...] = ("x", "y", "z")
 SAME_SIDE = 0.01  # relative difference up to which two voxel sides count as equal
 Normalisation = Literal["zscore", "minmax", "ct"]
-WINDOW_HU = (-125.0, 275.0)  # of "ct", mapped to [0, 1]
 _NORMALISATIONS = Normalisation.__args__
 Box = tuple[tuple[int, int], ...]
 
@@ -280,11 +280,11 @@ def normalised(array: np.ndarray, how: Normalisation, scan: Scan, trust_hu: bool
     """
     if how == "ct":
         low, high = WINDOW_HU
-        inside = float(((array > low) & (array < high)).mean())
-        if (array.min() >= 0 or inside < 0.01) and not trust_hu:
+        fault = "" if trust_hu else hu_fault(array)
+        if fault:
             raise UserError(
-                f"{scan.path} is no CT in HU: it reaches from {array.min():g} to {array.max():g}, {100 * inside:.1f} % "
-                f"of it within {low:g} to {high:g}; give the CT itself, or, if it is in HU after all, --trust_hu."
+                f"{scan.path} is no CT in HU: it reaches from {array.min():g} to {array.max():g}, {fault}; give the CT "
+                "itself, or, if it is in HU after all, --trust_hu."
             )
         clipped = np.clip(array, low, high).astype(np.float32, copy=False)
         clipped -= low  # in place: a whole scan is large
