@@ -1,13 +1,18 @@
 """Options beside the published training: schedules, AdamW, EMA warm-up, intensity, recipes."""
 
+import ast
 import dataclasses
+import importlib.util
 import json
 import math
+import sys
+import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import method
+from helpers import ROOT, method
 from hypothesis import given
 from hypothesis import strategies as st
 from test_3d import call, load
@@ -16,10 +21,10 @@ from torch.nn import Dropout, Dropout3d
 from dataloaders.transforms import shift_intensity
 from sdcl import checkpoints
 from sdcl.checkpoints import load_weights
-from sdcl.methods import check_settings, method_names
+from sdcl.methods import PUBLISHED, check_settings, get, method_names
 from sdcl.mixing import copy_paste_mask
 from sdcl.networks import build_network
-from sdcl.runs.config import parse
+from sdcl.runs.config import as_dict, describe, parse
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import differing_fields
 from sdcl.runs.weights import Weights
@@ -217,6 +222,156 @@ def test_every_method_takes_a_recipe(name):
     if name not in ("ua_mt", "mean_teacher"):
         with pytest.raises(UserError, match="--noise is not read by"):
             check_settings(config)
+
+
+TRAINING = ("ACDC_train.py", "LA_train.py", "pancreas/Pancreas_train.py", "own_train.py")
+TESTING = ("test_ACDC.py", "test_LA.py", "pancreas/test_Pancreas.py", "test_own.py")
+
+
+def edited(script, folder, **values):
+    """Import a copy of a script in whose header these fields have other defaults, as an editor would leave it."""
+    text = (ROOT / "code" / script).read_text(encoding="utf-8").splitlines(keepends=True)
+    (header,) = (n for n in ast.parse("".join(text)).body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    for field in reversed([node for node in header.body if isinstance(node, ast.AnnAssign)]):
+        if field.target.id in values:
+            source = f"Path({str(values[field.target.id])!r})" if "Path" in ast.unparse(field.annotation) else None
+            source = source or repr(values[field.target.id])
+            line = f"    {field.target.id}: {ast.unparse(field.annotation)} = {source}\n"
+            text[field.lineno - 1 : field.end_lineno] = [line]
+    name = f"edited_{Path(script).stem}_{folder.name}"
+    path = folder / f"{name}.py"
+    path.write_text("".join(text), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def other_values(header):
+    """Another valid value of each field of a header, by the field's type and default."""
+    fixed = {
+        "patch_size": (64, 64, 32), "method": "ua_mt", "mask_fraction": 0.5, "stride": (9, 9, 3), "rampup": 7,
+        "connectivity": 6, "ema_buffers": True, "batch_size": 3, "predictors": ("mean",), "spacing": (1.0, 2.0, 3.0),
+        "exp": "other", "dropout": 0.5, "ema_decay": 0.5, "warmup": 3, "recipe": "published",
+    }  # fmt: skip
+    values = {}
+    for field in dataclasses.fields(header):
+        default = None if field.default is dataclasses.MISSING else field.default
+        literals = [a for part in (field.type, *typing.get_args(field.type)) for a in typing.get_args(part)]
+        literals = [a for a in literals if isinstance(a, str)]
+        if field.name in fixed:
+            values[field.name] = fixed[field.name]
+        elif literals:
+            values[field.name] = next(a for a in reversed(literals) if a != default)
+        elif isinstance(default, bool):
+            values[field.name] = not default
+        elif isinstance(default, int):
+            values[field.name] = default + 1
+        elif isinstance(default, float):
+            values[field.name] = default / 2 or 0.25
+        else:
+            values[field.name] = Path("some", "where")
+    if header.__annotations__.get("patch_size") == tuple[int, int]:
+        values["patch_size"] = (64, 32)
+    return values
+
+
+def as_flags(header, values):
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, bool) and header.__annotations__[name] is bool:
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return flags
+
+
+@pytest.mark.parametrize("script", [*TRAINING, *TESTING])
+def test_an_edited_header_is_the_same_as_its_flags(script, tmp_path):
+    """Every field of the header, edited in a copy: what is resolved, printed and recorded has the edited value."""
+    header = load(script).Config
+    values = other_values(header)
+    by_header = parse(edited(script, tmp_path, **values).Config, [])
+    by_flags = parse(header, as_flags(header, values))
+    assert vars(by_header) == vars(by_flags) == values
+    assert set(values) == {field.name for field in dataclasses.fields(header)}
+    printed = [line.split(maxsplit=1) for line in describe(by_header).splitlines()]
+    assert {line[0]: line[1] for line in printed} == {name: str(value) for name, value in as_dict(by_header).items()}
+    again = parse(edited(script, tmp_path, **values).Config, ["--models_path", "flag", "--labelnum", "9"])
+    assert vars(again) == values | {"models_path": Path("flag"), "labelnum": 9}
+
+
+@pytest.mark.parametrize("script", WITH_RECIPES)
+def test_the_header_names_a_recipe_and_the_last_flag_wins(script, tmp_path):
+    module = edited(script, tmp_path, recipe="fast", base_lr=0.5)
+    fast = module.RECIPES["fast"]
+    by_header = vars(parse(module.Config, ["--batch_size", "3"]))
+    assert {name: by_header[name] for name in fast} == fast | {"batch_size": 3}
+    assert (by_header["recipe"], by_header["base_lr"]) == ("fast", 0.5)
+    published = parse(module.Config, ["--recipe", "published"])
+    assert published.batch_size == load(script).Config.batch_size and published.recipe == "published"
+    header = load(script).Config
+    for words in (["--recipe", "fast", "--recipe", "published"], ["--recipe=fast", "--recipe=published"]):
+        assert vars(parse(header, words)) == vars(parse(header, []))
+    assert vars(parse(header, ["--recipe", "published", "--recipe=fast"])) == vars(parse(header, ["--recipe", "fast"]))
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_what_a_method_does_not_read_is_refused_in_the_header_too(script, tmp_path):
+    header, module = load(script).Config, load(script)
+    values = other_values(header) | {"method": "bcp", "teacher_dropout": "no"}
+    unread = [name for name in vars(header) if name in PUBLISHED | module.PUBLISHED and name not in get("bcp").reads]
+    assert {"kl_weight", "mse_weight", "noise", "passes", "paste", "correct"} <= set(unread)
+    needed = ["--root_path", "x", "--method", "bcp"]
+    check_settings(parse(header, needed))
+    for name in unread:
+        folder = tmp_path / name
+        folder.mkdir()
+        one = edited(script, folder, **{name: values[name]})
+        with pytest.raises(UserError, match=f"--{name} is not read by --method bcp, only by"):
+            check_settings(parse(one.Config, needed))
+        if getattr(header, name) is not None:  # a flag takes the edit back
+            check_settings(parse(one.Config, [*needed, *as_flags(header, {name: getattr(header, name)})]))
+    idle = edited(script, tmp_path, correct="none", kl_weight=0.7)
+    with pytest.raises(UserError, match="--kl_weight does nothing with --correct none"):
+        check_settings(parse(idle.Config, needed[:2]))
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_published_values_are_what_the_headers_have(script):
+    module = load(script)
+    for name, value in (PUBLISHED | module.PUBLISHED).items():
+        assert getattr(module.Config, name) == value, name
+    read = {name for method_ in method_names() for name in get(method_).reads}
+    assert read == set(PUBLISHED | module.PUBLISHED)
+
+
+def test_no_labelled_case_is_refused_in_the_header_too(acdc_phantom, tmp_path):
+    """In the scripts of one's own data 0 stands for all that have a label, whatever the header's default is."""
+    for module in (edited("ACDC_train.py", tmp_path, labelnum=0), load("ACDC_train.py")):
+        config = parse(module.Config, ["--root_path", str(acdc_phantom), "--labelnum", "0"])
+        with pytest.raises(UserError, match="--labelnum is 0: it must be above 0"):
+            module.main(config)
+    own = edited("own_train.py", tmp_path, labelnum=4, root_path=acdc_phantom)
+    assert parse(own.Config, ["--labelnum", "0"]).labelnum == 0
+    with pytest.raises(UserError, match="--labelnum is -1: it must be above 0"):
+        parse(own.Config, ["--labelnum", "-1"])
+
+
+def test_an_edited_header_is_trained_printed_and_recorded(acdc_phantom, tmp_path, said):
+    module = edited("ACDC_train.py", tmp_path, recipe="fast", method="ua_mt", root_path=acdc_phantom, labelnum=2)
+    flags = ["--patch_size", "32", "32", "--pre_iterations", "1", "--self_iterations", "2", "--select", "last"]
+    flags += ["--models_path", str(tmp_path), "--device", "cpu", "--batch_size", "2", "--pre_val_every", "0"]
+    module.main(parse(module.Config, flags))
+    printed = dict(line.split(maxsplit=1) for line in said().splitlines() if line.startswith("  "))
+    for path in (tmp_path / "acdc_SDCL_2_labeled" / "config.json",):
+        kept = json.loads(path.read_text(encoding="utf-8"))["config"]
+    trained = checkpoints.load(tmp_path / "acdc_SDCL_2_labeled" / "self_train" / "last.pth")
+    expected = module.RECIPES["fast"] | {"batch_size": 2, "pre_iterations": 1, "self_iterations": 2, "rampup": 1}
+    for name, value in expected.items():
+        assert kept[name] == trained["config"][name] == value and printed[name] == str(value), name
+    assert "student_a_average" in trained["networks"]  # of the recipe's average_decay
 
 
 def test_a_real_run_with_all_of_them(acdc_phantom, tmp_path):

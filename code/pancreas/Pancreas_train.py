@@ -12,6 +12,10 @@ from dataloaders.roots import check_root
 from sdcl.runs.config import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
+# Published values of what only some methods read: a changed one is an error where the method ignores it.
+PUBLISHED = {
+    "mse_weight": 0.3, "kl_weight": 0.1, "pseudo_label_rule": "threshold", "connectivity": 18, "ema_buffers": False,
+}  # fmt: skip
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -82,6 +83,12 @@ def get(name: str) -> Method:
     return found
 
 
+# Published values of the fields that only some methods read. A script's PUBLISHED adds those that data sets differ in.
+PUBLISHED = {
+    "mask_fraction": 2 / 3, "u_weight": 0.5, "correct": "discrepancy", "mse_weight": 0.5, "kl_weight": 0.05,
+    "largest_component": "yes", "teacher_dropout": "yes", "ema_decay": 0.99, "ema_warmup": False,
+    "consistency_weight": 0.1, "rampup": None, "noise": 0.1, "passes": 8, "paste": "yes",
+}  # fmt: skip
 # What makes other fields idle: a field, its value, and those that nothing reads then.
 IDLE = (
     ("correct", "none", ("mse_weight", "kl_weight")),
@@ -93,8 +100,10 @@ IDLE = (
 def check_settings(config: Any, filled: Collection[str] = ()) -> None:
     """Refuse a header in which a field was changed that its method does not read, and tell of what stage 1 alone reads.
 
+    A value that was edited in the header counts as changed, like a flag's.
+
     Args:
-        config: the header; what differs from its defaults was changed.
+        config: the header; a field counts as changed if its value is neither the published nor a recipe's.
         filled: fields that the script fills in where they are None.
 
     Raises:
@@ -102,6 +111,8 @@ def check_settings(config: Any, filled: Collection[str] = ()) -> None:
     """
     method, readers = get(config.method), _readers()
     header = {field.name: field.default for field in fields(config)}
+    published = PUBLISHED | getattr(sys.modules[type(config).__module__], "PUBLISHED", {})
+    header |= {name: value for name, value in published.items() if name in header}
     if unknown := [name for name in method.reads if name not in header]:
         raise UserError(f"{METHODS / method.name}.py reads {', '.join(unknown)}, which no header field is called.")
     named = recipe_of(config)  # whose values serve the methods that read them

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import inspect
 import io
-import itertools
 import math
 import os
 import re
@@ -22,7 +21,7 @@ from sdcl.runs.errors import UserError
 
 Config = TypeVar("Config")
 POSITIVE_FIELDS = (
-    "labelnum", "batch_size", "window_batch", "base_lr", "log_every", "save_every", "labelled_repeat",
+    "batch_size", "window_batch", "base_lr", "log_every", "save_every", "labelled_repeat",
     "unlabelled_repeat", "late_val_every", "passes", "workers",
 )  # fmt: skip
 NON_NEGATIVE_FIELDS = (
@@ -139,7 +138,10 @@ def make_output_safe() -> None:
 
 
 def parse(config_class: type[Config], arguments: list[str]) -> Config:
-    """Build the header's dataclass from command-line arguments; `--field value` overrides a default.
+    """Build the header's dataclass from command-line arguments.
+
+    Three sources give a field's value, and a later one wins: the header, the recipe that the header or the last
+    `--recipe` names, and the flags.
 
     Raises:
         UserError: a flag that the header does not have, or a value that its flag or any data set refuses.
@@ -147,17 +149,10 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
     """
     if {"-h", "--help"} & set(arguments):
         show_help(config_class)
-    output = io.StringIO()
-    default = from_recipe(config_class, arguments)
-    try:
-        with contextlib.redirect_stderr(output):
-            config, unknown = tyro.cli(
-                config_class, args=arguments, default=default, return_unknown_args=True, use_underscores=True
-            )
-    except SystemExit as end:
-        if not end.code:  # a completion script was asked for
-            raise
-        raise UserError(_sentence(output.getvalue())) from None
+    config, unknown = _read_flags(config_class, arguments, None)
+    default = with_recipe(config_class, getattr(config, "recipe", None))  # named by the header or by a flag
+    if default is not None:
+        config, unknown = _read_flags(config_class, arguments, default)
     if unknown:
         flags = [f"--{field.name}" for field in dataclasses.fields(config_class)]
         close = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), flags, n=1, cutoff=0.7)
@@ -168,6 +163,20 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
         raise UserError(f"unknown argument {unknown[0]}: {hint}")
     check_common(config)
     return config
+
+
+def _read_flags(config_class: type[Config], arguments: list[str], default: Config | None) -> tuple[Config, list[str]]:
+    """Read flags on top of a header's defaults, or of others; return the words that are no flag of it as well."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(
+                config_class, args=arguments, default=default, return_unknown_args=True, use_underscores=True
+            )
+    except SystemExit as end:
+        if not end.code:  # a completion script was asked for
+            raise
+        raise UserError(_sentence(output.getvalue())) from None
 
 
 def recipe_of(config: Any) -> dict[str, Any]:
@@ -182,18 +191,16 @@ def _recipes(config_class: type) -> dict[str, dict[str, Any]]:
     return getattr(sys.modules[config_class.__module__], "RECIPES", {})
 
 
-def from_recipe(config_class: type, arguments: list[str]) -> Any:
-    """Return the header with the defaults of the recipe that a command line names; None where it names none.
+def with_recipe(config_class: type, name: str | None) -> Any:
+    """Return the header's defaults with a recipe's values in their place; None where the name is no recipe's.
 
-    Flags beside it win: they are read on top of these defaults. A name that no script knows is refused later.
+    A name that no script knows, such as "published", changes nothing.
     """
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    named = next((b for a, b in itertools.pairwise(words) if a == "--recipe"), None)
-    recipes = _recipes(config_class)
-    if named not in recipes:
+    values = _recipes(config_class).get(name)
+    if values is None:
         return None
     needed = [f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING]
-    return config_class(**dict.fromkeys(needed, tyro.MISSING), **recipes[named], recipe=named)
+    return config_class(**{**dict.fromkeys(needed, tyro.MISSING), **values, "recipe": name})
 
 
 def _sentence(box: str) -> str:
@@ -274,10 +281,11 @@ def check_common(config: Any) -> None:
         UserError: names the flag and what it must be.
     """
     values = {name: value for name, value in vars(config).items() if value is not None}
-    optional = {f.name for f in dataclasses.fields(config) if f.name == "labelnum" and f.default == 0}  # 0: all
     for name in (name for name in POSITIVE_FIELDS if name in values):
-        if not values[name] > 0 and (name not in optional or values[name]):
+        if not values[name] > 0:
             raise UserError(f"--{name} is {values[name]}: it must be above 0.")
+    if values.get("labelnum", 0) < 0:  # the scripts of one's own data take 0 for all; check_labelnum() is the others'
+        raise UserError(f"--labelnum is {config.labelnum}: it must be above 0.")
     for name in (name for name in NON_NEGATIVE_FIELDS if name in values):
         if not values[name] >= 0:
             raise UserError(f"--{name} is {values[name]}: it must not be negative.")
@@ -299,6 +307,16 @@ def check_common(config: Any) -> None:
     if "patch_size" in values:
         students = [values[role] for role in ("student_a", "student_b") if role in values]
         _check_patch(config.patch_size, values.get("mask_fraction"), students)
+
+
+def check_labelnum(config: Any) -> None:
+    """Refuse a run without labelled cases, once a script has filled in how many there are.
+
+    Raises:
+        UserError: --labelnum is not above 0.
+    """
+    if getattr(config, "labelnum", 1) < 1:
+        raise UserError(f"--labelnum is {config.labelnum}: it must be above 0.")
 
 
 def side_divisor(networks: Iterable[str]) -> int:

@@ -16,7 +16,7 @@ from sdcl.methods import check_settings, get
 from sdcl.networks import build_network
 from sdcl.runs.ahead import out_of_memory, plan_of, tell_memory, tell_memory_of_test
 from sdcl.runs.atomic import claimed
-from sdcl.runs.config import as_dict, as_plain, check_common, describe, ramp_length, recipe_of
+from sdcl.runs.config import as_dict, as_plain, check_common, check_labelnum, describe, ramp_length, recipe_of
 from sdcl.runs.data import Data, Stage, Training
 from sdcl.runs.devices import (
     computes_bf16,
@@ -68,6 +68,7 @@ def begin(config: Any, check: Callable[[], None] = lambda: None) -> torch.device
     """
     start_logging()
     check_common(config)
+    check_labelnum(config)
     join(likely_device_type(config.device))  # first: what one of them refuses then ends all
     if not is_first():  # one of them tells
         LOGGER.setLevel(logging.ERROR)
@@ -84,13 +85,17 @@ def begin(config: Any, check: Callable[[], None] = lambda: None) -> torch.device
             "likely faster.", cost,
         )  # fmt: skip
     if named := recipe_of(config):
-        LOGGER.info("recipe %s: %s, where no flag says otherwise", config.recipe, _listed(named))
+        LOGGER.info("recipe %s: %s", config.recipe, _listed(config, named))
     LOGGER.info("%s\nComputing on %s, with\n%s", type(config).__doc__.splitlines()[0], device, describe(config))
     return device
 
 
-def _listed(fields: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in fields.items())
+def _listed(config: Any, named: dict[str, Any]) -> str:
+    """List a recipe's fields with the values that the run has, and beside a changed one the recipe's."""
+    values = {name: (getattr(config, name), value) for name, value in named.items()}
+    return ", ".join(
+        f"{name} {now}" + (f" (instead of {value})" if now != value else "") for name, (now, value) in values.items()
+    )
 
 
 def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
@@ -109,6 +114,8 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
         data.check_root()
         data.check()
         check_settings(config, filled)
+        if "rampup" in get(config.method).reads:  # a longer run keeps its ramp
+            config.rampup = ramp_length(config.rampup, config.self_iterations)
 
     device = begin(config, check)
     _check_processes(config)
@@ -128,11 +135,11 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     plans = [(stage, plan_of(config, given.task.sizes, stage, device)) for stage in stages]
     tell_memory(plans, device, given.waiting_bytes)
     common = {"settings": config, "validate": validator(given.validation_cases, given.task)}
-    common |= {"validated_on": given.validated_on, "config": resolved(config)}
+    common |= {"validated_on": given.validated_on, "config": as_dict(config)}
     with claimed_by_first(folder):
         validation = names_of(given.validation_cases)
         reads = Reads({**given.lists, "validation": validation}, given.facts, given.trained_on, pretrained)
-        first(lambda: open_run(folder, resolved(config), reads, device))
+        first(lambda: open_run(folder, as_dict(config), reads, device))
         given.keep(folder)
         known = {*given.trained_on, *(pretrained or {}).get("trained_on", ())}
         if seen := [name for name in validation if name in known]:
@@ -148,14 +155,6 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
                 self_train(learners, streams["self_train"], folder, validate_at=at, **common)
     _tell_end(config, folder)
     part()
-
-
-def resolved(config: Any) -> dict[str, Any]:
-    """Return a header's fields, with the ramp's length where the method reads it: a longer run keeps its ramp."""
-    fields = as_dict(config)
-    if "rampup" in get(config.method).reads:
-        fields["rampup"] = ramp_length(config.rampup, config.self_iterations)
-    return fields
 
 
 def _check_same(config: Any, given: Training) -> None:
