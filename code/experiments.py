@@ -42,7 +42,7 @@ class Config:
     methods: tuple[str, ...] = ("supervised", "bcp", "sdcl")  # with changes: sdcl:kl_weight=0,mse_weight=0
     labelnums: tuple[int, ...] = (7,)  # labelled cases or patients
     seeds: tuple[int, ...] = (1337, 1, 2)  # those of one seed and labelled count share one stage 1
-    flags: str = "--select last"  # further flags of every training: --flags="--patch_size 64 64"
+    flags: str = ""  # further flags of every training, beside --select last: --flags="--patch_size 64 64"
     test_flags: str = ""  # further flags of every test: --test_flags="--split val"
 
     # --- the table ---

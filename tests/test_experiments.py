@@ -106,6 +106,23 @@ def test_what_no_matrix_can_be_made_of_is_refused(changes, message, acdc_phantom
         matrix.plan(header(tmp_path, acdc_phantom, **changes), "acdc")
 
 
+@pytest.mark.parametrize(
+    ("flags", "select"),
+    [("", "last"), ("--patch_size 32 32", "last"), ("--select val", "val"), ("--select=val --patch_size 32 32", "val")],
+)
+def test_further_flags_leave_the_default_selection(flags, select, acdc_phantom, tmp_path):
+    runs = matrix.plan(header(tmp_path, acdc_phantom, flags=flags), "acdc")
+    assert {run.header.select for run in runs} == {select}
+    assert all(run.flags.count("--select") + run.flags.count("--select=val") == 1 for run in runs)
+
+
+def test_a_rows_recipe_wins_over_all_runs_recipe(acdc_phantom, tmp_path):
+    given = {"methods": ("sdcl", "sdcl:recipe=published"), "flags": "--recipe fast", "seeds": (1,)}
+    runs = {run.title: run.header for run in matrix.plan(header(tmp_path, acdc_phantom, **given), "acdc")}
+    fast, published = (runs[f"{row}, 2 labelled, seed 1"] for row in given["methods"])
+    assert (fast.recipe, fast.batch_size, published.recipe, published.batch_size) == ("fast", 6, "published", 12)
+
+
 @pytest.fixture(scope="module")
 def whole(acdc_phantom, scratch):
     """A matrix that nothing interrupts."""

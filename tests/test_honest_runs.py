@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -18,10 +19,11 @@ from helpers import ROOT, write_h5
 from test_scripts import load
 
 from sdcl import checkpoints
-from sdcl.networks import build_network
+from sdcl.networks import build_network, resnet, vnet
 from sdcl.runs.config import check_common, header_groups, make_output_safe, parse
+from sdcl.runs.costs import said_of
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import LOGGER, StopRequest, differing_tasks, read_config
+from sdcl.runs.folder import LOGGER, StopRequest, differing_tasks, read_config, start_selected_on, validated_among
 from sdcl.scoring.evaluation import Case, CaseRow
 from sdcl.scoring.scored import ScoredCases
 from sdcl.scoring.tables import mean_dice, summarise
@@ -116,6 +118,111 @@ def test_what_a_pretraining_was_trained_on_is_inherited_and_it_is_needed_no_more
     text = main("test_LA.py", "--root_path", la, "--models_path", models, "--exp", "heir", "--labelnum", 2,
                 "--stride", 32, 16, 16, "--device", "cpu")  # fmt: skip
     assert f"NOTE: the run was TRAINED on 1 of these cases ({test_case})" in text
+
+
+@pytest.fixture(scope="module")
+def other_test_labels(la, scratch):
+    """The same data, but for the labels of the test cases: foreground and background change places."""
+    root = shutil.copytree(la, scratch / "other_labels")
+    for name in (root / "data_split" / "test.txt").read_text().split():
+        with h5py.File(next((root / "data").glob(f"*/{name}/*.h5")), "r+") as file:
+            file["label"][...] = 1 - np.minimum(file["label"][()], 1)
+    return root
+
+
+def last_weights(run, stage="self_train"):
+    networks = checkpoints.load(run / stage / "last.pth")["networks"]
+    return {f"{role} {name}": value for role, state in networks.items() for name, value in state.items()}
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Networks with few filters, which train in a tenth of the time."""
+    for module in (resnet, vnet):
+        monkeypatch.setattr(module, "WIDTHS", (2, 4, 8, 16, 32))
+
+
+@pytest.mark.parametrize("select", [["--select", "last"], ["--select", "val", "--val_cases", 1]])
+def test_test_labels_reach_no_weight(la, other_test_labels, select, narrow, tmp_path):
+    short = [*VOLUMES, "--pre_iterations", 2, "--pre_val_every", 1, "--self_iterations", 1, *select]
+    for root in (la, other_test_labels):
+        main("LA_train.py", "--root_path", root, "--models_path", tmp_path / root.name, *short)
+    runs = [tmp_path / root.name / "la_SDCL_2_labeled" for root in (la, other_test_labels)]
+    ours, theirs = map(last_weights, runs)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    saved = [sorted(path.relative_to(run) for path in run.rglob("*.pth")) for run in runs]
+    assert saved[0] == saved[1]
+
+
+def test_a_start_that_was_selected_on_the_test_cases_is_told(la, narrow, scratch):
+    """The published way: self-training starts from stage 1's best on the test cases, which flatters its last too."""
+    models = scratch / "published"
+    where = ["--root_path", la, "--models_path", models, *VOLUMES, "--pre_iterations", 2, "--self_iterations", 1]
+    main("LA_train.py", *where)
+    run, said = models / "la_SDCL_2_labeled", scored(la, models)
+    assert "'best on test' was selected on these very volumes, and stage 1's best" in said
+    assert "which flatters both it and 'last'" in said and "'last' was not" not in said
+    results = run / "test" / "self_train_test"
+    facts = json.loads((results / "summary.json").read_text())
+    assert facts["start_selected_on"] == "test" and facts["selected_here"] and facts["start_selected_here"]
+    assert "which flatters both it and &#39;last&#39;" in (results / "report.html").read_text(encoding="utf-8")
+    said = scored(la, models, "--stage", "pre_train")
+    assert "'best on test' was selected on these very volumes, which flatters it; 'last' was not." in said
+    main("LA_train.py", *where, "--select", "last", "--exp", "from_last", "--pretrained", run)
+    assert "very volumes" not in scored(la, models, "--exp", "from_last")  # of stage 1's last nothing was selected
+    config = json.loads((run / "config.json").read_text())
+    assert config["validation_cases"] == (la / "data_split" / "test.txt").read_text().split()
+    heir = {"select": "val"} | {"folder": str(run)}
+    for content, expected in (
+        ({"pretrained": None}, "test"), ({"pretrained": heir | {"select": "test"}}, "test"),
+        ({"pretrained": heir}, "val"), ({"config": config["config"] | {"select": "last"}}, None),
+        ({"config": config["config"] | {"select": "val"}}, "val"),
+    ):  # fmt: skip
+        (scratch / "one").mkdir(exist_ok=True)
+        (scratch / "one" / "config.json").write_text(json.dumps(config | content))
+        assert start_selected_on(scratch / "one") == expected
+    del config["validation_cases"]  # of an earlier version, which kept a checksum alone
+    (scratch / "one" / "config.json").write_text(json.dumps(config))
+    names = (la / "data_split" / "test.txt").read_text().split()
+    assert validated_among(scratch / "one", names) == names and validated_among(scratch / "one", names[:1]) == []
+
+
+def test_the_same_cases_under_another_name_are_these_very_volumes(la, narrow, tmp_path):
+    """A val.txt that is a copy of test.txt."""
+    root = shutil.copytree(la, tmp_path / "la")
+    shutil.copy(root / "data_split" / "test.txt", root / "data_split" / "val.txt")
+    where = ["--root_path", root, "--models_path", tmp_path, *VOLUMES, "--pre_iterations", 1, "--self_iterations", 1]
+    main("LA_train.py", *where, "--select", "val")
+    assert "'best on val' was selected on these very volumes, and stage 1's best" in scored(root, tmp_path)
+
+
+def test_a_tables_head_tells_where_self_training_started(tmp_path):
+    def run(name, select, **facts):
+        folder = tmp_path / name
+        (folder / "test" / "r").mkdir(parents=True)
+        config = {"patch_size": [32, 32], "labelnum": 2, "student_a": "unet", "student_b": "resunet", "select": select}
+        (folder / "config.json").write_text(json.dumps({"config": config}))
+        summary = {"selected_on": "test", "trained_on": [], "split": "test"} | facts
+        (folder / "test" / "r" / "summary.json").write_text(json.dumps(summary))
+        return SimpleNamespace(folder=folder)
+
+    def head(checkpoint, *runs):
+        config = SimpleNamespace(name="m", data_set="la", checkpoint=checkpoint, flags="")
+        runs = [SimpleNamespace(folder=one.folder) for one in runs]
+        return " ".join(said_of(config, [Folder(one.folder) for one in runs], "r", "test"))
+
+    Folder = dataclasses.make_dataclass("Folder", ["folder"], frozen=True)  # noqa: N806
+    one, two, three = run("a", "test"), run("b", "last", selected_on=None), run("c", "val", selected_on="val")
+    assert "all 1 runs started self-training from stage 1's best, SELECTED ON THESE VERY VOLUMES (test)" in head(
+        "last", one
+    )
+    assert "but 1 of 2 runs started" in head("last", one, two)
+    assert "Last checkpoints: nothing was selected on these volumes." in head("last", two)
+    assert "from stage 1's best, selected on val." in head("last", two, three)
+    assert "Checkpoints SELECTED ON THESE VERY VOLUMES (test)" in head("best", one)
+    assert "flags --select last." in head("last", two)
+    here = run("d", "val", selected_on="val", start_selected_here=True, selected_here=False)
+    assert "In all 1 runs self-training started from stage 1's best, SELECTED ON" in head("best", here)
 
 
 def scored(la, models, *more):

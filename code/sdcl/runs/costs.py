@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 from sdcl.methods import get
 from sdcl.networks import build_network
-from sdcl.runs.folder import commits_of, known_task, read_config, sizes_of
-from sdcl.runs.matrix import Run, pace
+from sdcl.runs.folder import commits_of, known_task, read_config, sizes_of, start_selected_on
+from sdcl.runs.matrix import Run, pace, training_flags
 
 PEAK = re.compile(r"peak memory (?P<gib>[\d.]+) GiB")
 
@@ -51,15 +52,35 @@ def said_of(config: Any, tested: Sequence[Run], results: str, split: str) -> lis
     """
     summaries = [json.loads((r.folder / "test" / results / "summary.json").read_text("utf-8")) for r in tested]
     selected = sorted({str(one["selected_on"]) for one in summaries})
-    lines = [
-        f"{config.name}: {config.data_set}, the volumes of {split}, flags {' '.join(config.flags.split()) or 'none'}."
+    flags = shlex.join(training_flags(config))
+    lines = [f"{config.name}: {config.data_set}, the volumes of {split}, flags {flags}."]
+    starts = {run: start_selected_on(run.folder) for run in tested}
+    started_here = [
+        run
+        for run, one in zip(tested, summaries, strict=True)
+        if one.get("start_selected_here", starts[run] == split)  # earlier versions' tests did not tell
     ]
     if config.checkpoint == "last":
-        lines.append("Last checkpoints: nothing was selected on these volumes.")
-    elif split in selected:
+        on = sorted({text for text in starts.values() if text})
+        if started_here:
+            lines.append(
+                f"Last checkpoints, but {_of_runs(started_here, tested)} started self-training from stage 1's best, "
+                f"SELECTED ON THESE VERY VOLUMES ({split}), which flatters them."
+            )
+        elif on:
+            cases = " and ".join(on)
+            lines.append(f"Last checkpoints; self-training started from stage 1's best, selected on {cases}.")
+        else:
+            lines.append("Last checkpoints: nothing was selected on these volumes.")
+    elif split in selected or any(one.get("selected_here") for one in summaries):
         lines.append(f"Checkpoints SELECTED ON THESE VERY VOLUMES ({split}), which flatters all rows.")
     else:
         lines.append(f"Checkpoints selected on {' and '.join(selected)}.")
+        if started_here:
+            lines.append(
+                f"In {_of_runs(started_here, tested)} self-training started from stage 1's best, SELECTED ON THESE "
+                f"VERY VOLUMES ({split}), which flatters them."
+            )
     trained_on = sorted({name for one in summaries for name in one["trained_on"]})
     if trained_on:
         lines.append(f"WARNING: {len(trained_on)} of these volumes were TRAINED ON ({trained_on[0]} ...).")
@@ -69,6 +90,10 @@ def said_of(config: Any, tested: Sequence[Run], results: str, split: str) -> lis
     else:
         lines.append(f"WARNING: trained with code that no one commit holds: {', '.join(commits)}.")
     return lines
+
+
+def _of_runs(some: Sequence[Run], runs: Sequence[Run]) -> str:
+    return f"{len(some)} of {len(runs)} runs" if len(some) < len(runs) else f"all {len(runs)} runs"
 
 
 def _parameters(folder: Path, config: dict[str, Any], students: Sequence[str]) -> int:

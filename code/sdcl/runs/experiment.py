@@ -44,10 +44,12 @@ from sdcl.runs.folder import (
     run_folder,
     start_logging,
     trained_among,
+    validated_among,
 )
 from sdcl.runs.weights import check_prepared, find_weights
 from sdcl.scoring.evaluation import STUDENTS, names_of
 from sdcl.scoring.report import test_report, validator
+from sdcl.scoring.tables import selection_said
 from sdcl.training import make_learners, pretrain, self_train, validation_iterations
 
 OF_A_MACHINE = ("root_path", "models_path", "device", "gpu", "workers", "cache_gb", "pretrained")  # may differ in each
@@ -332,7 +334,11 @@ def test(config: Any, data: Data) -> None:
     names = [case.name for case in cases]
     runs = [] if elsewhere else weights.runs  # another data set's cases may have the same names
     seen = list(dict.fromkeys(one for run in runs for one in trained_among(run, names)))
-    said = {"split": scored.split, "selected_on": selected_on, "config": used}
+    validated = [one for run in runs for one in validated_among(run, names)]
+    start = weights.start_selected_on
+    said = {"split": scored.split, "selected_on": selected_on, "start_selected_on": start, "config": used}
+    said["selected_here"] = bool(selected_on) and (selected_on == scored.split or bool(validated))
+    said["start_selected_here"] = bool(start and not elsewhere) and (start == scored.split or bool(validated))
     said |= {"environment": first(lambda: environment(device)), "trained_on": seen, "protocol": config.protocol}
     said |= {"method": weights.label, "trained_with": {} if weights.files else trained, "records": weights.records}
     said |= {"commits": sorted({commit for run in weights.runs for commit in commits_of(run)})}
@@ -342,8 +348,6 @@ def test(config: Any, data: Data) -> None:
         LOGGER.warning("NOTE: the run was TRAINED on %d of these cases (%s), which flatters it.", len(seen), _few(seen))
     elif not weights.runs:
         LOGGER.info("NOTE: these files do not tell which cases they were trained on.")
-    if selected_on == scored.split:
-        LOGGER.info(
-            "NOTE: 'best on %s' was selected on these very volumes, which flatters it; 'last' was not.", scored.split
-        )
+    if sentence := selection_said(said):
+        LOGGER.info("NOTE: %s", sentence)
     part()

@@ -200,6 +200,7 @@ def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.
     content = {"config": config, "task": reads.task, "lists": sums, "environment": now, "resumed": []}
     content["trained_on"] = list(dict.fromkeys([*reads.trained_on, *(reads.pretrained or {}).get("trained_on", ())]))
     content["pretrained"] = reads.pretrained
+    content["validation_cases"] = list(reads.lists.get("validation", ()))
     if path.exists():
         content = _read_content(path)
         differing = differing_fields(content["config"], config)
@@ -296,6 +297,7 @@ def inherited(folder: Path) -> dict[str, Any]:
         "pre_iterations": content["config"].get("pre_iterations"),
         "task": content.get("task") if isinstance(content.get("task"), dict) else {},
         "trained_on": known,
+        "validation_cases": content.get("validation_cases"),
     }
 
 
@@ -381,6 +383,32 @@ def trained_among(folder: Path, cases: Sequence[str]) -> list[str]:
     trained_on = _read_content(path).get("trained_on") if path.exists() else None
     known = {name for name in trained_on if isinstance(name, str)} if isinstance(trained_on, list) else set()
     return [name for name in cases if name in known]
+
+
+def start_selected_on(folder: Path) -> str | None:
+    """Return which cases stage 1's best checkpoints were selected on, if a run's self-training started from them.
+
+    Returns:
+        "test" or "val"; None where self-training started from stage 1's last checkpoint.
+    """
+    content = _read_content(folder / "config.json")
+    own, kept = content["config"]["select"], content.get("pretrained")
+    if own == "last":
+        return None
+    select = kept.get("select") or own if isinstance(kept, dict) else own
+    return "test" if select == "test" else "val"
+
+
+def validated_among(folder: Path, cases: Sequence[str]) -> list[str]:
+    """Return those cases that a run was validated on, its stage 1 included, as far as its config.json tells."""
+    content = _read_content(folder / "config.json")
+    kept = content.get("pretrained")
+    known = [content.get("validation_cases"), kept.get("validation_cases") if isinstance(kept, dict) else None]
+    names = {name for one in known if isinstance(one, list) for name in one if isinstance(name, str)}
+    checksum = hashlib.sha256("\n".join(cases).encode()).hexdigest()
+    if cases and content.get("lists", {}).get("validation") == checksum:  # earlier versions kept nothing else
+        names |= set(cases)
+    return [name for name in cases if name in names]
 
 
 class _TqdmHandler(logging.Handler):

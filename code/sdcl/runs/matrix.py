@@ -28,6 +28,7 @@ SCRIPTS = {  # a data set to its scripts, below code/
 # What changes a shared stage 1 must agree in: its networks, optimiser and what it alone reads, also by a recipe.
 OF_STAGE_ONE = ("recipe", "student_a", "student_b", "optimiser", "pre_iterations", "pre_dice", "foreground_prior")
 OWN = ("method", "exp", "labelnum", "seed", "root_path", "models_path", "pretrained")  # fields that the matrix gives
+DEFAULT_FLAGS = {"select": "last"}  # of every training, where --flags does not say otherwise
 PACE = re.compile(r" (?P<stage>pre_train|self_train)(?: \d+)?: .*?(?P<seconds>[\d.]+) s an iteration")
 LAST = "last.pth"  # checkpoints.LAST, which would import PyTorch
 Kind = Literal["absent", "running", "begun", "broken", "trained", "tested"]
@@ -137,8 +138,8 @@ def plan(config: Any, data_set: str) -> list[Run]:
     specs = [read_spec(text) for text in config.methods]
     if not re.fullmatch(r"[\w.-]+", config.name):
         raise UserError(f"--name {config.name} is no folder's name: use letters, digits, dots and dashes.")
-    further = words_of("flags", config.flags)
-    if given := [word for word in further if word.startswith("--") and word[2:].split("=")[0].replace("-", "_") in OWN]:
+    further = training_flags(config)
+    if given := [word for word in further if word.startswith("--") and field_of(word) in OWN]:
         raise UserError(f"--flags must not give {given[0]}, which the matrix gives: leave it out.")
     for name, values in (
         ("methods", [s.slug for s in specs]),
@@ -173,6 +174,25 @@ def plan(config: Any, data_set: str) -> list[Run]:
                 first = add(None, labelnum, seed, begin, [*more, "--self_iterations", "0"], None)
                 add(spec, labelnum, seed, f"{config.name}_{spec.slug}_s{seed}", spec.flags, first)
     return list(runs.values())
+
+
+def training_flags(config: Any) -> list[str]:
+    """Return the flags of every training: those that an experiment gives by itself, then --flags.
+
+    Raises:
+        UserError: a quotation mark is left open.
+    """
+    further = words_of("flags", config.flags)
+    given = [field_of(word) for word in further if word.startswith("--")]
+    for name, value in DEFAULT_FLAGS.items():
+        if name not in given:
+            further = [f"--{name}", value, *further]
+    return further
+
+
+def field_of(flag: str) -> str:
+    """Return the field that a flag sets: `--pre-dice=whole` sets pre_dice."""
+    return flag.removeprefix("--").split("=")[0].replace("-", "_")
 
 
 def words_of(name: str, text: str) -> list[str]:

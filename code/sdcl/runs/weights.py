@@ -15,7 +15,15 @@ from sdcl.methods import get
 from sdcl.networks import build_network
 from sdcl.runs.devices import place
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import LOGGER, differing_tasks, find_run, known_task, pretrained_folder
+from sdcl.runs.folder import (
+    LOGGER,
+    differing_tasks,
+    find_run,
+    known_task,
+    pretrained_folder,
+    read_config,
+    start_selected_on,
+)
 from sdcl.scoring.evaluation import PREDICTORS, STUDENTS, Predictors, load_predictors
 from sdcl.steps import TEACHER, averaged
 
@@ -61,8 +69,23 @@ class Weights:
     @property
     def selected_on(self) -> str | None:
         """What the run's best were selected on, "test" or "val"; None: nothing was."""
-        was_selected = not self.files and any((self.folder / self.stage).glob("best_*.pth"))
-        return ("test" if self.settings["select"] == "test" else "val") if was_selected else None
+        if self.files:
+            best = {path.resolve().parents[1] for path in self.files.values() if path.name.startswith("best_")}
+            selects = [read_config(run)["select"] for run in self.runs if run in best]
+        else:
+            selects = [self.settings["select"]] * any((self.folder / self.stage).glob("best_*.pth"))
+        return ("test" if "test" in selects else "val") if selects else None
+
+    @property
+    def start_selected_on(self) -> str | None:
+        """Which cases stage 1's best were selected on, from which these weights' self-training started, if it did."""
+        if self.files:
+            trained = {path.resolve().parent for path in self.files.values()}
+            runs = [run for run in self.runs if run / "self_train" in trained]
+        else:
+            runs = [self.folder] * (self.stage == "self_train")
+        found = {start_selected_on(run) for run in runs}
+        return "test" if "test" in found else "val" if "val" in found else None
 
     @property
     def name(self) -> str:

@@ -1,9 +1,9 @@
 """The tables that scores make: means over cases, standard deviations, protocols, and their text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -121,6 +121,26 @@ def shown_metrics(rows: Sequence[CaseRow]) -> list[str]:
     """List the metrics to show: distances in mm only where some spacing is known."""
     in_mm = any(not math.isnan(row.hd95_mm) for row in rows)
     return [metric for metric in METRICS if in_mm or not metric.endswith("_mm")]
+
+
+def selection_said(facts: Mapping[str, Any]) -> str:
+    """Say which of a test's checkpoints were selected on the volumes that it scores; "" if none was.
+
+    Args:
+        facts: what summary.json says of the test; see sdcl.runs.experiment.test().
+    """
+    best, here = f"'best on {facts['selected_on']}'", facts.get("selected_here", facts["selected_on"] == facts["split"])
+    start = "stage 1's best, from which self-training started, was too"
+    if here and facts.get("start_selected_here"):
+        return f"{best} was selected on these very volumes, and {start}, which flatters both it and 'last'."
+    if here:
+        return f"{best} was selected on these very volumes, which flatters it; 'last' was not."
+    if facts.get("start_selected_here"):
+        return (
+            "stage 1's best, from which self-training started, was selected on these very volumes, which flatters all "
+            "checkpoints."
+        )
+    return ""
 
 
 def digits_of(metric: str) -> int:
