@@ -26,6 +26,7 @@ from sdcl.runs.atomic import claimed
 from sdcl.runs.errors import UserError
 from sdcl.runs.launch import Machine
 from sdcl.scoring.comparison import Entry, make_rows, read_cases, write_table
+from sdcl.scoring.tables import mean_of
 from sdcl.scoring.viewer import read_viewer
 
 TINY = (
@@ -342,6 +343,80 @@ def test_a_row_with_missing_seeds_is_no_number(tmp_path):
     assert "| half | mean | 1 of 2 (missing: 2) | – |" in marked
     assert re.search(r"\| best \| mean \| 2 of 2 \| \*\*0\.63", marked)  # bold: Holm's p below 0.05, nothing missing
     assert r"\textbf{0.63" in (tmp_path / "table.tex").read_text(encoding="utf-8")
+
+
+def distances(method, values, seeds=(1,)):
+    """values: structure to case to 95HD, the same of each seed."""
+    scores = {("hd95", s): cases for s, cases in values.items()}
+    names = list(next(iter(values.values())))
+    scores["hd95", "mean"] = {n: mean_of([values[s][n] for s in values]) for n in names}
+    empty = {s: sum(math.isnan(v) for v in cases.values()) for s, cases in values.items()}
+    empty["mean"] = sum(empty.values())
+    return Entry(method, 7, "mean", dict.fromkeys(seeds, scores), dict.fromkeys(seeds, empty), tuple(seeds))
+
+
+def test_a_structure_that_a_row_does_not_predict_wins_nothing(tmp_path):
+    """The reference finds an easy and a hard structure, the other row only the easy one, no nearer than the reference."""
+    names, rng = [f"p{k}" for k in range(10)], np.random.default_rng(0)
+    easy = {name: 2 + 0.1 * k for k, name in enumerate(names)}
+    hard = {name: value + 8 for name, value in easy.items()}
+    missed = {"easy": {n: v + rng.normal(0, 0.01) for n, v in easy.items()}, "hard": dict.fromkeys(names, math.nan)}
+    entries = [distances("base", {"easy": easy, "hard": hard}), distances("missing", missed)]
+    rows = {(r.method, r.structure): r for r in make_rows(entries, patient, "base/mean")}
+    mean, nothing = rows["missing", "mean"], rows["missing", "hard"]
+    assert abs(mean.difference) < 0.02 and mean.p_permutation > 0.05 and not mean.is_bold
+    assert (mean.patients, mean.values, mean.left_out, mean.difference_values) == (10, 10, 10, 10)
+    assert math.isnan(nothing.difference) and nothing.difference_patients == 0 and not nothing.is_bold
+    assert rows["base", "mean"].values == 20 and mean.more_left_out and not rows["base", "mean"].more_left_out
+    text = write_table(tmp_path, list(rows.values()), [], [])
+    assert "(n = 10; 10 of 20 values)" in text and " n " in text and "*2.4" not in text
+
+
+def test_more_empty_predictions_are_never_bold(tmp_path):
+    """Nearer in every patient that both have, but with one empty mask more; without it the same row is bold."""
+    names = [f"p{k}" for k in range(10)]
+    base = {name: 5 + 0.1 * k for k, name in enumerate(names)}
+    near = {name: value - 1 - 0.01 * k for k, (name, value) in enumerate(base.items())}
+    for empty, is_bold in ((math.nan, False), (near["p0"], True)):
+        rows = make_rows(
+            [distances("base", {"x": base}), distances("near", {"x": near | {"p0": empty}})], patient, "base/mean"
+        )
+        row = next(r for r in rows if (r.method, r.structure) == ("near", "x"))
+        assert row.p_holm < 0.01 and row.is_bold == is_bold
+        write_table(tmp_path, rows, [], [])
+        line = next(x for x in (tmp_path / "table.md").read_text().splitlines() if x.startswith("| near"))
+        assert ("**" in line) == is_bold
+
+
+def test_what_is_nan_in_one_row_is_left_out_of_both_by_hand():
+    """p1: seeds 1 and 2, structures x and y; p2 is nan in one of them. By hand: p1 differs by 1, p2 by 2."""
+
+    def of(method, table):
+        scores = {seed: {("asd", s): dict(cases) for s, cases in by.items()} for seed, by in table.items()}
+        return Entry(method, 7, "mean", scores, {seed: {} for seed in table}, tuple(table))
+
+    nan = math.nan
+    ours = {1: {"x": {"p1_a": 3, "p2_a": nan}, "y": {"p1_a": 5, "p2_a": 6}},
+            2: {"x": {"p1_a": 4, "p2_a": 7}, "y": {"p1_a": nan, "p2_a": 9}}}  # fmt: skip
+    theirs = {1: {"x": {"p1_a": 2, "p2_a": 9}, "y": {"p1_a": 4, "p2_a": 4}},
+              2: {"x": {"p1_a": 3, "p2_a": 5}, "y": {"p1_a": 50, "p2_a": nan}}}  # fmt: skip
+    for table in (ours, theirs):
+        for each in table.values():
+            each["mean"] = {case: mean_of([each["x"][case], each["y"][case]]) for case in each["x"]}
+    rows = make_rows([of("base", theirs), of("other", ours)], patient, "base/mean")
+    row = next(r for r in rows if (r.method, r.structure) == ("other", "mean"))
+    assert row.difference == 1.5 and (row.difference_patients, row.difference_values) == (2, 5)
+    x = next(r for r in rows if (r.method, r.structure) == ("other", "x"))
+    assert x.difference == 1.5 and (x.values, x.left_out, x.difference_values) == (3, 1, 3)
+
+
+def test_a_p_value_is_never_zero(tmp_path):
+    cases = {f"p{k}": 0.5 + 0.001 * k for k in range(30)}
+    better = {name: value + 0.1 + 0.0001 * k for k, (name, value) in enumerate(cases.items())}
+    rows = make_rows([entry("base", {1: cases}, (1,)), entry("best", {1: better}, (1,))], patient, "base/mean")
+    text = write_table(tmp_path, rows, [], [])
+    assert "< 0.0001" in text and "0.0000 " not in text.split("difference")[1].split("best")[1]
+    assert "$<$ 0.0001" in (tmp_path / "table.tex").read_text() and rows[1].p_permutation < 1e-4
 
 
 def test_best_and_last_are_found_where_one_row_says_both(tmp_path):

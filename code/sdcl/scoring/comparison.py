@@ -20,10 +20,12 @@ from sdcl.scoring.tables import MEAN, METRICS, aligned, digits_of, mean_of
 
 LOWER_IS_BETTER = ("hd95", "asd", "hd95_mm", "asd_mm")
 VOLUMES = ("voxels", "reference_voxels", "ml", "reference_ml")
+LEAST_P = 0.0001  # that is printed as a number
 SIGNIFICANT = 0.05  # of Holm's p; what is bold
 
 # Of one seed's test: metric, structure to each case's value.
 Scores = Mapping[tuple[str, str], Mapping[str, float]]
+Key = tuple[int, str, str]  # of a value: seed, case, structure
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Row:
         predictor: which of the method's.
         structure: or "mean", over the structures of a case.
         metric: of tables.METRICS.
-        patients: that the mean is over; nan ones are left out.
+        patients: number of patients that the mean is over; nan ones are left out.
+        values: number of values that the mean is over: one per case, seed and, of "mean", structure.
+        left_out: number of values that are nan, such as the distances of an empty mask.
         mean: over the patients of each one's mean over its cases and the seeds; nan while seeds are missing.
         low, high: its 95 % t interval over the patients.
         seed_sd: standard deviation over the seeds of their means over the patients; nan of one seed.
@@ -45,7 +49,10 @@ class Row:
         seeds_done, seeds_planned: how many.
         missing: the seeds that are missing.
         reference: the row that it is compared with; "" of the reference itself.
-        difference: mean of the paired differences to the reference, over the patients that both have.
+        difference: mean over patients of the paired differences to the reference. A value that is nan in one of the
+            two rows is left out of both.
+        difference_patients, difference_values: numbers of patients and of values in each row that it is over.
+        more_left_out: more of the row's values are nan than of the reference's.
         difference_low, difference_high: its interval.
         p_permutation, p_wilcoxon, p_holm: of it.
         not_better: the probability that the row is not better than the reference.
@@ -57,6 +64,8 @@ class Row:
     structure: str
     metric: str
     patients: int
+    values: int
+    left_out: int
     mean: float
     low: float
     high: float
@@ -69,12 +78,21 @@ class Row:
     missing: str
     reference: str = ""
     difference: float = math.nan
+    difference_patients: int = 0
+    difference_values: int = 0
+    more_left_out: bool = False
     difference_low: float = math.nan
     difference_high: float = math.nan
     p_permutation: float = math.nan
     p_wilcoxon: float = math.nan
     p_holm: float = math.nan
     not_better: float = math.nan
+
+    @property
+    def is_bold(self) -> bool:
+        """Tell whether the row differs from the reference: with all seeds, and not by leaving out more distances."""
+        flatters = self.more_left_out and self.metric in LOWER_IS_BETTER
+        return not self.missing and self.p_holm < SIGNIFICANT and not flatters
 
 
 @dataclass(frozen=True)
@@ -95,13 +113,30 @@ class Entry:
     empty: dict[int, dict[str, int]]
     planned: tuple[int, ...]
 
+    def values(self, metric: str, structure: str) -> dict[Key, float]:
+        """Return the value of each seed, case and structure, nan ones included; of "mean" those of all structures."""
+        found = {}
+        for seed, scores in self.scores.items():
+            structures = [s for m, s in scores if m == metric and s != MEAN] if structure == MEAN else []
+            by_structure = {s: scores[metric, s] for s in structures or [structure]}
+            for case in next(iter(by_structure.values())):
+                found |= {(seed, case, s): values[case] for s, values in by_structure.items() if case in values}
+        return found
+
     def patients(self, metric: str, structure: str, patient_of: Callable[[str], str]) -> dict[str, float]:
         """Return each patient's mean over cases and seeds; nan where none of them could be scored."""
-        values: dict[str, list[float]] = {}
-        for by_case in (scores[metric, structure] for scores in self.scores.values()):
-            for case, value in by_case.items():
-                values.setdefault(patient_of(case), []).append(value)
-        return {patient: mean_of(each) for patient, each in values.items()}
+        return of_patients(self.values(metric, structure), patient_of)
+
+
+def of_patients(values: Mapping[Key, float], patient_of: Callable[[str], str]) -> dict[str, float]:
+    """Return each patient's mean over the volumes and seeds, of each the mean over its structures."""
+    volumes: dict[tuple[int, str], list[float]] = {}
+    for (seed, case, _), value in values.items():
+        volumes.setdefault((seed, case), []).append(value)
+    patients: dict[str, list[float]] = {}
+    for (_, case), each in volumes.items():
+        patients.setdefault(patient_of(case), []).append(mean_of(each))
+    return {patient: mean_of(each) for patient, each in patients.items()}
 
 
 def read_cases(path: Path, predictor: str, kind: str) -> tuple[Scores, dict[str, int]] | None:
@@ -208,10 +243,9 @@ def make_rows(entries: Sequence[Entry], patient_of: Callable[[str], str], refere
         for metric, structure in cells:
             found = [_cell(entry, metric, structure, patient_of) for entry in group]
             if base is not None and len(base.scores) == len(base.planned):
-                theirs = base.patients(metric, structure, patient_of)
                 for i, entry in enumerate(group):
                     if entry is not base and len(entry.scores) == len(entry.planned):
-                        found[i] = _compared(found[i], entry, theirs, patient_of, reference)
+                        found[i] = _compared(found[i], (entry, base), patient_of, reference)
             corrected = holm([row.p_permutation for row in found], planned=len(group) - 1)
             rows += [replace(row, p_holm=p) for row, p in zip(found, corrected, strict=True)]
     return rows
@@ -224,23 +258,29 @@ def _cell(entry: Entry, metric: str, structure: str, patient_of: Callable[[str],
     of_seeds = [mean_of(list(one.patients(metric, structure, patient_of).values())) for one in alone]
     of_seeds = [value for value in of_seeds if not math.isnan(value)]
     missing = " ".join(str(seed) for seed in entry.planned if seed not in entry.scores)
+    values = entry.values(metric, structure).values()
+    left_out = sum(math.isnan(value) for value in values)
     return Row(
-        entry.method, entry.labelnum, entry.predictor, structure, metric, over.patients, over.mean, over.low, over.high,
-        float(np.std(of_seeds, ddof=1)) if len(of_seeds) > 1 else math.nan, min(of_seeds, default=math.nan),
-        max(of_seeds, default=math.nan), sum(e.get(structure, 0) for e in entry.empty.values()), len(entry.scores),
-        len(entry.planned), missing,
+        method=entry.method, labelnum=entry.labelnum, predictor=entry.predictor, structure=structure, metric=metric,
+        patients=over.patients, values=len(values) - left_out, left_out=left_out,
+        mean=over.mean, low=over.low, high=over.high,
+        seed_sd=float(np.std(of_seeds, ddof=1)) if len(of_seeds) > 1 else math.nan,
+        seed_low=min(of_seeds, default=math.nan), seed_high=max(of_seeds, default=math.nan),
+        empty=sum(e.get(structure, 0) for e in entry.empty.values()),
+        seeds_done=len(entry.scores), seeds_planned=len(entry.planned), missing=missing,
     )  # fmt: skip
 
 
-def _compared(
-    row: Row, entry: Entry, theirs: Mapping[str, float], patient_of: Callable[[str], str], reference: str
-) -> Row:
-    ours = entry.patients(row.metric, row.structure, patient_of)
-    both = [patient for patient in ours if patient in theirs]
-    found = compare([ours[p] for p in both], [theirs[p] for p in both], row.metric in LOWER_IS_BETTER)
-    change = found.difference
+def _compared(row: Row, both: tuple[Entry, Entry], patient_of: Callable[[str], str], reference: str) -> Row:
+    """Compare a row with the reference, of which each has its entry, on the values that both have."""
+    ours, theirs = (entry.values(row.metric, row.structure) for entry in both)
+    shared = [key for key in ours if key in theirs and not math.isnan(ours[key] + theirs[key])]
+    means = [of_patients({key: values[key] for key in shared}, patient_of) for values in (ours, theirs)]
+    found = compare(list(means[0].values()), list(means[1].values()), row.metric in LOWER_IS_BETTER)
+    change, empty = found.difference, [sum(map(math.isnan, values.values())) for values in (ours, theirs)]
     return replace(
         row, reference=reference, difference=change.mean, difference_low=change.low, difference_high=change.high,
+        difference_patients=change.patients, difference_values=len(shared), more_left_out=empty[0] > empty[1],
         p_permutation=found.p_permutation, p_wilcoxon=found.p_wilcoxon, not_better=found.not_better,
     )  # fmt: skip
 
@@ -254,23 +294,39 @@ def lines_of(rows: Sequence[Row], metric: str, labelnum: int) -> list[list[str]]
     structures = list(dict.fromkeys(row.structure for row in mine))
     structures = [MEAN, *(s for s in structures if s != MEAN)] if MEAN in structures else structures
     head = ["method", "predictor", "seeds", *(f"{s} [95 %]" for s in structures), "sd over seeds (range)"]
-    head += ["difference [95 %]", "p permutation", "p Wilcoxon", "p Holm", "P(not better)", "empty"]
+    head += ["n", "difference [95 %]", "p permutation", "p Wilcoxon", "p Holm", "P(not better)", "empty"]
     lines, digits = [head], digits_of(metric)
     for method, predictor in dict.fromkeys((row.method, row.predictor) for row in mine):
         cells = {row.structure: row for row in mine if (row.method, row.predictor) == (method, predictor)}
         first = cells[structures[0]]
         done = f"{first.seeds_done} of {first.seeds_planned}"
         line = [method, predictor, done + (f" (missing: {first.missing})" if first.missing else "")]
-        line += [_interval(cells[s].mean, cells[s].low, cells[s].high, digits) for s in structures]
-        for place, structure in enumerate(structures, start=3):
-            if not first.missing and cells[structure].p_holm < SIGNIFICANT:
-                line[place] = f"**{line[place]}**"
+        for structure in structures:
+            cell = cells[structure]
+            text = _interval(cell.mean, cell.low, cell.high, digits) + _left_out(cell)
+            line.append(f"**{text}**" if cell.is_bold else text)
         seeds = [_number(value, digits) for value in (first.seed_sd, first.seed_low, first.seed_high)]
         line.append("–" if first.missing else f"{seeds[0]} ({seeds[1]} to {seeds[2]})")
-        line.append(_interval(first.difference, first.difference_low, first.difference_high, digits, sign="+"))
-        line += [_number(p, 4) for p in (first.p_permutation, first.p_wilcoxon, first.p_holm, first.not_better)]
+        line.append(str(first.patients))
+        difference = _interval(first.difference, first.difference_low, first.difference_high, digits, sign="+")
+        total = first.values + first.left_out
+        if first.reference and (first.difference_patients, first.difference_values) != (first.patients, total):
+            difference += f" (n = {first.difference_patients}; {first.difference_values} of {total} values)"
+        line.append(difference)
+        line += [_p_value(p) for p in (first.p_permutation, first.p_wilcoxon, first.p_holm, first.not_better)]
         lines.append([*line, str(first.empty)])
     return lines
+
+
+def _left_out(cell: Row) -> str:
+    """Say how many values a mean is over, where some are nan."""
+    if math.isnan(cell.mean) or not cell.left_out:
+        return ""
+    return f" (n = {cell.patients}; {cell.values} of {cell.values + cell.left_out} values)"
+
+
+def _p_value(value: float) -> str:
+    return f"< {LEAST_P}" if value < LEAST_P else _number(value, 4)
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:
@@ -328,7 +384,7 @@ def _tex(title: str, lines: Sequence[Sequence[str]]) -> list[str]:
         plain = cell.strip("*")
         for letter in "&%_#":
             plain = plain.replace(letter, f"\\{letter}")
-        plain = plain.replace("–", "--")
+        plain = plain.replace("–", "--").replace("<", "$<$")
         return f"\\textbf{{{plain}}}" if is_bold else plain
 
     body = [" & ".join(map(escape, line)) + r" \\" for line in lines]

@@ -9,6 +9,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 EXACT_PATIENTS = 20  # up to so many all 2^n sign flips are counted
+FINEST = 1e-10  # unit that differences are rounded to; scores have six digits
 DRAWS = 100_000  # of sign flips beyond
 
 
@@ -69,23 +70,36 @@ def compare(ours: Sequence[float], theirs: Sequence[float], lower_is_better: boo
         ours minus theirs; nan where fewer than two patients are left.
     """
     pairs = np.subtract(np.asarray(ours, float), np.asarray(theirs, float))
-    differences = pairs[~np.isnan(pairs)]
+    differences = rounded(pairs[~np.isnan(pairs)])
     found = interval(list(differences))
     if len(differences) < 2:
         return Comparison(found, math.nan, math.nan, math.nan)
     if not differences.any():  # the same in every patient
         return Comparison(found, 1.0, 1.0, 0.5)
+    whole = np.rint(differences / unit_of(differences))  # sums of whole numbers have no rounding errors
     permuted = stats.permutation_test(
-        (differences,), lambda x, axis: x.mean(axis), permutation_type="samples", vectorized=True,
+        (whole,), lambda x, axis: x.sum(axis), permutation_type="samples", vectorized=True,
         n_resamples=2**EXACT_PATIENTS if len(differences) <= EXACT_PATIENTS else DRAWS, batch=10_000,
         rng=np.random.default_rng(seed),
     )  # fmt: skip
-    wilcoxon = stats.wilcoxon(differences, zero_method="zsplit", method="auto")
+    wilcoxon = stats.wilcoxon(whole, zero_method="zsplit", method="auto")
     error = differences.std(ddof=1) / math.sqrt(len(differences))
     gain = (-1 if lower_is_better else 1) * found.mean
     # Where all patients differ by the same there is no spread: the difference is what it is.
     not_better = float(stats.t.sf(gain / error, len(differences) - 1)) if error > 0 else float(gain <= 0)
     return Comparison(found, float(permuted.pvalue), float(wilcoxon.pvalue), not_better)
+
+
+def unit_of(differences: np.ndarray) -> float:
+    """Return the power of ten that differences (n) are rounded to: as fine as their sums stay exact in float64."""
+    largest = np.abs(differences).max(initial=0.0) * max(len(differences), 1)
+    return max(FINEST, 10.0 ** math.ceil(math.log10(largest / 2**52))) if largest else FINEST
+
+
+def rounded(differences: np.ndarray) -> np.ndarray:
+    """Round differences (n), so that those which are equal but for errors of subtraction are equal."""
+    unit = unit_of(differences)
+    return np.rint(differences / unit) * unit
 
 
 def holm(p_values: Sequence[float], planned: int = 0) -> list[float]:
