@@ -5,19 +5,30 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code, whichever is installed
 
 from tyro.conf import Positional
 
 from dataloaders.roots import check_root
-from sdcl.runs.config import parse, run_script
+from sdcl.runs.config import as_dict, parse, run_script
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import LOGGER, duration, results_name, start_logging
-from sdcl.runs.matrix import CODE, SCRIPTS, Run, is_finished, load_script, plan, seconds_left, state_of, words_of
+from sdcl.runs.folder import LOGGER, duration, results_name, settings_of_test, start_logging
+from sdcl.runs.matrix import (
+    CODE,
+    OTHER_TEST,
+    SCRIPTS,
+    Run,
+    is_finished,
+    load_script,
+    plan,
+    seconds_left,
+    state_of,
+    words_of,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,22 +109,22 @@ def test_flags(config: Config, run: Run) -> list[str]:
     return [*map(str, where), "--labelnum", str(run.labelnum), *words_of("test_flags", config.test_flags)]
 
 
-def results_of(config: Config, runs: list[Run]) -> tuple[str, str]:
-    """Return the name of the tests' folders and the volumes' name, by the test script's header."""
+def results_of(config: Config, runs: list[Run]) -> tuple[str, str, dict[str, Any]]:
+    """Return the name of the tests' folders, the volumes' name and the tests' settings, by the test script's header."""
     header = load_script(CODE / SCRIPTS[config.data_set][1]).Config
     given = parse(header, test_flags(config, runs[0]))
     if given.stage != "self_train":
         raise UserError("--test_flags must not choose another --stage: the table is of self-training.")
     split = getattr(given, "split", "test")
-    return results_name("self_train", split, given), split
+    return results_name("self_train", split, given), split, settings_of_test(as_dict(given))
 
 
 def show(config: Config, runs: list[Run]) -> None:
     """Print each run's state and what is left."""
-    results, _ = results_of(config, runs)
+    results, _, settings = results_of(config, runs)
     total, is_known = 0.0, True
     for run in runs:
-        state = state_of(run, results)
+        state = state_of(run, results, settings)
         left = seconds_left(run, state, runs)
         total, is_known = total + (left or 0.0), is_known and left is not None
         time = ", time unknown" if left is None else f", {duration(left)} left" if left else ", its test is left"
@@ -131,7 +142,7 @@ def run(config: Config, runs: list[Run]) -> None:
     from sdcl.runs.launch import Launcher, Machine
     from sdcl.runs.slurm import check_processes, nodes_of_job
 
-    results, _ = results_of(config, runs)
+    results, _, settings = results_of(config, runs)
     gpus = torch.cuda.device_count()
     for one in runs:
         if one.spec is not None:  # what stage 1 alone reads is told by the runs
@@ -142,7 +153,7 @@ def run(config: Config, runs: list[Run]) -> None:
     machine = Machine(slots, 0 if asked else gpus, config.wait, config.processes)
     scripts = [CODE / script for script in SCRIPTS[config.data_set]]
     launcher = Launcher(
-        runs, lambda run: state_of(run, results), lambda run: test_flags(config, run), scripts, machine,
+        runs, lambda run: state_of(run, results, settings), lambda run: test_flags(config, run), scripts, machine,
         config.models_path / config.name / "logs",
     )  # fmt: skip
     if failed := launcher.run():
@@ -169,19 +180,38 @@ def compare(config: Config, runs: list[Run]) -> None:
     """Print the table and write it; with its page, if asked for."""
     from sdcl.runs.costs import costs_of, said_of  # these take seconds, which a wrong flag need not wait for
     from sdcl.scoring.comparison import entries_of, make_rows, reference_of, write_table
+    from sdcl.scoring.fingerprint import check_alike
     from sdcl.scoring.matrix_page import Compared, write_all_cases, write_matrix_page
 
-    results, split = results_of(config, runs)
-    tested = [r for r in runs if r.spec and state_of(r, results).kind == "tested"]
+    results, split, settings = results_of(config, runs)
+    states = [(run, state_of(run, results, settings)) for run in runs if run.spec]
+    if others := [f"{run.title}: {state.text}" for run, state in states if OTHER_TEST in state.text]:
+        raise UserError(
+            f"{others[0]}{f' (and {len(others) - 1} more runs)' if len(others) > 1 else ''}: give the --test_flags of "
+            "these tests, or run, which tests them again."
+        )
+    tested = [run for run, state in states if state.kind == "tested"]
     if not tested:
         raise UserError(
             f"no run of {config.name} is tested: python code/experiments.py run, with the same flags, first."
         )
+    fingerprint, untold = check_alike({run.title: run.folder / "test" / results for run in tested})
+    of_patient = patient_of(config)
     entries = entries_of(tested, results, config)
     reference = reference_of(entries, config.reference)
-    rows = make_rows(entries, patient_of(config), reference)
+    rows = [replace(row, fingerprint=fingerprint) for row in make_rows(entries, of_patient, reference)]
     folder = config.models_path / config.name
-    head = [*said_of(config, tested, results, split), f"Differences are to {reference}."]
+    cases = {case for e in entries for by in e.scores.values() for values in by.values() for case in values}
+    number = f"n = {len(cases)} volumes of {len(set(map(of_patient, cases)))} patients"
+    head = said_of(config, tested, results, split)
+    head.append(
+        f"{number}; test flags {' '.join(config.test_flags.split()) or 'none'}; cases and references {fingerprint}."
+    )
+    if untold:
+        head.append(
+            f"{len(untold)} of {len(tested)} tests, of an earlier version, have no checksums of their references."
+        )
+    head.append(f"Differences are to {reference}.")
     compared = Compared(entries, rows, head, costs_of(runs), reference)
     print(write_table(folder, rows, head, compared.costs))
     write_all_cases(folder / "cases.csv", tested, results)

@@ -23,6 +23,7 @@ from test_scripts import load
 from sdcl import checkpoints
 from sdcl.runs import matrix, slurm
 from sdcl.runs.atomic import claimed
+from sdcl.runs.config import parse
 from sdcl.runs.errors import UserError
 from sdcl.runs.launch import Machine
 from sdcl.scoring.comparison import Entry, make_rows, read_cases, write_table
@@ -241,6 +242,85 @@ def test_the_table_says_what_the_cases_say(whole, acdc_phantom):
         call("table", whole, acdc_phantom, "--reference", "cps")
 
 
+def here(action, models, root, *more):
+    """Do what call() does in this process."""
+    script = load("experiments.py")
+    flags = [action, "--name", "m", "--root_path", str(root), "--models_path", str(models), "--methods", *METHODS]
+    flags += ["--labelnums", "2", "--seeds", "1", "2", f"--flags={TINY}", f"--test_flags={ON_CPU}", *more]
+    script.main(parse(script.Config, flags))
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """The matrix's folders without their checkpoints' weight: what a table reads."""
+    models = tmp_path / "models"
+    shutil.copytree(whole, models, ignore=shutil.ignore_patterns("*previous.pth", "best_*.pth", "events*"))
+    return models
+
+
+def of_run(models, slug, seed):
+    return models / f"acdc_m_{slug}_s{seed}_2_labeled" / "test" / "self_train_val"
+
+
+def edit_summary(folder, change):
+    content = json.loads((folder / "summary.json").read_text())
+    change(content)
+    (folder / "summary.json").write_text(json.dumps(content))
+
+
+def test_a_table_of_unlike_tests_is_refused_by_name(copied, acdc_phantom, capsys):
+    """Another label or image, a case that is missing in a seed, a longer list; each is named with its run."""
+    folder, newest = of_run(copied, "sdcl", 1), of_run(copied, "supervised", 2)
+
+    def table(message):
+        os.utime(newest / "summary.json", (later := time.time() + 60, later))
+        with pytest.raises(UserError, match=message):
+            here("table", copied, acdc_phantom)
+
+    kept = {path: path.read_text() for path in (folder / "summary.json", folder / "cases.csv")}
+    for name, title in (("references", "reference"), ("images", "image")):
+        edit_summary(
+            folder, lambda c, name=name: c["fingerprint"][name].update({next(iter(c["fingerprint"][name])): "0"})
+        )
+        table(rf"not like the newest, supervised, 2 labelled, seed 2: sdcl, 2 labelled, seed 1 \(another {title} of ")
+        (folder / "summary.json").write_text(kept[folder / "summary.json"])
+    case = next(iter(json.loads(kept[folder / "summary.json"])["fingerprint"]["references"]))
+    lines = kept[folder / "cases.csv"].splitlines(keepends=True)
+    (folder / "cases.csv").write_text("".join(line for line in lines if f",{case}," not in line))
+    table(rf"sdcl, 2 labelled, seed 1 \({case} is missing\)")
+    edit_summary(folder, lambda c: c.pop("fingerprint"))  # an earlier version's test: its cases.csv tells as much
+    table(rf"sdcl, 2 labelled, seed 1 \({case} is missing\)")
+    (folder / "cases.csv").write_text("".join([*lines, *(line.replace(case, "p99") for line in lines[1:])]))
+    table(r"sdcl, 2 labelled, seed 1 \(p99 is not in the other\)")
+    other = kept[folder / "cases.csv"].splitlines()
+    cells = [line.split(",") for line in other]
+    place = cells[0].index("reference_voxels") - len(cells[0])
+    changed = [",".join([*row[:place], str(int(row[place]) + 1), *row[place + 1 :]]) for row in cells[1:]]
+    (folder / "cases.csv").write_text("\n".join([other[0], *changed]) + "\n")
+    table(rf"sdcl, 2 labelled, seed 1 \(another reference of {case}")
+    (folder / "cases.csv").write_text(kept[folder / "cases.csv"])
+    here("table", copied, acdc_phantom)
+    said = capsys.readouterr().out
+    assert "1 of 6 tests, of an earlier version, have no checksums of their references." in said
+    assert "n = 2 volumes of 1 patients; test flags --device cpu --split val; cases and references" in said
+    rows = json.loads((copied / "m" / "table.json").read_text())
+    assert len({row["fingerprint"] for row in rows}) == 1 and len(rows[0]["fingerprint"]) == 16
+
+
+def test_tests_with_other_flags_are_told_and_done_again(copied, acdc_phantom, said):
+    flags = f"--test_flags={ON_CPU} --precision bf16"
+    with pytest.raises(UserError, match="supervised, 2 labelled, seed 1: trained; tested with other settings "):
+        here("table", copied, acdc_phantom, flags)
+    said()
+    here("list", copied, acdc_phantom, flags)
+    assert said().count("trained; tested with other settings (precision fp32 there, bf16 now), its test is left") == 6
+    edit_summary(of_run(copied, "sdcl", 2), lambda c: c["config"].update(precision="bf16"))
+    with pytest.raises(UserError, match=r"sdcl, 2 labelled, seed 2: .* \(precision bf16 there, fp32 now\): give the"):
+        here("table", copied, acdc_phantom)
+    edit_summary(of_run(copied, "sdcl", 2), lambda c: c["config"].pop("precision"))  # before there was such a setting
+    here("table", copied, acdc_phantom, "--test_flags=--split val --device cpu --batch_size 1")
+
+
 def test_the_report_shows_every_row_and_leads_to_every_run(whole, acdc_phantom):
     said = call("report", whole, acdc_phantom)
     assert "cases.csv, report.html, training.png" in said
@@ -356,7 +436,7 @@ def distances(method, values, seeds=(1,)):
 
 
 def test_a_structure_that_a_row_does_not_predict_wins_nothing(tmp_path):
-    """The reference finds an easy and a hard structure, the other row only the easy one, no nearer than the reference."""
+    """The reference finds an easy and a hard structure, the other row only the easy one, no nearer."""
     names, rng = [f"p{k}" for k in range(10)], np.random.default_rng(0)
     easy = {name: 2 + 0.1 * k for k, name in enumerate(names)}
     hard = {name: value + 8 for name, value in easy.items()}

@@ -36,6 +36,13 @@ MACHINE_FIELDS = frozenset(
         "window_batch", "workers", "recipe", "cuda_graphs",
     }
 )  # fmt: skip
+# Fields of a test script that name the weights, which the run's own stand in for, or that change no score.
+NOT_OF_SCORES = frozenset(
+    {
+        "exp", "labelnum", "run", "student_a_weights", "student_b_weights", "student_a", "student_b", "patch_size",
+        "predictors", "save_nifti", "batch_size",
+    }
+)  # fmt: skip
 # Fields that earlier versions lacked, as they computed.
 ADDED_FIELDS = {
     "method": "sdcl", "correct": "discrepancy", "largest_component": "yes", "teacher_dropout": "yes",
@@ -125,6 +132,17 @@ def results_name(weights: str, split: str, config: Any) -> str:
     chosen += [name for name in ("tta", "largest_component") if getattr(config, name, False)]
     chosen += ["-".join(config.predictors)] if getattr(config, "predictors", ()) else []
     return "_".join([weights, split, *chosen])
+
+
+def settings_of_test(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings of a test script that its scores depend on, beside the weights and the data."""
+    return {name: value for name, value in config.items() if name not in MACHINE_FIELDS | NOT_OF_SCORES}
+
+
+def differing_settings(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say which settings two tests differ in, as far as both tell; "" if they do not."""
+    names = [name for name in there if name in now and there[name] != now[name]]
+    return ", ".join(f"{name} {there[name]} there, {now[name]} now" for name in names)
 
 
 def find_run(config: Any, data_set: str) -> tuple[Path, dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 import csv
 import importlib.util
+import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 from sdcl.runs.atomic import LOCK
 from sdcl.runs.config import as_dict, method_names, parse
 from sdcl.runs.errors import UserError
-from sdcl.runs.folder import differing_fields, read_config, run_folder
+from sdcl.runs.folder import differing_fields, differing_settings, read_config, run_folder, settings_of_test
 
 CODE = Path(__file__).resolve().parents[2]
 SCRIPTS = {  # a data set to its scripts, below code/
@@ -30,6 +31,7 @@ OF_STAGE_ONE = ("recipe", "student_a", "student_b", "optimiser", "pre_iterations
 OWN = ("method", "exp", "labelnum", "seed", "root_path", "models_path", "pretrained")  # fields that the matrix gives
 DEFAULT_FLAGS = {"select": "last"}  # of every training, where --flags does not say otherwise
 PACE = re.compile(r" (?P<stage>pre_train|self_train)(?: \d+)?: .*?(?P<seconds>[\d.]+) s an iteration")
+OTHER_TEST = "tested with other settings"
 LAST = "last.pth"  # checkpoints.LAST, which would import PyTorch
 Kind = Literal["absent", "running", "begun", "broken", "trained", "tested"]
 
@@ -216,12 +218,13 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
-def state_of(run: Run, results: str) -> State:
+def state_of(run: Run, results: str, settings: Mapping[str, Any] | None = None) -> State:
     """Derive a run's state from its files.
 
     Args:
         run: which.
         results: the name of its test's folder; not asked of a stage 1.
+        settings: the test's, from settings_of_test(): a test with others does not count; None: any test counts.
     """
     config = as_dict(run.header)
     stages = {"pre_train": config["pre_iterations"]} if run.spec is None else {"self_train": config["self_iterations"]}
@@ -249,6 +252,12 @@ def state_of(run: Run, results: str) -> State:
         return State("begun", f"{stage} at {done} of {planned}{unsaved}", left if last.exists() else stages)
     summary = run.folder / "test" / results / "summary.json"
     if run.spec is not None and summary.exists() and summary.stat().st_mtime_ns >= last.stat().st_mtime_ns:
+        try:
+            tested = settings_of_test(json.loads(summary.read_text(encoding="utf-8"))["config"])
+        except (OSError, ValueError, KeyError, AttributeError):
+            return State("trained", f"trained; {summary} cannot be read", {})
+        if differing := differing_settings(tested, settings or {}):
+            return State("trained", f"trained; {OTHER_TEST} ({differing})", {})
         return State("tested", "tested", {})
     return State("trained", "trained", {})
 

@@ -56,6 +56,7 @@ class Row:
         difference_low, difference_high: its interval.
         p_permutation, p_wilcoxon, p_holm: of it.
         not_better: the probability that the row is not better than the reference.
+        fingerprint: checksum of the cases, references and test settings; rows of one table have the same.
     """
 
     method: str
@@ -87,6 +88,7 @@ class Row:
     p_wilcoxon: float = math.nan
     p_holm: float = math.nan
     not_better: float = math.nan
+    fingerprint: str = ""
 
     @property
     def is_bold(self) -> bool:

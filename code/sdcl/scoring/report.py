@@ -20,6 +20,7 @@ from sdcl.runs.folder import LOGGER, MACHINE_FIELDS, duration, write_csv
 from sdcl.runs.written_files import check_replaceable, remove_written
 from sdcl.scoring.evaluation import Case, CaseRow, Predictors, Task, Validation, evaluate, names_of
 from sdcl.scoring.figures import class_colours, is_xyz, panel, save_case_figure, save_metrics_figure
+from sdcl.scoring.fingerprint import fingerprint_of
 from sdcl.scoring.scored import ScoredCases, key_of
 from sdcl.scoring.tables import (
     case_dice,
@@ -143,6 +144,7 @@ class _Test:
         _write_cases(self.folder, self.method, rows)
         summary = summarise(rows, protocol)
         content = self.facts | {"summary": [{"method": self.method} | asdict(row) for row in summary]}
+        content["fingerprint"] = fingerprint_of(self.cases, self.facts)
         text = json.dumps(_without_nan(content), indent=2, allow_nan=False)
         LOGGER.info("method %s\n\n%s\n\n%s", self.method, format_cases(rows), format_table(summary, protocol))
         dice, by_name = case_dice(rows)[shown[-1]], {case.name: case for case in self.cases}
