@@ -22,6 +22,7 @@ from sdcl.runs.matrix import (
     OTHER_TEST,
     SCRIPTS,
     Run,
+    check_once,
     is_finished,
     load_script,
     plan,
@@ -112,6 +113,7 @@ def test_flags(config: Config, run: Run) -> list[str]:
 def results_of(config: Config, runs: list[Run]) -> tuple[str, str, dict[str, Any]]:
     """Return the name of the tests' folders, the volumes' name and the tests' settings, by the test script's header."""
     header = load_script(CODE / SCRIPTS[config.data_set][1]).Config
+    check_once("test_flags", words_of("test_flags", config.test_flags))
     given = parse(header, test_flags(config, runs[0]))
     if given.stage != "self_train":
         raise UserError("--test_flags must not choose another --stage: the table is of self-training.")
@@ -191,6 +193,10 @@ def compare(config: Config, runs: list[Run]) -> None:
             "these tests, or run, which tests them again."
         )
     tested = [run for run, state in states if state.kind == "tested"]
+    unread = [run for run, state in states if state.kind == "broken"]
+    broken = [f"{run.title}: {state.text}" for run, state in states if state.kind == "broken"]
+    if not tested and broken:
+        raise UserError(f"no run of {config.name} is tested; {broken[0]}. Give the flags that the runs have, or run.")
     if not tested:
         raise UserError(
             f"no run of {config.name} is tested: python code/experiments.py run, with the same flags, first."
@@ -211,8 +217,13 @@ def compare(config: Config, runs: list[Run]) -> None:
         head.append(
             f"{len(untold)} of {len(tested)} tests, of an earlier version, have no checksums of their references."
         )
+    if broken:
+        head.append(f"WARNING: {len(broken)} of {len(states)} runs are left out; {broken[0]}.")
+    for labelnum in config.labelnums:
+        if not any(run.labelnum == labelnum for run in tested):
+            head.append(f"{labelnum} labelled: no run is tested yet.")
     head.append(f"Differences are to {reference}.")
-    compared = Compared(entries, rows, head, costs_of(runs), reference)
+    compared = Compared(entries, rows, head, costs_of([run for run in runs if run not in unread]), reference)
     print(write_table(folder, rows, head, compared.costs))
     write_all_cases(folder / "cases.csv", tested, results)
     names = ["table.csv", "table.json", "table.md", "table.tex", "cases.csv"]

@@ -100,6 +100,13 @@ def test_what_changes_stage_1_has_one_of_its_own(change, acdc_phantom, tmp_path)
         ({"flags": "--seed 3"}, "--flags must not give --seed, which the matrix gives"),
         ({"flags": "--labelnum=3"}, "--flags must not give --labelnum=3"),
         ({"flags": "--select 'last"}, "--flags --select 'last: no closing quotation: close it"),
+        (
+            {"methods": ("sdcl:kl_weight=0,kl_weight=1",)},
+            "--methods sdcl:kl_weight=0,kl_weight=1: kl_weight is given twice",
+        ),
+        ({"methods": ("sdcl:ema_warmup=maybe",)}, "--methods: ema_warmup=maybe is none of yes, true, no, false"),
+        ({"flags": "--select last --select=val"}, "--flags gives --select twice: give it once"),
+        ({"flags": "--shuffle --no-shuffle"}, "--flags gives --shuffle twice"),
         ({"flags": "--patch_size 30 30"}, "--patch_size is 30 30: every side must be a multiple of 16"),
     ],
 )
@@ -123,6 +130,19 @@ def test_a_rows_recipe_wins_over_all_runs_recipe(acdc_phantom, tmp_path):
     runs = {run.title: run.header for run in matrix.plan(header(tmp_path, acdc_phantom, **given), "acdc")}
     fast, published = (runs[f"{row}, 2 labelled, seed 1"] for row in given["methods"])
     assert (fast.recipe, fast.batch_size, published.recipe, published.batch_size) == ("fast", 6, "published", 12)
+
+
+def test_a_switch_can_be_a_rows_change(acdc_phantom, tmp_path):
+    rows = ("sdcl", "sdcl:ema_warmup=yes", "sdcl:shuffle=True,ema_buffers=no", "sdcl:teacher_dropout=no")
+    runs = matrix.plan(header(tmp_path, acdc_phantom, methods=rows, seeds=(1,)), "acdc")
+    found = [run.header for run in runs if run.spec]
+    assert [one.ema_warmup for one in found] == [False, True, False, False]
+    assert [one.shuffle for one in found] == [False, False, True, False]
+    assert [one.ema_buffers for one in found] == [True, True, False, True] and found[3].teacher_dropout == "no"
+    own = load("own_train.py").Config
+    assert matrix.flag_of(own, "ema_buffers", "yes") == ["--ema_buffers", "True"]
+    assert parse(own, ["--root_path", "x", *matrix.flag_of(own, "ema_buffers", "no")]).ema_buffers is False
+    assert matrix.flag_of(own, "patch_size", "32 32") == ["--patch_size", "32", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +325,23 @@ def test_a_table_of_unlike_tests_is_refused_by_name(copied, acdc_phantom, capsys
     assert "n = 2 volumes of 1 patients; test flags --device cpu --split val; cases and references" in said
     rows = json.loads((copied / "m" / "table.json").read_text())
     assert len({row["fingerprint"] for row in rows}) == 1 and len(rows[0]["fingerprint"]) == 16
+
+
+def test_what_a_table_lacks_is_told(copied, acdc_phantom, capsys):
+    with pytest.raises(
+        UserError, match="no run of m is tested; supervised, 2 labelled, seed 1: broken: another config"
+    ):
+        here("table", copied, acdc_phantom, f"--flags={TINY.replace('--patch_size 32 32', '--patch_size 64 64')}")
+    with pytest.raises(UserError, match="--test_flags gives --split twice: give it once"):
+        here("table", copied, acdc_phantom, "--test_flags=--split val --split val")
+    (copied / "acdc_m_sdcl_s1_2_labeled" / "config.json").write_text("{")
+    here("table", copied, acdc_phantom, "--labelnums", "2", "3")
+    said = capsys.readouterr().out
+    assert (
+        "3 labelled: no run is tested yet." in said
+        and "WARNING: 1 of 12 runs are left out; sdcl, 2 labelled, seed 1" in said
+    )
+    assert "3 labelled: no run is tested yet." in (copied / "m" / "table.md").read_text(encoding="utf-8")
 
 
 def test_tests_with_other_flags_are_told_and_done_again(copied, acdc_phantom, said):

@@ -6,8 +6,9 @@ import json
 import re
 import shlex
 import sys
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -29,6 +30,7 @@ SCRIPTS = {  # a data set to its scripts, below code/
 # What changes a shared stage 1 must agree in: its networks, optimiser and what it alone reads, also by a recipe.
 OF_STAGE_ONE = ("recipe", "student_a", "student_b", "optimiser", "pre_iterations", "pre_dice", "foreground_prior")
 OWN = ("method", "exp", "labelnum", "seed", "root_path", "models_path", "pretrained")  # fields that the matrix gives
+SWITCH = {"yes": True, "true": True, "no": False, "false": False}
 DEFAULT_FLAGS = {"select": "last"}  # of every training, where --flags does not say otherwise
 PACE = re.compile(r" (?P<stage>pre_train|self_train)(?: \d+)?: .*?(?P<seconds>[\d.]+) s an iteration")
 OTHER_TEST = "tested with other settings"
@@ -55,11 +57,9 @@ class Spec:
         """Its text as a folder's name has it."""
         return re.sub(r"[^\w.]+", "-", self.text)
 
-    @property
-    def flags(self) -> list[str]:
-        """Its flags for a training script."""
-        changes = [word for name, value in self.changes for word in (f"--{name}", *value.split())]
-        return ["--method", self.method, *changes]
+    def flags(self, header: type) -> list[str]:
+        """Return its flags for a training script with this header."""
+        return ["--method", self.method, *(word for change in self.changes for word in flag_of(header, *change))]
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,39 @@ def read_spec(text: str) -> Spec:
         name, is_there, value = part.partition("=")
         if not is_there or not value or name in OWN:
             raise UserError(f"--methods {text}: write {method}:field=value, of another field than {', '.join(OWN)}.")
+        if name.strip() in changes:
+            raise UserError(f"--methods {text}: {name.strip()} is given twice: give it once.")
         changes[name.strip()] = value.strip()
     return Spec(text, method, tuple(changes.items()))
+
+
+def flag_of(header: type, name: str, value: str) -> list[str]:
+    """Return the words that give a field a value on a script's command line; of a switch "yes" or "no" is the value.
+
+    Raises:
+        UserError: the field is a switch and the value none of its words.
+    """
+    types = {field.name: field.type for field in fields(header)}
+    options = typing.get_args(types.get(name)) or (types.get(name),)
+    if bool not in options:
+        return [f"--{name}", *value.split()]
+    if value.lower() not in SWITCH:
+        raise UserError(f"--methods: {name}={value} is none of {', '.join(SWITCH)}: give yes or no.")
+    is_on = SWITCH[value.lower()]
+    if len(options) > 1:  # a field that may be None takes a word
+        return [f"--{name}", str(is_on)]
+    return [f"--{name}" if is_on else f"--no-{name}"]
+
+
+def check_once(name: str, words: Sequence[str]) -> None:
+    """Refuse a field of flags that gives a setting twice.
+
+    Raises:
+        UserError: names the setting.
+    """
+    given = [field_of(word).removeprefix("no_") for word in words if word.startswith("--")]
+    if twice := [field for field in given if given.count(field) > 1]:
+        raise UserError(f"--{name} gives --{twice[0]} twice: give it once.")
 
 
 def plan(config: Any, data_set: str) -> list[Run]:
@@ -171,10 +202,10 @@ def plan(config: Any, data_set: str) -> list[Run]:
             for spec in specs:
                 shared = {name: value for name, value in spec.changes if name in OF_STAGE_ONE}
                 of_its_own = "".join(f"-{name}-{value}" for name, value in shared.items())
-                more = [word for name, value in shared.items() for word in (f"--{name}", value)]
+                more = [word for change in shared.items() for word in flag_of(header, *change)]
                 begin = f"{config.name}_stage1{of_its_own}_s{seed}"
                 first = add(None, labelnum, seed, begin, [*more, "--self_iterations", "0"], None)
-                add(spec, labelnum, seed, f"{config.name}_{spec.slug}_s{seed}", spec.flags, first)
+                add(spec, labelnum, seed, f"{config.name}_{spec.slug}_s{seed}", spec.flags(header), first)
     return list(runs.values())
 
 
@@ -185,6 +216,7 @@ def training_flags(config: Any) -> list[str]:
         UserError: a quotation mark is left open.
     """
     further = words_of("flags", config.flags)
+    check_once("flags", further)
     given = [field_of(word) for word in further if word.startswith("--")]
     for name, value in DEFAULT_FLAGS.items():
         if name not in given:
