@@ -130,7 +130,7 @@ def count_volumes(path: Path) -> int:
     """Return how many 3D volumes a NIfTI file holds; 1 for any other file."""
     if not suffix_of(path, NIFTI):
         return 1
-    shape = guarded(path, lambda file: nibabel.load(file).shape)
+    shape = guarded(path, lambda file: _loaded_nifti(file, tell=False).shape)
     return int(shape[3]) if len(shape) == 4 and shape[3] > 0 else 1
 
 
@@ -361,7 +361,7 @@ def _volume_shape(path: Path, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:3])
 
 
-def _loaded_nifti(path: Path) -> nibabel.Nifti1Pair:
+def _loaded_nifti(path: Path, tell: bool = True) -> nibabel.Nifti1Pair:
     """Open a NIfTI file by its content: some are called .nii.gz and are not compressed, or .nii and are."""
     with open(path, "rb") as file:
         begin = file.read(4)
@@ -370,7 +370,8 @@ def _loaded_nifti(path: Path) -> nibabel.Nifti1Pair:
     if suffix_of(path, PAIR) or is_named_gz == begin.startswith(GZIP) or not (is_plain or begin.startswith(GZIP)):
         return nibabel.load(path)
     what = "is not compressed, though its name ends with .gz" if is_named_gz else "is compressed, though named .nii"
-    LOGGER.info("NOTE: %s %s; it is read all the same", path, what)
+    if tell:
+        LOGGER.info("NOTE: %s %s; it is read all the same", path, what)
     content = open(path, "rb") if is_named_gz else gzip.open(path)  # noqa: SIM115 - its voxels are read from it later
     size = content.read(4)
     content.seek(0)
