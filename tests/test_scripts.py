@@ -112,6 +112,16 @@ def test_published_weights_can_be_tested(trained, acdc_phantom, tmp_path):
         script.main(parse(script.Config, [*arguments, *weights[:2]]))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize("script", ["code/LA_train.py", "dataloaders/import_nifti.py"])
+def test_a_reader_that_leaves_is_no_error(script):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.stderr == b"" and done.returncode == 141
+
+
 def test_help_reads_like_documentation():
     done = run("ACDC_train.py", "--help")
     assert done.returncode == 0

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -94,7 +95,11 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         main(parse(config_class, sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit:  # the help was asked for
+        end_if_output_is_closed()
+        raise
     except Exception as error:
+        end_if_output_is_closed()
         told = _told(error)
         if processes() == 1:
             if told is None:
@@ -107,6 +112,18 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         print(f"{who}: {told or error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # at once: what ends a process in order would wait for the others
+
+
+def end_if_output_is_closed() -> None:
+    """Exit without a word if nobody reads the standard output any longer, as in `--help | head -1`."""
+    is_closed = False
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no poll on Windows, no number of a captured output
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        is_closed = any(state & select.POLLERR for _, state in output.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end
+        sys.exit(141)  # as a shell reports the signal that would have ended it
 
 
 def _told(error: Exception) -> str | None:
