@@ -131,20 +131,23 @@ def _may_be_channels(numbers: set[int]) -> bool:
     return numbers == set(range(len(numbers))) or (len(numbers) == 1 and max(numbers) < MOST_CHANNELS)
 
 
-def read_channels(paths: Sequence[Path], pixel_spacing_mm: tuple[float, float] | None = None) -> list[Scan]:
+def read_channels(
+    paths: Sequence[Path], pixel_spacing_mm: tuple[float, float] | None = None, count: int | None = None
+) -> list[Scan]:
     """Read the channels of a case; those beyond the first may have other axes, but lie on its voxels.
 
     Args:
         paths: of each channel, see read_scan(); of a picture with colours, or a 4D file, one.
         pixel_spacing_mm: see read_scan().
+        count: channels that are wanted of a picture; None: as many as it shows, see read_picture().
 
     Raises:
         UserError: a file cannot be read, or lies on another grid than the first.
     """
-    count = count_volumes(paths[0]) if len(paths) == 1 and getattr(paths[0], "volume", None) is None else 1
-    if count > 1:
-        paths = [VolumePath.of(paths[0], k) for k in range(count)]
+    volumes = count_volumes(paths[0]) if len(paths) == 1 and getattr(paths[0], "volume", None) is None else 1
+    if volumes > 1:
+        paths = [VolumePath.of(paths[0], k) for k in range(volumes)]
     if len(paths) == 1 and is_picture(paths[0]):
-        return [Scan(paths[0], array, AFFINE) for array in read_picture(paths[0])]
+        return [Scan(paths[0], array, AFFINE) for array in read_picture(paths[0], count)]
     first, *others = (read_scan(path, pixel_spacing_mm=pixel_spacing_mm) for path in paths)
     return [first, *(replace(one, array=aligned_label(first, one, "channel"), affine=first.affine) for one in others)]

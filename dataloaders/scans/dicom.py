@@ -262,6 +262,12 @@ def _storage(data: pydicom.Dataset, syntax: uids.UID) -> str:
     return ""
 
 
+def pixel_problem(data: pydicom.Dataset) -> str:
+    """Say why a file's grey pixels would not be read, or wrongly, to follow the file's name; "" if they would."""
+    syntax = uids.UID(str(data.file_meta.get("TransferSyntaxUID") or uids.ImplicitVRLittleEndian))
+    return _storage(data, syntax) or _lookup_table(data)
+
+
 def _colours(data: pydicom.Dataset) -> str:
     """Say why a picture is no map of one number a pixel; "" if it is."""
     kind = str(data.get("PhotometricInterpretation") or "MONOCHROME2")

@@ -10,6 +10,7 @@ import numpy as np
 import pydicom
 
 from dataloaders.scans.dicom import is_dicom, read_header
+from dataloaders.scans.pictures import is_picture
 from dataloaders.scans.prediction import Run
 from dataloaders.scans.reading import LPS_TO_RAS, Scan
 from dataloaders.scans.results import is_sheared, straightened
@@ -38,7 +39,7 @@ def check_are_series(scans: Iterable[Path]) -> None:
     if find_spec("highdicom") is None:
         raise UserError("--dicom_seg needs the package highdicom: pip install highdicom, or leave --dicom_seg out.")
     for path in scans:
-        if not getattr(path, "files", ()) and not is_dicom(path):
+        if not getattr(path, "files", ()) and (not is_dicom(path) or is_picture(path)):
             raise UserError(
                 f"--dicom_seg: {path} is no DICOM series, which a DICOM segmentation refers to: leave --dicom_seg "
                 "out, or predict the DICOM series apart."

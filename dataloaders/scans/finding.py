@@ -1,5 +1,6 @@
 """The scans below a folder: files and DICOM series at any depth, each with a name; what is left out is told."""
 
+import glob
 import hashlib
 import os
 import unicodedata
@@ -11,7 +12,7 @@ from dataloaders.checks import is_lfs_pointer
 from dataloaders.scans.choosing import about, chosen
 from dataloaders.scans.dicom import is_dicom
 from dataloaders.scans.dicom_labels import CONTOURS, SEGMENTATIONS, kind_of, refusal_of_contours
-from dataloaders.scans.pictures import PICTURES, is_picture
+from dataloaders.scans.pictures import PICTURES, SIDECAR, is_picture, is_stack
 from dataloaders.scans.series import NO_IMAGE, LeftOut, Series, sort_out, tell_left_out
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -29,6 +30,7 @@ NO_FILE = ("cannot be opened", "cannot be opened")
 NO_SERIES = ("is no DICOM series, of which --series chooses,", "are no DICOM series, of which --series chooses,")
 OF_IMAGES = ("is an image beside segmentations", "are images beside segmentations")
 OF_CONTOURS = ("holds contours (RTSTRUCT) beside a label", "hold contours (RTSTRUCT) beside a label")
+STILLS = (".dcm", ".dicom", ".dic")  # endings of DICOM files that are pictures
 MAX_NAME = 150  # bytes; file systems allow 255, and predictions add to it
 
 
@@ -102,6 +104,8 @@ def suffix_of(path: Path, suffixes: Sequence[str] = (*SUFFIXES, *PAIR, *PICTURES
 def name_of(path: Path) -> str:
     """Return a scan's name: the file's without its suffix, or the folder's."""
     suffix = suffix_of(path)
+    if not suffix and is_picture(path):
+        suffix = suffix_of(path, STILLS)
     name = path.name[: len(path.name) - len(suffix)] if suffix and path.is_file() else path.name
     return unicodedata.normalize("NFC", name)  # macOS stores letters and their accents apart
 
@@ -220,11 +224,13 @@ def is_scan_file(path: Path) -> bool:
     """Tell whether a file's name is that of a scan."""
     if suffix_of(path, PAIR):
         return path.with_suffix(".img").exists() or path.with_suffix(".img.gz").exists()
-    return bool(suffix_of(path, SUFFIXES))
+    return bool(suffix_of(path, SUFFIXES)) or is_stack(path)
 
 
 def _is_part(path: Path) -> bool:
     """Tell whether a file holds the voxels of a header beside it."""
+    if path.name.lower().endswith(SIDECAR):
+        return any(path.parent.glob(f"{glob.escape(path.stem)}*.tif*"))
     suffix = suffix_of(path, tuple(PIXELS_OF))
     stem = path.name[: len(path.name) - len(suffix)] if suffix else ""
     return any(path.with_name(stem + header).exists() for header in PIXELS_OF.get(suffix, ()))

@@ -152,7 +152,7 @@ def convert_case(
     name: str, paths: tuple[Path, ...], label_path: Path | None, how: Preprocessing, labels: LabelMap, config: Any
 ):
     """Align, preprocess and write one case, in 2D its single slices first."""
-    channels, mask, alignment = read_channels(paths, config.pixel_spacing_mm), None, ""
+    channels, mask, alignment = read_channels(paths, config.pixel_spacing_mm, len(how.rules)), None, ""
     image = channels[0]
     if len(paths) == 1 < len(channels) != len(how.rules) and not is_picture(paths[0]):
         raise UserError(

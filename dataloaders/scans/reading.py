@@ -19,7 +19,7 @@ from dataloaders.scans.finding import ITK, MGH, NIFTI, PAIR, suffix_of
 from dataloaders.scans.finding import SUFFIXES as SUFFIXES
 from dataloaders.scans.finding import find_scans as find_scans
 from dataloaders.scans.finding import name_of as name_of
-from dataloaders.scans.pictures import AFFINE, is_picture, read_mask, read_picture
+from dataloaders.scans.pictures import AFFINE, is_picture, is_stack, read_mask, read_picture, read_stack
 from dataloaders.scans.series import read_series, sort_out, tell_left_out
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -41,6 +41,7 @@ LENGTHS_MM = {  # that an NRRD or MetaImage header may name
 }  # fmt: skip
 MAX_TEXT_HEADER = 2**20  # bytes of an NRRD or MetaImage header
 GZIP = b"\x1f\x8b"
+LONGEST_QUATERNION = 1 + 3 * float(np.finfo(np.float32).eps)  # its squared length, beyond which many readers refuse it
 # nibabel takes a quaternion that is longer than 1 by less than this for a rotation, and normalises it.
 nibabel.Nifti1Header.quaternion_threshold = nibabel.Nifti2Header.quaternion_threshold = -1e-3
 ROUNDING = 1e-3  # how far a label may lie from its whole number, after a header's slope and intercept
@@ -288,6 +289,8 @@ def _read(path: Path, pixel_spacing_mm: tuple[float, float] | None, is_label: bo
     for suffixes, read in (((*NIFTI, *PAIR), _read_nifti), (ITK, _read_itk), (MGH, _read_mgh)):
         if suffix_of(path, suffixes):
             return _checked(guarded(path, read))
+    if is_stack(path):
+        return _checked(Scan(path, *read_stack(path, is_label)))
     if is_picture(path):
         channels = read_picture(path)
         if len(channels) > 1:
@@ -417,7 +420,7 @@ def _nifti_affine(path: Path, image: nibabel.Nifti1Pair) -> np.ndarray:
         )
     codes = int(image.header["sform_code"]), int(image.header["qform_code"])
     length = float(sum(np.square([image.header[f"quatern_{name}"] for name in "bcd"], dtype=float)))
-    if codes[1] > 0 and not length <= 1 + 1e-6:
+    if codes[1] > 0 and not length <= LONGEST_QUATERNION:
         counts = "the sform counts" if codes[0] > 0 else "the rotation nearest to it counts"
         LOGGER.info("NOTE: %s: the quaternion of its qform is longer than 1 (by %.2g); %s", path, length - 1, counts)
         image.header.set_qform(image.affine, codes[1])  # for what is written onto its grid

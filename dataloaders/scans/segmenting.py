@@ -66,7 +66,7 @@ def opened(config: Any, run: Run, name: str, paths: tuple[Path, ...], find_roi: 
         raise UserError(f"{path} is a picture without mm, and this run was trained on scans: give those.")
     is_named = config.input.is_file() or config.image_pattern is not None  # then it is what the user wants
     try:
-        channels = read_channels(paths, config.pixel_spacing_mm)
+        channels = read_channels(paths, config.pixel_spacing_mm, len(how.rules))
     except ConstantImageError as error:
         if is_named or error.value != 0:
             raise

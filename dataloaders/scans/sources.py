@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dataloaders.files import read_text_attributes
+from dataloaders.scans.pictures import is_stack, spacing_file
 from dataloaders.scans.preprocessing import Preprocessing
 from sdcl.runs.errors import UserError
 
@@ -26,7 +27,7 @@ def _files_of(path: Path) -> list[Path]:
         return sorted((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.relative_to(path).as_posix())
     if path.suffix.lower() in DETACHED:
         return sorted(p for p in path.parent.iterdir() if p.is_file() and p.name.split(".")[0] == path.stem)
-    return [path]
+    return [path, spacing_file(path)] if is_stack(path) else [path]
 
 
 def size_of(*paths: Path) -> int:
