@@ -116,3 +116,40 @@ def test_a_header_that_no_segmentation_can_hold_is_told(tmp_path):
     with pytest.raises(UserError, match="p.dcm cannot be written, the NIfTI file is there .*correct the headers"):
         save_segmentation(tmp_path / "p.dcm", scan, labels(), sources, made)
     assert not (tmp_path / "p.dcm").exists()
+
+
+NAME = "Mustermann"  # without ^, about which highdicom warns with the name
+
+
+def test_no_patients_name_leaves_the_dicom_files(trained, tmp_path, recwarn, capfd):
+    pytest.importorskip("highdicom")
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    completed(write_dicom(scans / "p1", picture((32, 40, 6))), PatientName=NAME, PatientID=NAME)
+    image = nibabel.Nifti1Image(picture((32, 40, 6)).astype(np.int16), np.diag([-1.0, -1.0, 2.0, 1.0]))
+    for field in ("descrip", "db_name", "aux_file"):
+        image.header[field] = NAME.encode()
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", NAME.encode()))
+    nibabel.save(image, tmp_path / "p2.nii")
+    assert NAME.encode() in (tmp_path / "p2.nii").read_bytes()
+    text = predicted(trained, scans / "p1", out, "--dicom_seg") + predicted(trained, tmp_path / "p2.nii", out)
+    said = capfd.readouterr()
+    assert NAME not in text + said.out + said.err + "".join(str(warning.message) for warning in recwarn)
+    assert str(pydicom.dcmread(out / "p1_prediction.dcm").PatientName) == NAME
+    for path in out.iterdir():
+        content = nibabel.load(path).header.binaryblock if path.suffix == ".gz" else path.read_bytes()
+        assert path.suffix == ".dcm" or NAME.encode() not in content, path
+        if path.suffix == ".gz":
+            assert not nibabel.load(path).header.extensions
+
+
+def test_an_error_does_not_quote_the_patients_name(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError(f"Invalid value for VR PN: '{NAME}^Erika'.")
+
+    monkeypatch.setattr("dataloaders.scans.dicom_output._segmentation", fail)
+    source = pydicom.Dataset()
+    source.PatientName = f"{NAME}^Erika"
+    scan = SimpleNamespace(path=tmp_path / "a")
+    with pytest.raises(UserError, match="Invalid value for VR PN") as error:
+        save_segmentation(tmp_path / "p.dcm", scan, labels(), [source], None)
+    assert NAME not in str(error.value) and "Erika" not in str(error.value)

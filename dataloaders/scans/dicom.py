@@ -1,7 +1,9 @@
 """DICOM files one by one: which they are, whether their parts fit into them, what their headers say."""
 
+import logging
 import os
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +117,14 @@ class Header:
     rescales: frozenset[tuple[float | None, float | None]] = frozenset()
 
 
+def quiet() -> None:
+    """Keep pydicom and highdicom from writing to the terminal: their warnings quote headers, a patient's name too."""
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    warnings.filterwarnings("ignore", module=r"(pydicom|highdicom|dataloaders\.scans\.dicom)")
+    for name in ("pydicom", "highdicom"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def is_dicom(path: Path) -> bool:
     """Tell whether a file begins as DICOM files do."""
     try:
@@ -212,7 +222,7 @@ def read_header(path: Path) -> Header | None:
 
 def _read_header(path: Path) -> Header | None:
     check_lengths(path)
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # else it warns of each odd character
+    quiet()
     data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
     kind = pydicom.uid.UID(str(data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID") or ""))
     is_derived = kind in (LABEL_MAP, HEIGHT_MAP) or any(word in kind.name for word in DERIVED)

@@ -18,6 +18,7 @@ from dataloaders.scans.dicom import (
     frame_of,
     guarded,
     is_dicom,
+    quiet,
     undecodable,
 )
 from sdcl.runs.errors import UserError
@@ -114,6 +115,7 @@ def _corners(shape: Sequence[int]) -> np.ndarray:
 
 def kind_of(path: Path) -> str:
     """Return the kind (SOP class) of a DICOM file; "" where that cannot be read."""
+    quiet()
     try:
         data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID"])
         return str(data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID") or "")
@@ -191,7 +193,7 @@ def read_segmentation(path: Path) -> Segmentation:
 
 def _read(path: Path) -> Segmentation:
     check_lengths(path)
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # else it warns of each odd character
+    quiet()
     data = pydicom.dcmread(path)
     count = int(data.get("NumberOfFrames") or 1)
     kind = str(data.get("SegmentationType"))

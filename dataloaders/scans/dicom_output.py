@@ -1,5 +1,6 @@
 """A prediction as a DICOM segmentation (SEG) that refers to the series it was made from."""
 
+import re
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pydicom
 
-from dataloaders.scans.dicom import is_dicom, read_header
+from dataloaders.scans.dicom import is_dicom, quiet, read_header
 from dataloaders.scans.pictures import is_picture
 from dataloaders.scans.prediction import Run
 from dataloaders.scans.reading import LPS_TO_RAS, Scan
@@ -57,6 +58,7 @@ def read_sources(scan: Scan) -> list[pydicom.Dataset]:
     Raises:
         UserError: a segmentation cannot refer to them.
     """
+    quiet()
     files = list(dict.fromkeys(map(Path, scan.slice_names)))
     sources = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
     for file, source in zip(files, sources, strict=True):
@@ -139,15 +141,25 @@ def save_segmentation(
     Raises:
         UserError: what the sources' headers say cannot stand in a segmentation.
     """
+    quiet()
     try:
         segmentation = _segmentation(scan, classes, sources, run)
         with replacing(path) as temporary:
             segmentation.save_as(temporary)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(
-            f"{path} cannot be written, the NIfTI file is there ({str(error).splitlines()[0][:160]}): correct the "
+            f"{path} cannot be written, the NIfTI file is there ({_without_name(error, sources[0])}): correct the "
             f"headers of {scan.path}, or leave --dicom_seg out."
         ) from None
+
+
+def _without_name(error: Exception, source: pydicom.Dataset) -> str:
+    """Return an error's first line; a library's may quote the patient's name, whose parts are then left out."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    name = str(source.get("PatientName") or "")
+    for part in sorted({name, *re.split(r"[\^=\s]+", name)} - {""}, key=len, reverse=True):
+        text = text.replace(part, "...")
+    return text[:160]
 
 
 def _segmentation(scan: Scan, classes: np.ndarray, sources: Sequence[pydicom.Dataset], run: Run) -> pydicom.Dataset:

@@ -71,6 +71,8 @@ def nifti_like(scan: Scan, array: np.ndarray) -> nibabel.Nifti1Image:
         header.set_data_dtype(array.dtype)
         header["cal_min"] = header["cal_max"] = 0  # the scan's display range
         header.set_slope_inter(1, 0)
+        header["descrip"] = header["db_name"] = header["aux_file"] = b""  # where converters write a patient's name
+        header.extensions.clear()  # and where others keep DICOM headers
     image = type_of(header)(array, scan.affine, header)
     affine, straight = scan.affine, straightened(scan.affine)
     offset = corner_offset_mm(scan, Scan(scan.path, scan.array, straight))

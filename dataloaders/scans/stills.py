@@ -1,7 +1,6 @@
 """2D DICOM pictures: X-rays, ultrasound frames and photographs, which lie nowhere in space."""
 
 import os
-import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pydicom
 
 from dataloaders.checks import check_declared
-from dataloaders.scans.dicom import check_lengths, guarded, is_dicom, pixel_problem, read_header, undecodable
+from dataloaders.scans.dicom import check_lengths, guarded, is_dicom, pixel_problem, quiet, read_header, undecodable
 from dataloaders.scans.dicom_pixels import read_pixels
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -39,11 +38,9 @@ def is_still(path: Path) -> bool:
 
 @lru_cache(maxsize=2**16)
 def _is_still(path: str, changed_at: int, size: int) -> bool:
+    quiet()
     try:
-        pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # else it warns of each odd character
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a damaged file is refused when it is read
-            data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER))
+        data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER))
         if not data.get("Rows") or int(data.get("NumberOfFrames") or 1) > 1:
             return False
         groups = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
