@@ -102,6 +102,25 @@ def test_a_wrong_folder_of_a_pretraining_is_named_with_those_there_are(la, model
         start(la, models, "nowhere")
 
 
+def test_a_pretraining_on_other_labelled_cases_is_refused(la, models, copy, tmp_path):
+    """As many of them, the first of a list in another order: the labels of three cases would be in a run of two."""
+    root = shutil.copytree(la, tmp_path / "la")
+    names = (root / "data_split" / "train.txt").read_text().split()
+    (root / "data_split" / "train.txt").write_text("\n".join([names[0], names[2], names[1], *names[3:]]))
+    with pytest.raises(UserError, match="was trained on other labelled cases than these 2: choose a run of the same"):
+        start(root, models, "other_cases")
+    assert not (models / "la_other_cases_2_labeled").exists()
+
+
+def test_a_pretraining_with_another_seed_or_patch_is_noted(la, models, copy, narrow, monkeypatch):
+    monkeypatch.setattr("sdcl.runs.experiment.self_train", lambda *_, **__: None)
+    said = start(la, models, "noted", "--seed", 3, "--patch_size", 32, 32, 16)
+    assert "was trained with --seed 1337, not 3." in said and "--patch_size 32 16 16, not 32 32 16." in said
+    change(copy, lists={})
+    said = start(la, models, "unknown")
+    assert "does not tell which labelled cases it was trained on" in said and "--seed" not in said.split("NOTE")[1]
+
+
 def test_what_a_pretraining_was_trained_on_is_inherited_and_it_is_needed_no_more(la, models, copy):
     test_case = (la / "data_split" / "test.txt").read_text().split()[0]
     trained_on = [*json.loads((copy / "config.json").read_text())["trained_on"], test_case]

@@ -33,6 +33,7 @@ from sdcl.runs.folder import (
     ADDED_FIELDS,
     LOGGER,
     Reads,
+    checksum_of,
     commits_of,
     differing_tasks,
     environment,
@@ -133,7 +134,7 @@ def train(config: Any, data: Data, filled: Collection[str] = ()) -> None:
     streams = {stage: given.streams(stage) for stage in stages}  # all before any training, for their refusals
     _check_same(config, given)
     share_weights(learners.networks.values())
-    pretrained = first(lambda: _check_stages(config, folder, given.facts))
+    pretrained = first(lambda: _check_stages(config, folder, given))
     plans = [(stage, plan_of(config, given.task.sizes, stage, device)) for stage in stages]
     tell_memory(plans, device, given.waiting_bytes)
     common = {"settings": config, "validate": validator(given.validation_cases, given.task)}
@@ -241,7 +242,7 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
-def _check_stages(config: Any, folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+def _check_stages(config: Any, folder: Path, given: Training) -> dict[str, Any] | None:
     """Refuse a run whose self-training would find nothing to start from, before its folder is made.
 
     Returns:
@@ -269,8 +270,20 @@ def _check_stages(config: Any, folder: Path, facts: dict[str, Any]) -> dict[str,
             )
     if not other["task"]:
         LOGGER.warning("NOTE: %s does not tell on which data it was trained.", where)
-    elif differing := differing_tasks(other["task"], facts):
+    elif differing := differing_tasks(other["task"], given.facts):
         raise UserError(f"{where} was trained on other data ({differing}): choose a run on these.")
+    labelled = other["lists"].get("labelled")
+    if labelled is None:
+        LOGGER.warning("NOTE: %s does not tell which labelled cases it was trained on.", where)
+    elif labelled != checksum_of(given.lists["labelled"]):
+        raise UserError(
+            f"{where} was trained on other labelled cases than these {config.labelnum}: choose a run of the same lists, "
+            "or restore the lists in data_split/."
+        )
+    for name in ("seed", "patch_size"):
+        theirs, ours = other_settings.get(name), as_plain(getattr(config, name))
+        if theirs is not None and theirs != ours:
+            LOGGER.info("NOTE: %s was trained with --%s %s, not %s.", where, name, _words(theirs), _words(ours))
     needed = [LAST] if config.select == "last" else [f"best_{role}.pth" for role in get(config.method).students]
     for name in needed:
         if not (config.pretrained / "pre_train" / name).exists():
@@ -289,7 +302,12 @@ def _check_stages(config: Any, folder: Path, facts: dict[str, Any]) -> dict[str,
         LOGGER.warning("NOTE: %s selected its checkpoints on the TEST cases, which flatters this run's test.", where)
     if not other["trained_on"]:
         LOGGER.warning("NOTE: %s does not tell which cases it was trained on; a test of this run cannot say.", where)
-    return {key: value for key, value in other.items() if key != "task"}
+    return {key: value for key, value in other.items() if key not in ("task", "lists")}
+
+
+def _words(value: Any) -> str:
+    """Return a value as its flag has it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _tell_replaced(config: Any, used: dict[str, Any]) -> None:

@@ -200,6 +200,11 @@ class Reads:
     pretrained: dict[str, Any] | None = None
 
 
+def checksum_of(cases: Sequence[str]) -> str:
+    """Return the checksum of a list of cases that config.json keeps."""
+    return hashlib.sha256("\n".join(cases).encode()).hexdigest()
+
+
 def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.device") -> None:
     """Create a run's folder with its config.json, or check that the one there is of the same run.
 
@@ -214,7 +219,7 @@ def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.
             or it holds a file of the user's where the run would write.
     """
     path, now = folder / "config.json", environment(device)
-    sums = {name: hashlib.sha256("\n".join(cases).encode()).hexdigest() for name, cases in reads.lists.items()}
+    sums = {name: checksum_of(cases) for name, cases in reads.lists.items()}
     content = {"config": config, "task": reads.task, "lists": sums, "environment": now, "resumed": []}
     content["trained_on"] = list(dict.fromkeys([*reads.trained_on, *(reads.pretrained or {}).get("trained_on", ())]))
     content["pretrained"] = reads.pretrained
@@ -316,6 +321,7 @@ def inherited(folder: Path) -> dict[str, Any]:
         "task": content.get("task") if isinstance(content.get("task"), dict) else {},
         "trained_on": known,
         "validation_cases": content.get("validation_cases"),
+        "lists": content.get("lists", {}),
     }
 
 
@@ -423,8 +429,7 @@ def validated_among(folder: Path, cases: Sequence[str]) -> list[str]:
     kept = content.get("pretrained")
     known = [content.get("validation_cases"), kept.get("validation_cases") if isinstance(kept, dict) else None]
     names = {name for one in known if isinstance(one, list) for name in one if isinstance(name, str)}
-    checksum = hashlib.sha256("\n".join(cases).encode()).hexdigest()
-    if cases and content.get("lists", {}).get("validation") == checksum:  # earlier versions kept nothing else
+    if cases and content.get("lists", {}).get("validation") == checksum_of(cases):  # earlier versions kept nothing else
         names |= set(cases)
     return [name for name in cases if name in names]
 
