@@ -32,6 +32,7 @@ class Config:
     label_pattern: str | None = None  # of the labels below --labels: "*/laendo.nrrd"
     table: Path | None = None  # instead of these: CSV with the columns case, image, label, patient, split
     channels: tuple[str, ...] = ()  # of several: what names end with, as import_nifti.py has it; the first is looked at
+    patient_pattern: str | None = None  # of names, for the patient: "(p\d+)_s\d+" or "*_s*"; None: BIDS, DICOM, folders
     series: str | None = None  # each patient's DICOM series of this UID, its beginning or description ("T1*")
     cases: Path | None = None  # names of the cases to learn from, one a line; None: all that have a label
     label_values: tuple[int, ...] = ()  # values in the label files that are the structure; empty: all but 0
@@ -93,11 +94,12 @@ def main(config: Config) -> None:
     from dataloaders.scans import held_out  # these take seconds, which a wrong flag need not wait for
     from dataloaders.scans.joining import find_cases
     from dataloaders.scans.locating import save_locator
+    from dataloaders.scans.patients import with_patients
     from sdcl.locating import NETWORK, Sample, train_locator
     from sdcl.runs.experiment import begin
 
     device = begin(config)
-    cases = held_out.read_cases(config, find_cases(config))
+    cases = held_out.read_cases(config, with_patients(find_cases(config), config))
     shapes = [case.seen.array.shape for case in cases]
     sides = "×".join(f"{min(axis)}-{max(axis)}" for axis in zip(*shapes, strict=True))
     LOGGER.info("%d cases of %s voxels of %g mm", len(cases), sides, config.spacing_mm)

@@ -133,8 +133,8 @@ def _checked(lists: Lists, patient_of: Mapping[str, str], config: Any) -> Lists:
     train, val, test = lists.labelled, lists.val, lists.test
     if not test:
         raise UserError(
-            f"no case of the {len(train) + len(val)} labelled ones is left for the test: raise --test_fraction, or "
-            "give --test_list."
+            f"no case of the {len(train) + len(val)} labelled ones is left for the test: raise --test_fraction"
+            f"{'' if getattr(config, 'described_by', None) else ', or give --test_list'}."
         )
     if len(train) < 2:
         raise UserError(
@@ -211,7 +211,7 @@ def _tell(earlier: Lists, kept: Lists, cases: set[str], new: Sequence[str]) -> N
         "no longer labelled, left out of every list, since it was held out from training": [
             name for name in held if name in cases
         ],
-        "gone from --images, left out of every list (the converted file stays)": sorted(before - cases),
+        "no longer among the scans, left out of every list (the converted file stays)": sorted(before - cases),
     }
     for what, names in lines.items():
         if names:

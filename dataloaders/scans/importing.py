@@ -154,10 +154,12 @@ def convert_case(
     """Align, preprocess and write one case, in 2D its single slices first."""
     channels, mask, alignment = read_channels(paths, config.pixel_spacing_mm, len(how.rules)), None, ""
     image = channels[0]
+    described_by = getattr(config, "described_by", None)
     if len(paths) == 1 < len(channels) != len(how.rules) and not is_picture(paths[0]):
         raise UserError(
-            f"{paths[0]} holds {len(channels)} volumes: name them by --channels if they are channels, or save each "
-            "as a scan of its own."
+            f"{paths[0]} holds {len(channels)} volumes: name them "
+            f"{f'in {described_by}' if described_by else 'by --channels'} if they are channels, or save each as a scan "
+            "of its own."
         )
     if not is_picture(paths[0]) and (values := few_whole_numbers(image.array)):
         LOGGER.warning(

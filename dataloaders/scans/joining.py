@@ -68,7 +68,7 @@ def find_cases(config: Any) -> Cases:
         if config.series is not None:
             images = {name: tuple(_one_series(path, config.series) for path in paths) for name, paths in images.items()}
         if CLASS in patterns[1]:
-            names = tuple(config.class_names) or _class_names(config.labels, patterns[1])
+            names = tuple(getattr(config, "class_names", ())) or _class_names(config.labels, patterns[1])
             labels = by_class(config.labels, patterns[1], names)
         else:
             names, labels = (), by_pattern(config.labels, patterns[1])

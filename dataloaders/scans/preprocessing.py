@@ -295,7 +295,7 @@ def normalised(array: np.ndarray, how: Normalisation, scan: Scan, trust_hu: bool
     if not scale > 0:
         raise UserError(
             f"{scan.path} holds one value, {values.flat[0]:g}, when it is resampled to {_times(array.shape)} voxels: "
-            "choose a finer --spacing_mm, or leave the scan out."
+            "choose finer voxels (--spacing_mm of the import), or leave the scan out."
         )
     values -= low
     values /= scale
@@ -342,7 +342,7 @@ def _grid(scan: Scan, how: Preprocessing) -> tuple[tuple[int, ...], np.ndarray]:
         if now == 1 < before:
             raise UserError(
                 f"{scan.path}: its {before} voxels of {sides[axis]:.3g} mm along {AXES[axis]} shrink to one of "
-                f"{how.spacing_mm[axis]:g} mm: choose a finer --spacing_mm, or leave the scan out."
+                f"{how.spacing_mm[axis]:g} mm: choose finer voxels (--spacing_mm of the import), or leave the scan out."
             )
     first = ((np.array(scan.array.shape) - 1) - (np.array(shape) - 1) * ratio) / 2
     step = np.eye(4)
