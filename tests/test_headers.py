@@ -6,7 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from test_scans import affine_of, picture, write_nifti
+from test_scans import affine_of, picture, write_dicom, write_nifti
 
 from dataloaders.files import read_list, read_sample
 from dataloaders.scans.pictures import read_mask, read_picture
@@ -143,8 +143,17 @@ def test_a_pointer_of_git_lfs_is_called_that(tmp_path, read, name):
         read(tmp_path / name)
 
 
-def test_a_pointer_beside_dicom_files_is_named(tmp_path, said):
+def test_pointers_in_a_folder_are_named(tmp_path, said):
     write_nifti(tmp_path / "a", picture())
-    (tmp_path / "x.dcm").write_bytes(POINTER)
+    (tmp_path / "notes.txt").write_bytes(POINTER)
     assert list(find_scans(tmp_path)) == ["a"]
-    assert "1 file that is a git-lfs pointer (run git lfs pull) left out: x.dcm" in said()
+    assert "1 file that is a git-lfs pointer (run git lfs pull) left out: notes.txt" in said()
+
+
+def test_a_series_of_which_some_files_are_pointers_is_refused(tmp_path):
+    folder = write_dicom(tmp_path / "ct", picture())
+    (folder / "005.dcm").write_bytes(POINTER)
+    with pytest.raises(UserError, match="005.dcm is a git-lfs pointer"):
+        read_scan(find_scans(tmp_path)["ct"])
+    with pytest.raises(UserError, match="005.dcm is a git-lfs pointer"):
+        read_scan(folder)

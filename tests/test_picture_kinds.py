@@ -138,6 +138,16 @@ def test_a_mask_stored_as_colours_is_a_mask(tmp_path, suffix):
         read_mask(tmp_path / f"a{suffix}")
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("quality", [75, 95])
+def test_a_jpeg_mask_of_black_and_white_is_a_mask(tmp_path, mode, quality):
+    Image.fromarray(mask(value=255)).convert(mode).save(tmp_path / "m.jpg", quality=quality)
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.jpg")[:, :, 0].T, mask(value=255))
+    Image.fromarray(mask(value=2)).convert(mode).save(tmp_path / "m.jpg", quality=quality)
+    with pytest.raises(UserError, match="is JPEG, which changes a mask's numbers"):
+        read_mask(tmp_path / "m.jpg")
+
+
 def test_a_data_set_of_grey_pictures_stored_as_colours(tmp_path, said):
     """Some stored as RGB and some as grey, masks of 0 and 255 stored as RGB: one channel and one class."""
     images = lambda k: rgb(image(k)) if k % 2 else image(k)  # noqa: E731

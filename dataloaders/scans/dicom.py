@@ -13,7 +13,7 @@ import numpy as np
 import pydicom
 from pydicom import uid as uids
 
-from dataloaders.checks import check_declared, check_is_loaded
+from dataloaders.checks import LFS, check_declared, check_is_loaded
 from sdcl.runs.errors import UserError
 
 LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
@@ -45,6 +45,7 @@ MARKS = (
 CAPTURES = "1.2.840.10008.5.1.4.1.1.7"  # secondary captures: this class, and those whose numbers go on with a point
 LABEL_MAP, HEIGHT_MAP = "1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.66.8"  # segmentations too
 DERIVED = ("Segmentation Storage", "Surface", "RT Dose", "Parametric Map", "Real World Value")  # made from images
+NAMES = (".dcm", ".dicom", ".dic")  # how DICOM files' names end, if they do
 STEPS = ("SpacingBetweenSlices", "SliceThickness")
 AXES_TOLERANCE = 0.01  # of a direction's length and of two directions' product
 # What the pixels' reader decodes, as tests compare it with other decoders; it does not know other ones.
@@ -126,10 +127,11 @@ def quiet() -> None:
 
 
 def is_dicom(path: Path) -> bool:
-    """Tell whether a file begins as DICOM files do."""
+    """Tell whether a file begins as DICOM files do, or is a git-lfs pointer to one, whose reading says so."""
     try:
         with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            begin = file.read(132)
+        return begin[128:] == b"DICM" or (begin.startswith(LFS) and path.name.lower().endswith(NAMES))
     except OSError:
         return False
 

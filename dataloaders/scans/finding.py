@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dataloaders.checks import is_lfs_pointer
 from dataloaders.scans.choosing import about, chosen
-from dataloaders.scans.dicom import is_dicom
+from dataloaders.scans.dicom import NAMES, is_dicom
 from dataloaders.scans.dicom_labels import CONTOURS, SEGMENTATIONS, kind_of, refusal_of_contours
 from dataloaders.scans.pictures import PICTURES, SIDECAR, is_picture, is_stack
 from dataloaders.scans.series import NO_IMAGE, LeftOut, Series, sort_out, tell_left_out
@@ -30,7 +30,6 @@ NO_FILE = ("cannot be opened", "cannot be opened")
 NO_SERIES = ("is no DICOM series, of which --series chooses,", "are no DICOM series, of which --series chooses,")
 OF_IMAGES = ("is an image beside segmentations", "are images beside segmentations")
 OF_CONTOURS = ("holds contours (RTSTRUCT) beside a label", "hold contours (RTSTRUCT) beside a label")
-STILLS = (".dcm", ".dicom", ".dic")  # endings of DICOM files that are pictures
 MAX_NAME = 150  # bytes; file systems allow 255, and predictions add to it
 
 
@@ -105,7 +104,7 @@ def name_of(path: Path) -> str:
     """Return a scan's name: the file's without its suffix, or the folder's."""
     suffix = suffix_of(path)
     if not suffix and is_picture(path):
-        suffix = suffix_of(path, STILLS)
+        suffix = suffix_of(path, NAMES)
     name = path.name[: len(path.name) - len(suffix)] if suffix and path.is_file() else path.name
     return unicodedata.normalize("NFC", name)  # macOS stores letters and their accents apart
 

@@ -34,7 +34,7 @@ def hu_fault(array: np.ndarray) -> str:
     if float((values < LOWER_THAN_WATER).mean()) < 0.001:
         return f"{shown}, without air or fat below {LOWER_THAN_WATER:g}"
     air, shifted, between = (float(((values > a) & (values < b)).mean()) for a, b in (AIR, SHIFTED, BETWEEN))
-    if shifted >= 0.15 or (air < 0.01 <= shifted and between < shifted / 4):
+    if (shifted >= 0.15 and between < shifted / 2) or (air < 0.01 <= shifted and between < shifted / 4):
         return f"{100 * shifted:.0f} % of it within {SHIFTED[0]:g} to {SHIFTED[1]:g}, as if 1024 had been added"
     return ""
 

@@ -22,6 +22,7 @@ COLOURS = ("red", "green", "blue")  # the channels of a colour picture
 GREY = {"1": "L", "L": "L", "LA": "L", "I;16": "I", "I;16B": "I", "I;16L": "I", "I": "I", "F": "F"}  # how each is read
 COLOURED = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")
 SCALED = {"L;2": 85, "L;4": 17}  # grey of 2 and 4 bits, which Pillow stretches to 255
+BLACK = 64  # how far the numbers of a JPEG mask may lie from 0 and 255
 NEARLY = 4  # the most that red, green and blue of a grey JPEG differ by
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF's tag and its value for pictures in which 0 is white
 CHANNEL = re.compile(r".+_\d{4}")  # the end of nnU-Net's image names
@@ -147,12 +148,11 @@ def read_mask(path: Path) -> np.ndarray:
     """Read a mask: the numbers of a grey picture's pixels, or of a palette's entries; (W, H, 1).
 
     The stored numbers count, also where 0 is white. A picture in colours counts as grey where it is grey throughout.
+    The numbers of a JPEG mask count only where all lie near 0 and 255, which they then are.
 
     Raises:
         UserError: it cannot be read, holds colours, or is of a format that changes numbers.
     """
-    if path.name.lower().endswith(LOSSY):
-        raise UserError(f"{path} is JPEG, which changes a mask's numbers: give masks as PNG or TIFF.")
 
     def read(path: Path) -> np.ndarray:
         if is_still(path):
@@ -162,9 +162,24 @@ def read_mask(path: Path) -> np.ndarray:
                 raise UserError(f"{path} holds colours, and a mask's pixels are numbers: export it as a grey picture.")
             return grey.T[:, :, None]
         with _opened(path) as picture:
+            if picture.format == "JPEG":
+                return _black_and_white(path, picture).T[:, :, None]
             return _numbers(path, picture).T[:, :, None]
 
     return guarded(path, read)
+
+
+def _black_and_white(path: Path, picture: Image.Image) -> np.ndarray:
+    """Return the numbers 0 and 255 of a JPEG mask (rows, columns), whose compression changed them a little.
+
+    Raises:
+        UserError: other numbers are there, too.
+    """
+    array = np.asarray(picture.convert("RGB"))
+    grey = _as_grey(array, is_lossy=True)
+    if grey is None or ((grey > BLACK) & (grey < 255 - BLACK)).any() or grey.max() <= BLACK:
+        raise UserError(f"{path} is JPEG, which changes a mask's numbers: give masks as PNG or TIFF.")
+    return np.where(grey > 127, 255, 0).astype(np.uint8)
 
 
 def _numbers(path: Path, picture: Image.Image) -> np.ndarray:
@@ -236,6 +251,10 @@ def check_palettes(paths: Iterable[Path]) -> None:
     """
     colours: dict[int, tuple[tuple[int, ...], Path]] = {}
     polarities: dict[bool, list[Path]] = {}
+    paths = list(paths)
+    lossy = [path for path in paths if path.name.lower().endswith(LOSSY)]
+    if lossy:
+        LOGGER.info("NOTE: %d masks are JPEG, such as %s: their numbers are taken as 0 and 255", len(lossy), lossy[0])
     for path in paths:
         if not is_picture(path) or is_still(path):
             continue
