@@ -16,6 +16,7 @@ import numpy as np
 from dataloaders.pancreas import DATA_SET, LEFT_OUT
 from dataloaders.scans.alignment import AXES, TRUSTED, check_alignment, measure_alignment
 from dataloaders.scans.convert import Job, Origin, check_trust, convert, few, provenance, write_case
+from dataloaders.scans.hounsfield import TRUSTED_HU
 from dataloaders.scans.preprocessing import (
     WINDOW_HU,
     Preprocessing,
@@ -112,6 +113,7 @@ def convert_case(image_path: Path, label_path: Path, target: Path, config: Confi
     case = prepared.cropped(box)
     attributes = provenance(case, how, Origin(config.rule, config.images, (image_path,), label_path), box)
     attributes |= {"label_mean_hu": mean_hu, "alignment": alignment, "crop": crop_of(config)}
+    attributes |= {"hu": TRUSTED_HU} if config.trust_hu else {}
     if not is_placed:
         attributes = {key: value for key, value in attributes.items() if key not in ("origin", "direction")}
         attributes["orientation"] = ""

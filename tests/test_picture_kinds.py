@@ -98,11 +98,12 @@ def test_masks_of_both_polarities_are_refused(tmp_path):
         import_nifti(config)
 
 
-def test_an_inverting_palette_is_another_polarity(tmp_path):
-    turned = Image.fromarray(mask(value=255))
-    turned.putpalette([value for k in range(255, -1, -1) for value in (k, k, k)])
+@pytest.mark.parametrize("value, palette", [(255, range(255, -1, -1)), (1, (255, 0))])
+def test_an_inverting_palette_is_another_polarity(tmp_path, value, palette):
+    turned = Image.fromarray(mask(value=value))
+    turned.putpalette([colour for k in palette for colour in (k, k, k)])
     turned.save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "a.png")[:, :, 0].T, mask(value=255))
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png")[:, :, 0].T, mask(value=value))
     Image.fromarray(mask(value=255)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match="0 is white in .*a.png and black in .*b.png"):
         check_palettes([tmp_path / "a.png", tmp_path / "b.png"])

@@ -114,6 +114,12 @@ def test_uneven_slices_are_called_what_they_are(tmp_path, places, message):
         read_scan(spaced(tmp_path / "ct", places))
 
 
+def test_uneven_frames_of_a_file_are_named(tmp_path):
+    save(enhanced(picture((8, 6, 6)), [(0, 0, z) for z in (0, 2, 4, 9, 14, 19)]), tmp_path / "a" / "all.dcm")
+    with pytest.raises(UserError, match="frame 1 of all.dcm and frame 2 of all.dcm lie 2 mm apart.*variable slice"):
+        read_scan(tmp_path / "a")
+
+
 def capture(folder, number=1, uid="1.2.3.4", **attributes):
     """A secondary capture (8 bits) in the series of a CT."""
     data = dataset(CAPTURE, uid, 90 + number)

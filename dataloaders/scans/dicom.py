@@ -70,6 +70,7 @@ class Frame:
         step_mm: SpacingBetweenSlices, else SliceThickness; None where the header has neither.
         instance: InstanceNumber.
         marks: attributes of MARKS and their values.
+        is_one_of_many: the file has more pictures.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class Frame:
     step_mm: float | None = None
     instance: int | None = None
     marks: tuple[tuple[str, str], ...] = ()
+    is_one_of_many: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,6 +373,7 @@ def frame_of(path: Path, data: pydicom.Dataset, number: int, count: int) -> Fram
         step_mm=next((abs(float(step)) for step in steps if step), None),
         instance=int(instance) if instance.isdecimal() else None,
         marks=tuple((name, str(value)) for name, value in marks if value not in (None, "")),
+        is_one_of_many=count > 1,
     )  # fmt: skip
 
 

@@ -211,7 +211,9 @@ def _is_inverted(picture: Image.Image) -> bool:
     if picture.mode != "P":
         return False
     palette = np.reshape(picture.getpalette("RGB"), (-1, 3))
-    return len(palette) == 256 and bool((palette == 255 - np.arange(256)[:, None]).all())
+    if picture.format == "GIF":  # whose writers put colours into any order
+        return len(palette) == 256 and bool((palette == 255 - np.arange(256)[:, None]).all())
+    return bool((np.ptp(palette, axis=1) == 0).all() and palette[0, 0] > 127)
 
 
 def colours_of(paths: Mapping[str, Path]) -> tuple[str, ...]:

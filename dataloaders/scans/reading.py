@@ -40,8 +40,8 @@ LENGTHS_MM = {  # that an NRRD or MetaImage header may name
     **dict.fromkeys(("nm", "nanometer", "nanometre", "nanometers", "nanometres"), 1e-6),
 }  # fmt: skip
 MAX_TEXT_HEADER = 2**20  # bytes of an NRRD or MetaImage header
+ROUNDING_OF_ONE = 3 * float(np.finfo(np.float32).eps)  # how far a unit quaternion's length may lie from 1
 GZIP = b"\x1f\x8b"
-LONGEST_QUATERNION = 1 + 3 * float(np.finfo(np.float32).eps)  # its squared length, beyond which many readers refuse it
 # nibabel takes a quaternion that is longer than 1 by less than this for a rotation, and normalises it.
 nibabel.Nifti1Header.quaternion_threshold = nibabel.Nifti2Header.quaternion_threshold = -1e-3
 ROUNDING = 1e-3  # how far a label may lie from its whole number, after a header's slope and intercept
@@ -420,7 +420,7 @@ def _nifti_affine(path: Path, image: nibabel.Nifti1Pair) -> np.ndarray:
         )
     codes = int(image.header["sform_code"]), int(image.header["qform_code"])
     length = float(sum(np.square([image.header[f"quatern_{name}"] for name in "bcd"], dtype=float)))
-    if codes[1] > 0 and not length <= LONGEST_QUATERNION:
+    if codes[1] > 0 and not length <= 1 + ROUNDING_OF_ONE:
         counts = "the sform counts" if codes[0] > 0 else "the rotation nearest to it counts"
         LOGGER.info("NOTE: %s: the quaternion of its qform is longer than 1 (by %.2g); %s", path, length - 1, counts)
         image.header.set_qform(image.affine, codes[1])  # for what is written onto its grid

@@ -406,7 +406,7 @@ def _check_gaps(where: Path, frames: Sequence[Frame], normal: np.ndarray) -> Non
     wide = float(np.median(gaps[gaps > SAME_PLACE * gaps.max()])) if gaps.max() > 0 else 0.0
     if wide < 1e-3:  # mm
         raise UserError(
-            f"{where}: {frames[0].path.name} and {frames[1].path.name} lie 0 mm apart, and so do all {len(frames)} "
+            f"{where}: {_name(frames[0])} and {_name(frames[1])} lie 0 mm apart, and so do all {len(frames)} "
             f"pictures: they are a cine or time series of one place{_difference([frames])}, no volume. Export the "
             "volume, or a single time point of it."
         )
@@ -422,8 +422,8 @@ def _check_gaps(where: Path, frames: Sequence[Frame], normal: np.ndarray) -> Non
         )
     worst = int(np.abs(gaps - wide).argmax())
     text = (
-        f"{where}: {frames[worst].path.name} and {frames[worst + 1].path.name} lie {gaps[worst]:.3g} mm apart, other "
-        f"slices {wide:.3g} mm"
+        f"{where}: {_name(frames[worst])} and {_name(frames[worst + 1])} lie {gaps[worst]:.3g} mm apart, other slices "
+        f"{wide:.3g} mm"
     )
     if max(counts) > 1:
         raise UserError(f"{text}: a slice is doubled; move one of the two files away, or export the series again.")
@@ -436,6 +436,11 @@ def _check_gaps(where: Path, frames: Sequence[Frame], normal: np.ndarray) -> Non
             f"{text}: {count} slice{'s are' if count > 1 else ' is'} missing; copy or export the series again."
         )
     raise UserError(f"{text}: variable slice spacing ({gaps.min():.3g} to {gaps.max():.3g} mm). {RESAMPLE}.")
+
+
+def _name(frame: Frame) -> str:
+    """Return a picture's file, and its number in a file of several."""
+    return f"frame {frame.number + 1} of {frame.path.name}" if frame.is_one_of_many else frame.path.name
 
 
 def _difference(groups: Sequence[Sequence[Frame]]) -> str:
