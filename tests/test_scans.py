@@ -213,7 +213,7 @@ BAD_SCANS = {
     "colours": (lambda p: write_nifti(p, colours()), "one number a voxel"),
     "metres": (lambda p: write_nifti(p, picture(), affine_of(spacing=(0.001, 0.001, 0.001))), "which no scan has"),
     "no geometry": (lambda p: broken(p, without_geometry), "no usable geometry"),
-    "a suffix": (lambda p: touched(p.with_name("scan.gif")), "none of .nii"),
+    "a suffix": (lambda p: touched(p.with_name("scan.webp")), "none of .nii"),
     "nrrd": (lambda p: touched(p.with_name("scan.nrrd")), "cannot be read"),
     "an empty folder": (lambda p: p.parent, "no DICOM series"),
 }

@@ -168,6 +168,15 @@ def test_a_capture_beside_a_ct_is_left_out_by_name(tmp_path, said, make):
     np.testing.assert_array_equal(read_scan(folder).array, picture() - 500)
 
 
+def test_a_slice_without_a_place_is_no_capture_of_its_own_series(tmp_path):
+    folder = write_dicom(tmp_path / "ct", picture())
+    for path in folder.iterdir():
+        change(path, ImageType=["DERIVED", "SECONDARY", "AXIAL"])
+    change(folder / "005.dcm", ImagePositionPatient=None)
+    with pytest.raises(UserError, match="005.dcm does not say where its picture lies"):
+        read_scan(folder)
+
+
 def test_a_scan_that_is_stored_as_captures_is_read(tmp_path):
     folder = write_dicom(tmp_path / "ct", picture())
     for path in folder.iterdir():

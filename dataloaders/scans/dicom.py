@@ -94,7 +94,8 @@ class Header:
         number: of the series in its study.
         description: of the series.
         is_localiser: its ImageType says so.
-        is_capture: it is a secondary capture, such as a dose report or a screenshot.
+        is_capture: it is a secondary capture, such as a dose report or a screenshot, by its class.
+        image_type: ImageType's values.
         shape: (columns, rows).
         count: of its pictures.
         frames: its pictures, in the file's order; none where there is a problem.
@@ -112,6 +113,7 @@ class Header:
     description: str
     is_localiser: bool
     is_capture: bool
+    image_type: tuple[str, ...]
     shape: tuple[int, int]
     count: int
     frames: tuple[Frame, ...]
@@ -244,13 +246,12 @@ def _read_header(path: Path) -> Header | None:
             problem = _unplaced(count, error)
     text = {name: str(data.get(tag) or "").strip("\0 ") for name, tag in _TEXTS.items()}
     number = str(data.get("SeriesNumber") or "")
-    image_type = [part.upper() for part in map(str, data.get("ImageType") or ())]
-    is_secondary = not frames and ("SECONDARY" in image_type[1:2] or "SCREEN SAVE" in image_type)
-    is_capture = f"{kind}.".startswith(f"{CAPTURES}.") or is_secondary
+    value = data.get("ImageType") or ()
+    image_type = tuple(str(part).upper() for part in ([value] if isinstance(value, str) else value))
     return Header(
         path, **text, number=int(number) if number.isdecimal() else None, shape=shape, count=count, frames=frames,
-        is_localiser="LOCALIZER" in str(data.get("ImageType", "")).upper(), problem=problem, syntax=syntax,
-        rescales=rescales, is_capture=is_capture,
+        is_localiser="LOCALIZER" in str(image_type), problem=problem, syntax=syntax,
+        rescales=rescales, is_capture=f"{kind}.".startswith(f"{CAPTURES}."), image_type=image_type,
     )  # fmt: skip
 
 

@@ -108,13 +108,20 @@ def _without_captures(headers: Sequence[Header]) -> tuple[list[Header], list[Hea
 
     A folder that holds several captures and no slice may be a patient of its own, and stays.
     """
-    slices = [header for header in headers if not header.is_capture]
+    placed = {header.image_type for header in headers if header.frames and not header.is_capture}
+    found = [h for h in headers if h.is_capture or (_is_screen(h) and h.image_type not in placed)]
+    slices = [header for header in headers if header not in found]
     if sum(header.count for header in slices) < FEW:
         return list(headers), []
     folders = {header.path.parent for header in slices}
-    alone = Counter(h.path.parent for h in headers if h.is_capture and h.path.parent not in folders)
-    captures = [h for h in headers if h.is_capture and alone[h.path.parent] < FEW]
-    return [h for h in headers if h not in captures], captures
+    alone = Counter(header.path.parent for header in found if header.path.parent not in folders)
+    captures = [header for header in found if alone[header.path.parent] < FEW]
+    return [header for header in headers if header not in captures], captures
+
+
+def _is_screen(header: Header) -> bool:
+    """Tell whether an image that lies nowhere in space says that it was made from others, such as a dose report."""
+    return not header.frames and ("SECONDARY" in header.image_type[1:2] or "SCREEN SAVE" in header.image_type)
 
 
 def _apart(headers: Sequence[Header]) -> list[list[Header]]:
