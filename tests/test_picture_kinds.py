@@ -16,7 +16,7 @@ from dataloaders.files import read_sample
 from dataloaders.import_nifti import Config
 from dataloaders.import_nifti import main as import_nifti
 from dataloaders.own import read_data_set
-from dataloaders.scans.pictures import check_palettes, read_mask, read_picture
+from dataloaders.scans.pictures import _tell_sides, check_palettes, read_mask, read_picture
 from dataloaders.scans.reading import find_scans, read_label, read_scan
 from sdcl.runs.errors import UserError
 
@@ -218,6 +218,7 @@ def volume(dtype=np.uint16, seed=0):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("name, content", [("a", {"spacing": [3, 0.7, 0.5]}), ("a", {"spacing_mm": [0.5, 0.7, 3]})])
 def test_a_tiff_volume_has_the_sides_beside_it(tmp_path, said, dtype, name, content):
+    _tell_sides.cache_clear()  # tests use a folder's name again
     path = write_stack(tmp_path / "a.tif", volume(dtype))
     (tmp_path / f"{name}.json").write_text(json.dumps(content))
     said()
@@ -225,7 +226,7 @@ def test_a_tiff_volume_has_the_sides_beside_it(tmp_path, said, dtype, name, cont
     scan = read_scan(path)
     np.testing.assert_array_equal(scan.array, volume(dtype))
     np.testing.assert_allclose(scan.spacing_mm, (0.5, 0.7, 3))
-    assert "0.5×0.7×3 mm along x, y and z" in said()
+    assert "0.5×0.7×3 mm along x (columns), y (rows) and z (pages)" in said()
 
 
 def test_tiff_volumes_are_imported_as_volumes_with_nnunets_names(tmp_path):

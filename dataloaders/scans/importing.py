@@ -135,7 +135,8 @@ def _with_colours(found: Cases, config: Any) -> Cases:
         raise UserError("pictures are slices: give --layout slices.")
     if config.spacing_mm is not None:
         raise UserError("pictures have no voxel sides in mm, to which --spacing_mm could resample: leave it out.")
-    colours = colours_of({name: paths[0] for name, (paths, _) in found.files.items() if len(paths) == 1})
+    single = {name: paths[0] for name, (paths, _) in found.files.items() if len(paths) == 1}
+    colours = colours_of(single, tell=not found.channels)
     if colours_of({name: paths[0] for name, (paths, _) in found.files.items() if len(paths) > 1}):
         raise UserError("--channels names files of one channel each, and these pictures hold colours: leave it out.")
     return replace(found, channels=found.channels or colours)

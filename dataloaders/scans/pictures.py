@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,15 @@ def read_stack(path: Path, is_label: bool = False) -> tuple[np.ndarray, np.ndarr
                     raise UserError(f"{path}: its page {number + 1} has another size than the first: save them alike.")
             return np.stack(pages).T
 
-    LOGGER.info("%s: voxels of %s mm along x, y and z", path, "×".join(f"{side:g}" for side in sides))
+    _tell_sides(path.parent, sides)
     return guarded(path, read), AFFINE @ np.diag([*sides, 1.0])
+
+
+@lru_cache
+def _tell_sides(folder: Path, sides: tuple[float, ...]) -> None:
+    """Log the sides that the files of a folder give, each once."""
+    shown = "×".join(f"{side:g}" for side in sides)
+    LOGGER.info("%s: TIFF volumes with voxels of %s mm along x (columns), y (rows) and z (pages)", folder, shown)
 
 
 def _sides(path: Path) -> tuple[float, float, float]:
@@ -216,13 +224,14 @@ def _is_inverted(picture: Image.Image) -> bool:
     return bool((np.ptp(palette, axis=1) == 0).all() and palette[0, 0] > 127)
 
 
-def colours_of(paths: Mapping[str, Path]) -> tuple[str, ...]:
+def colours_of(paths: Mapping[str, Path], tell: bool = True) -> tuple[str, ...]:
     """Return the channels of a data set's pictures: red, green and blue, or none of their own.
 
     Pictures that are stored in colours and grey throughout are grey, unless others of the data set have colours.
 
     Args:
         paths: case to picture.
+        tell: log that pictures stored in colours are grey.
 
     Raises:
         UserError: some hold colours and some are stored as grey.
@@ -234,7 +243,7 @@ def colours_of(paths: Mapping[str, Path]) -> tuple[str, ...]:
     stored = kinds.get(True, [])
     coloured = next((path for path in stored if len(read_picture(path)) > 1), None)
     if coloured is None:
-        if stored:
+        if stored and tell:
             LOGGER.info(
                 "NOTE: %d pictures are stored in colours and are grey (red = green = blue), such as %s: each is one "
                 "grey channel", len(stored), stored[0],
