@@ -80,8 +80,9 @@ def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[
         found.content = hashlib.sha256(sample.image.tobytes()).hexdigest()
         found.spacing = read_spacing(path) if ndim == 3 else None
         rules = data_set.preprocessing.rules
-        if "ct" in rules and read_text_attributes(path, "hu") != (TRUSTED_HU,):
+        if "ct" in rules:
             found.hu_fault = prepared_fault(sample.image[rules.index("ct")] if len(rules) > 1 else sample.image)
+            found.is_hu_trusted = bool(found.hu_fault) and read_text_attributes(path, "hu") == (TRUSTED_HU,)
         if sample.label is not None:
             found.classes = frozenset(np.unique(sample.label).tolist())
             if found.classes == {0} and ndim == 3 and data_set.files != "own":  # of these every case has the structure

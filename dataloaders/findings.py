@@ -36,6 +36,7 @@ class Finding:
         path: of the file.
         problem: what is wrong with it, or "".
         hu_fault: why the image was no CT in HU before it was mapped to [0, 1], or "".
+        is_hu_trusted: it was imported with --trust_hu.
         case: what was read, of a volume that is to be drawn.
     """
 
@@ -52,6 +53,7 @@ class Finding:
     high: float = 0.0
     is_labelled: bool = False
     hu_fault: str = ""
+    is_hu_trusted: bool = False
     case: "Case | None" = field(default=None, repr=False)
 
     @property
@@ -131,7 +133,7 @@ def not_in_hu(findings: Sequence[Finding]) -> list[Problem]:
             cases.setdefault(finding.case_name, []).append(finding)
     problems = []
     for name, mine in cases.items():
-        if all(finding.hu_fault for finding in mine):
+        if all(finding.hu_fault and not finding.is_hu_trusted for finding in mine):
             text = (
                 f"{name} was no CT in HU before its import ({mine[0].hu_fault}): import the CT itself, or, if it was "
                 "in HU after all, import it with --trust_hu --overwrite"
@@ -156,6 +158,9 @@ def remarks(findings: Sequence[Finding], known: Counter[Duplicate], root: Path, 
     )
     if healthy and data_set.files == "own":
         lines.append(f"{len(healthy)} labelled cases have no foreground (healthy) and count as such: {few(healthy)}")
+    trusted = sorted({f.case_name for f in findings if f.is_hu_trusted and not f.is_constant})
+    if trusted:
+        lines.append(f"{len(trusted)} cases do not look like HU and were imported with --trust_hu: {few(trusted)}")
     volumes = [f for f in findings if len(f.shape) == 3]
     if data_set.preprocessing.layout == "volume":
         lines += filter(None, [unlike_cases({f.name: f.spacing for f in volumes if f.spacing})])

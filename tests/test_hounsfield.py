@@ -115,7 +115,8 @@ def test_the_doctor_names_data_that_were_no_hu(tmp_path):
     run(IMPORT, *flags, "--trust_hu")
     check = ("../dataloaders/check.py", "--dataset", "own", "--root_path", tmp_path / "out")
     check += ("--figure", tmp_path / "a.png")
-    assert "nothing is wrong" in run(*check)
+    text = run(*check)
+    assert "nothing is wrong" in text and "3 cases do not look like HU and were imported with --trust_hu: c0" in text
     for path in (tmp_path / "out" / "data").glob("*.h5"):  # as imported before there was such a check
         with h5py.File(path, "a") as file:
             del file.attrs["hu"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pydicom
 import pytest
-from test_dicom import change, dataset, enhanced, group, save
+from test_dicom import change, dataset, enhanced, group, save, with_frames
 from test_dicom_values import MR, values, write
 from test_scans import picture, write_dicom
 
@@ -91,6 +91,14 @@ def test_a_cine_of_one_place_is_named(tmp_path):
     write_dicom(tmp_path / "cine", picture(), tags=lambda k: {"0020|0032": "0\\0\\5", "0018|1060": str(40 * k)})
     with pytest.raises(UserError, match="cine or time series of one place .they differ in TriggerTime., no volume"):
         read_scan(tmp_path / "cine")
+
+
+def test_a_cine_of_many_frames_is_named(tmp_path):
+    data = with_frames(picture((8, 6, 6)), "1.2.840.10008.5.1.4.1.1.3.1")
+    data.FrameTime = 33
+    save(data, tmp_path / "us" / "cine.dcm")
+    with pytest.raises(UserError, match="cine.dcm is a cine of 6 frames .FrameTime., no volume: export the frames"):
+        read_scan(tmp_path / "us")
 
 
 def spaced(folder, places):

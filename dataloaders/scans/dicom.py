@@ -28,7 +28,7 @@ TAGS = [
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "BitsAllocated", "BitsStored", "HighBit",
     "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "SliceThickness", "SpacingBetweenSlices",
     "InstanceNumber", "TemporalPositionIdentifier", "EchoTime", "TriggerTime", "DiffusionBValue", "AcquisitionNumber",
-    "AcquisitionTime", "ContentTime", "SeriesTime",
+    "AcquisitionTime", "ContentTime", "SeriesTime", "FrameTime", "FrameTimeVector", "CineRate",
 ]  # fmt: skip
 # What tells the pictures of several phases, echoes or acquisitions apart, and where multi-frame files have it.
 MARKS = (
@@ -45,6 +45,7 @@ MARKS = (
 CAPTURES = "1.2.840.10008.5.1.4.1.1.7"  # secondary captures: this class, and those whose numbers go on with a point
 LABEL_MAP, HEIGHT_MAP = "1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.66.8"  # segmentations too
 DERIVED = ("Segmentation Storage", "Surface", "RT Dose", "Parametric Map", "Real World Value")  # made from images
+CINE = ("FrameTime", "FrameTimeVector", "CineRate")
 NAMES = (".dcm", ".dicom", ".dic")  # how DICOM files' names end, if they do
 STEPS = ("SpacingBetweenSlices", "SliceThickness")
 AXES_TOLERANCE = 0.01  # of a direction's length and of two directions' product
@@ -243,7 +244,7 @@ def _read_header(path: Path) -> Header | None:
             frames = tuple(frame_of(path, data, number, count) for number in range(count))
             rescales = frozenset(rescale_of(data, number) for number in range(count))
         except (KeyError, AttributeError, IndexError) as error:
-            problem = _unplaced(count, error)
+            problem = _unplaced(data, count, error)
     text = {name: str(data.get(tag) or "").strip("\0 ") for name, tag in _TEXTS.items()}
     number = str(data.get("SeriesNumber") or "")
     value = data.get("ImageType") or ()
@@ -320,8 +321,10 @@ def rescale_of(data: pydicom.Dataset, number: int) -> tuple[float | None, float 
     return found[0], found[1]
 
 
-def _unplaced(count: int, error: Exception) -> str:
+def _unplaced(data: pydicom.Dataset, count: int, error: Exception) -> str:
     """Say what a header lacks; the way out differs for files of many frames."""
+    if count > 1 and (cine := next((name for name in CINE if data.get(name)), None)):
+        return f"is a cine of {count} frames ({cine}), no volume: export the frames that you mean as single pictures"
     if count > 1:
         return (
             f"is a multi-frame file whose header does not say where each of its {count} frames lies: convert the "
