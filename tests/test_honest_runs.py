@@ -107,7 +107,9 @@ def test_a_pretraining_on_other_labelled_cases_is_refused(la, models, copy, tmp_
     root = shutil.copytree(la, tmp_path / "la")
     names = (root / "data_split" / "train.txt").read_text().split()
     (root / "data_split" / "train.txt").write_text("\n".join([names[0], names[2], names[1], *names[3:]]))
-    with pytest.raises(UserError, match="was trained on other labelled cases than these 2: choose a run of the same"):
+    with pytest.raises(
+        UserError, match="was trained on other labelled cases than these 2: choose another run, or restore"
+    ):
         start(root, models, "other_cases")
     assert not (models / "la_other_cases_2_labeled").exists()
 
@@ -375,10 +377,11 @@ def test_a_stopped_test_goes_on_with_the_cases_that_are_left(la, models, monkeyp
         scored(la, models, "--exp", "one")
     first = (results / "cases.csv").read_text()
     assert expected.startswith(first) and 1 < len(first.splitlines()) < len(expected.splitlines())
-    assert not (results / "summary.json").exists()
+    assert not (results / "summary.json").exists() and not (results / "report.html").exists()  # of the earlier test
+    assert not list(results.glob("*.png"))
     again = scored(la, models, "--exp", "one")
     assert calls == [2, 1] and "going on with a test that was stopped: 1 of 2 volumes are scored" in again
-    assert (results / "cases.csv").read_text() == expected
+    assert (results / "cases.csv").read_text() == expected and (results / "report.html").exists()
     assert whole.split("mean ± ")[1].split("written")[0] == again.split("mean ± ")[1].split("written")[0]
 
 

@@ -290,6 +290,57 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     assert set(broken["networks"]) == {"student_a", "student_b"} and broken["stage"] == "pre_train"
 
 
+@pytest.mark.parametrize(("part", "again"), [("", False), ("", True), ("pre_train", False), ("pre_train", True)])
+def test_a_folder_that_is_moved_while_training_stops_the_run_at_the_next_save(tmp_path, part, again):
+    """The run's folder or its stage's; another one may have taken its place."""
+    folder = tmp_path / "run"
+
+    class Moving(TinyStreams):
+        def batches(self, start, stop):
+            for i, batch in enumerate(super().batches(start, stop), start=1):
+                if i == 3:
+                    (folder / part).rename(tmp_path / "elsewhere")
+                    if again:
+                        (folder / part).mkdir()
+                yield batch
+
+    common = {"validate": None, "validate_at": (), "validated_on": "val", "config": {}}
+    settings = method(pre_iterations=6, save_every=2, log_every=1)
+    with pytest.raises(UserError, match="pre_train was moved, removed or replaced during training; nothing more"):
+        pretrain(tiny_learners(), Moving(), folder, settings, **common)
+    moved = tmp_path / "elsewhere" / ("" if part else "pre_train")
+    assert checkpoints.load(moved / "last.pth")["iteration"] == 2
+    assert not list(folder.rglob("*.pth"))
+    if again:
+        (folder / part).rmdir()
+    (tmp_path / "elsewhere").rename(folder / part)
+    pretrain(tiny_learners(), TinyStreams(), folder, settings, **common)
+    assert checkpoints.load(folder / "pre_train" / "last.pth")["iteration"] == 6
+
+
+def test_a_nan_before_the_first_save_says_how_to_start_again(tmp_path):
+    class Poisoned(TinyStreams):
+        def batches(self, start, stop):
+            for batch in super().batches(start, stop):
+                batch["u_a"][0, 0, 0, 0] = math.nan
+                yield batch
+
+    settings = method(pre_iterations=2, self_iterations=2, save_every=2, log_every=1)
+    common = {"validate": None, "validate_at": (), "validated_on": "val", "config": {}}
+    pretrain(tiny_learners(), TinyStreams(), tmp_path / "a", settings, **common)
+    with pytest.raises(UserError) as error:
+        self_train(tiny_learners(), Poisoned(), tmp_path / "a", settings, start_from="last", **common)
+    said = str(error.value)
+    assert "nothing of self_train was saved, nonfinite_1.pth holds this state" in said and "last finite" not in said
+    assert said.endswith(f"from its stage 1, give another --exp and --pretrained {tmp_path / 'a'}.")
+    way = {"start_from": "last", "pretrained": tmp_path / "a"}  # which works
+    self_train(tiny_learners(), TinyStreams(), tmp_path / "b", settings, **way, **common)
+    assert checkpoints.load(tmp_path / "b" / "self_train" / "last.pth")["iteration"] == 2
+    settings.pretrained = tmp_path / "a"
+    with pytest.raises(UserError, match=rf"and --pretrained {re.escape(str(tmp_path / 'a'))}\."):
+        self_train(tiny_learners(), Poisoned(), tmp_path / "c", settings, **way, **common)
+
+
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
     settings = method(pre_iterations=2)
     train(tmp_path, settings)

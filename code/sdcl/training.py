@@ -220,6 +220,7 @@ class _Loop:
             return
         first(lambda: checkpoints.check_best(self.folder, self.learners.best))
         record = StageRecord(self.folder, self._columns(), start + 1) if is_first() else NoRecord()
+        self.place = first(lambda: _place_of(self.folder))
         if note:
             LOGGER.warning("%s: %s", self.stage, note)
         LOGGER.info("%s: iterations %d to %d in %s", self.stage, start + 1, iterations, self.folder)
@@ -268,6 +269,8 @@ class _Loop:
         is_last = number == iterations
         is_validated = self.validations.score is not None and (is_last or number in self.validations.at)
         is_saved = is_last or is_validated or code or number % self.settings.save_every == 0 or is_due
+        if is_saved:
+            first(self._check_folder)
         if is_saved or number % self.settings.log_every == 0 or number - self.begun_at in (1, MEASURED):
             rows = self._read_losses()
             if is_saved:
@@ -378,18 +381,32 @@ class _Loop:
                 raise self._broken(self.learners.iteration, [f"weights of {role}"])
         check_weights(self.learners.networks.values())
 
+    def _check_folder(self) -> None:
+        """Stop the run where its folder is no longer the one that its records go to."""
+        if _place_of(self.folder) != self.place:
+            raise UserError(
+                f"{self.folder} was moved, removed or replaced during training; nothing more is saved: move it back "
+                "and give the same command again, which goes on from the last save."
+            )
+
     def _broken(self, number: int, wrong: list[str]) -> UserError:
         """Save the state for inspection and return what to tell of an iteration with values that are not finite."""
         cases = self.streams.names(number - 1)
         path = self.folder / f"nonfinite_{number}.pth"
+        first(self._check_folder)
         if is_first():
             checkpoints.save(self._payload() | {"iteration": number, "wrong": wrong, "cases": cases}, path)
         wait()
         batch = "; ".join(f"{stream}: {', '.join(names)}" for stream, names in cases.items())
+        is_saved = any((self.folder / name).exists() for name in (checkpoints.LAST, checkpoints.PREVIOUS))
+        kept = f"{self.folder} keeps the last finite checkpoint" if is_saved else f"nothing of {self.stage} was saved"
+        again = "Another --base_lr needs another --exp."
+        if self.stage == "self_train":
+            begin = getattr(self.settings, "pretrained", None) or self.folder.parent
+            again = f"To start self-training again from its stage 1, give another --exp and --pretrained {begin}."
         return UserError(
             f"{', '.join(wrong)} became nan or infinite at iteration {number} of {self.stage}, on the cases {batch}: "
-            f"lower --base_lr or check these cases; {self.folder} keeps the last finite checkpoint, {path.name} this "
-            "state."
+            f"lower --base_lr or check these cases; {kept}, {path.name} holds this state. {again}"
         )
 
     def _is_due(self) -> bool:
@@ -464,6 +481,15 @@ class _Loop:
             "%s: %.3f s an iteration (median of %d, validation apart), peak memory %.2f GiB",
             self.stage, float(np.median(self.seconds)), len(self.seconds), peak,
         )  # fmt: skip
+
+
+def _place_of(folder: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from another one of the same name; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def peak_memory_gib() -> float:

@@ -277,8 +277,8 @@ def _check_stages(config: Any, folder: Path, given: Training) -> dict[str, Any] 
         LOGGER.warning("NOTE: %s does not tell which labelled cases it was trained on.", where)
     elif labelled != checksum_of(given.lists["labelled"]):
         raise UserError(
-            f"{where} was trained on other labelled cases than these {config.labelnum}: choose a run of the same "
-            "lists, or restore the lists in data_split/."
+            f"{where} was trained on other labelled cases than these {config.labelnum}: choose another run, "
+            "or restore the lists in data_split/."
         )
     for name in ("seed", "patch_size"):
         theirs, ours = other_settings.get(name), as_plain(getattr(config, name))

@@ -127,8 +127,9 @@ class _Test:
             LOGGER.info(
                 "going on with a test that was stopped: %d of %d volumes are scored", len(done), len(self.cases)
             )
-        if is_first():
-            remove_written(self.folder / "summary.json")  # of an earlier test, which cases.csv no longer is of
+        if is_first():  # an earlier test's: cases.csv, which is written as cases are scored, will be of this one
+            for name in ("summary.json", "report.html", "cases.png", "metrics.png", "training.png"):
+                remove_written(self.folder / name)
         number = len(self.predictors.members)
         LOGGER.info("scoring %d predictors on %d volumes", number, len(self.cases) - len(done))
         waiting = share([case for case in self.cases if case.name not in done])
