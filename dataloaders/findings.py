@@ -162,8 +162,9 @@ def remarks(findings: Sequence[Finding], known: Counter[Duplicate], root: Path, 
     if trusted:
         lines.append(f"{len(trusted)} cases do not look like HU and were imported with --trust_hu: {few(trusted)}")
     volumes = [f for f in findings if len(f.shape) == 3]
-    if data_set.preprocessing.layout == "volume":
-        lines += filter(None, [unlike_cases({f.name: f.spacing for f in volumes if f.spacing})])
+    if data_set.files == "own":
+        files = {f.name: f.path for f in volumes}
+        lines += filter(None, [unlike_cases(files, data_set.preprocessing.layout == "volume")])
     thin = [f.name for f in volumes if 1 in f.shape]
     if thin:
         lines.append(f"{len(thin)} of {len(volumes)} volumes are a single slice: {few(thin)}")

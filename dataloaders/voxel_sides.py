@@ -9,7 +9,9 @@ import numpy as np
 
 from dataloaders.files import read_shape, read_spacing
 
-TOLERANCE = 1.25  # a ratio of sides beyond it changes how large a structure looks
+# Ratios beyond which structures look clearly larger or smaller to the networks. Fields of view of slices, which are
+# resized to one size, vary more from case to case than voxel sides do.
+TOLERANCE, TOLERANCE_2D = 1.25, 1.5
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class SideRange:
 
     def is_unlike(self, sides: Sequence[float]) -> bool:
         """Tell whether a scan's sides lie clearly beyond those of training."""
+        bound = TOLERANCE if len(self.low) == 3 else TOLERANCE_2D
         pairs = zip(sides, self.low, self.high, strict=True)
-        return any(side > high * TOLERANCE or side * TOLERANCE < low for side, low, high in pairs)
+        return any(side > high * bound or side * bound < low for side, low, high in pairs)
 
     def __str__(self) -> str:
         """Return the range as text, in mm."""
@@ -73,21 +76,29 @@ def range_of_files(paths: Iterable[Path], patch_size: Sequence[int]) -> SideRang
     return SideRange.of(sides)
 
 
-def unlike_cases(spacings: Mapping[str, Sequence[float]]) -> str:
-    """Return a warning where the voxel sides of a data set's volumes differ much from case to case, or "".
+def unlike_cases(files: Mapping[str, Path], is_3d: bool) -> str:
+    """Return a warning where the networks would see the cases of a data set unlike each other, or "".
 
     Args:
-        spacings: voxel sides in mm of each case, along the same axes.
+        files: the converted case of each name; those that give no spacing do not count.
+        is_3d: the networks see voxels; else slices that are resized to one size.
     """
-    names = list(spacings)
-    table = np.array([spacings[name] for name in names])
-    if len(names) < 2 or table.ndim != 2:
+    lengths: dict[str, tuple[float, ...]] = {}
+    for name, path in files.items():
+        spacing = read_spacing(path)
+        if spacing is not None and len(spacing) == 3:
+            lengths[name] = seen_sides(read_shape(path), spacing, (1, 1, 1) if is_3d else (1, 1))
+    if len(lengths) < 2:
         return ""
+    names, table = list(lengths), np.array(list(lengths.values()))
     axis = int(np.argmax(table.max(axis=0) / table.min(axis=0)))
     low, high = int(table[:, axis].argmin()), int(table[:, axis].argmax())
-    if table[high, axis] <= table[low, axis] * TOLERANCE:
+    if table[high, axis] <= table[low, axis] * (TOLERANCE if is_3d else TOLERANCE_2D):
         return ""
+    what = "voxel sides" if is_3d else "the sizes of slices"
+    why = "the networks see voxels only: import with --spacing_mm to make them alike"
+    why = why if is_3d else "each slice is resized to --patch_size: crop or pad the scans to make them alike"
     return (
-        f"voxel sides differ by case, from {table[low, axis]:.3g} mm ({names[low]}) to {table[high, axis]:.3g} mm "
-        f"({names[high]}), and the networks see voxels only: import with --spacing_mm to make them alike"
+        f"{what} differ by case, from {table[low, axis]:.3g} mm ({names[low]}) to {table[high, axis]:.3g} mm "
+        f"({names[high]}), and {why}"
     )

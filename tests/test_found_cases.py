@@ -20,7 +20,7 @@ from dataloaders.own import read_data_set
 from dataloaders.scans.joining import by_class, by_pattern, read_table
 from dataloaders.scans.patients import with_patients
 from dataloaders.scans.reading import few_whole_numbers, read_label
-from dataloaders.voxel_sides import SideRange, seen_sides, unlike_cases
+from dataloaders.voxel_sides import SideRange, seen_sides
 from sdcl.runs.errors import UserError
 
 AFFINE = np.diag([-1.5, -1.5, 3, 1])
@@ -361,9 +361,25 @@ def test_voxel_sides_are_compared_with_those_of_training(tmp_path):
     assert not range_.is_unlike((1.15, 1.5, 2.0)) and range_.is_unlike((1.1, 1.5, 2.0))
     assert SideRange.from_dict({"low": [1], "high": [1, 2]}) is None and SideRange.from_dict(None) is None
     assert seen_sides((8, 200, 100), (10, 1.5, 1.2), (50, 50)) == pytest.approx((6.0, 2.4))  # slices are resized
-    text = unlike_cases({"a": (1.5, 1.5, 1.5), "b": (3.0, 1.5, 1.5)})
-    assert "from 1.5 mm (a) to 3 mm (b)" in text and "--spacing_mm" in text
-    assert not unlike_cases({"a": (1.5, 1.5, 1.5), "b": (1.6, 1.5, 1.5)}) and not unlike_cases({"a": (1, 1, 1)})
+
+
+@pytest.mark.parametrize("layout", ["volume", "slices"])
+@pytest.mark.parametrize(("sides", "is_told"), [((1.5, 1.5), False), ((1.5, 1.6), False), ((1.5, 3.0), True)])
+def test_an_import_of_unlike_cases_is_told(tmp_path, said, layout, sides, is_told):
+    for k in range(4):
+        affine = np.diag([-sides[k % 2], -1.5, 3, 1])
+        save(tmp_path / "images" / f"c{k}.nii.gz", k, affine=affine)
+        save(tmp_path / "labels" / f"c{k}.nii.gz", k, label=True, affine=affine)
+    said()
+    where = {"images": tmp_path / "images", "labels": tmp_path / "labels", "slice_axis": "z"} | (
+        {"layout": "slices"} if layout == "slices" else {"slice_axis": None}
+    )
+    import_nifti(Config(tmp_path / "mine", ("zscore",), **where))
+    text = {
+        "volume": "voxel sides differ by case, from 1.5 mm",
+        "slices": "the sizes of slices differ by case, from 18 mm",
+    }
+    assert (text[layout] in said()) == is_told
 
 
 def test_a_scan_of_other_voxels_is_warned_of(tmp_path):
@@ -374,13 +390,3 @@ def test_a_scan_of_other_voxels_is_warned_of(tmp_path):
     assert "WARNING" not in predicted(run, tmp_path / "alike.nii.gz", tmp_path / "out")
     text = predicted(run, tmp_path / "coarse.nii.gz", tmp_path / "out")
     assert "the networks see voxels of 4×4 mm, and were trained on 1-1.2×1-1.2 mm" in text
-
-
-def test_an_import_of_unlike_voxels_is_warned_of_and_training_keeps_them(tmp_path, said):
-    for k, side in enumerate((1.5, 1.5, 3.0, 3.0)):
-        affine = np.diag([-side, -1.5, 3, 1])
-        save(tmp_path / "images" / f"c{k}.nii.gz", k, affine=affine)
-        save(tmp_path / "labels" / f"c{k}.nii.gz", k, label=True, affine=affine)
-    said()
-    import_nifti(Config(tmp_path / "mine", ("zscore",), images=tmp_path / "images", labels=tmp_path / "labels"))
-    assert "voxel sides differ by case, from 1.5 mm" in said()

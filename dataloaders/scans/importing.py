@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.datasets import find_file
-from dataloaders.files import read_sample, read_spacing
+from dataloaders.files import read_sample
 from dataloaders.own import DESCRIPTION, is_name
 from dataloaders.scans.alignment import TRUSTED, check_alignment
 from dataloaders.scans.channels import read_channels
@@ -107,10 +107,9 @@ def import_cases(config: Any, find: Callable[[], Cases]) -> None:
         target = find_file(config.output, name)
         jobs.append(Job(name, [target], run, images, label, made_by(how, labels, label)))
     convert(jobs, config.workers, config.overwrite)
-    if config.layout == "volume":
-        spacings = {name: read_spacing(find_file(config.output, name)) for name in cases}
-        if warning := unlike_cases({name: spacing for name, spacing in spacings.items() if spacing}):
-            LOGGER.warning("WARNING: %s.", warning)
+    files = {name: find_file(config.output, name) for name in cases}
+    if warning := unlike_cases(files, config.layout == "volume"):
+        LOGGER.warning("WARNING: %s.", warning)
     write_lists(config.output, config.layout, lists)
     write_text(config.output / DESCRIPTION, json.dumps(content, indent=2) + "\n", any_content=True, is_known=True)
     if config.by_index and (

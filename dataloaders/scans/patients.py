@@ -41,7 +41,7 @@ def with_patients(cases: Cases, config: Any) -> Cases:
     for source, found in (
         ("sub- in their names (BIDS)", _subjects(cases, config.images)),
         ("the PatientID of their DICOM files", _dicom_patients(cases)),
-        ("their folders", _folders(cases, config.images)),
+        ("their folders", {} if getattr(config, "described_by", None) else _folders(cases, config.images)),
     ):
         counts = Counter(found.values())
         if not counts or max(counts.values()) < 2:

@@ -55,7 +55,7 @@ def scans_of(
         raise UserError(f"--input {path} does not exist: check the path.")
     if path.is_file() and series is not None:
         raise UserError(f"--series chooses among the DICOM series of a folder, and --input {path} is a file.")
-    if path.is_file() and not channels:
+    if path.is_file() and (not channels or count_volumes(path) == len(channels)):  # a 4D file holds its channels
         return {name_of(path): (path,)}, {}
     if path.is_file():
         kind = is_picture if is_picture(path) else is_scan_file

@@ -23,7 +23,7 @@ OVERLAP = 1.2  # times the gap between all slices: slices beyond this thickness 
 MOST_PARTS = 20  # acquisitions of a series
 FEW_GAPS = 0.1  # of the gaps: up to so many wide ones are missing slices, more are variable spacing
 RESAMPLE = "dcm2niix writes an evenly spaced copy (its name ends with _Eq), which can be read; or resample in 3D Slicer"
-NAMED = 5  # files that a line about left-out ones names
+NAMED = 20  # files that a line about left-out ones names
 
 # What is left out, and why: said of one file and of several.
 NO_IMAGE = ("holds no image", "hold no image")
