@@ -137,6 +137,14 @@ def test_padding_of_an_enhanced_file_becomes_air(tmp_path):
     assert read_scan(tmp_path / "a").array.min() == int(values()[1:].min()) - 1024
 
 
+def test_padding_of_lossy_pixels_is_left_and_told(tmp_path, said):
+    array = values()
+    array[0] = 4000
+    header = with_header(PixelPaddingValue=4000, LossyImageCompression="01")
+    np.testing.assert_array_equal(read_scan(write(tmp_path / "a", array, change=header)).array, array)
+    assert "its padding (PixelPaddingValue 4000) is left as stored" in said()
+
+
 def test_a_label_map_has_no_padding(tmp_path):
     array = (values() > 200).astype(np.uint16)
     folder = write(tmp_path / "a", array, change=with_header(PixelPaddingValue=0))

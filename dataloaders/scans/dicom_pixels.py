@@ -62,8 +62,9 @@ def read_pixels(path: Path, header: Header) -> Pixels:
             f"{path} holds {'×'.join(map(str, stored.shape[::-1]))} pixels where its header says "
             f"{header.shape[0]}×{header.shape[1]}×{header.count}: export the series again."
         )
-    is_exact = header.syntax not in LOSSY and str(data.get("LossyImageCompression") or "00") != "01"
-    is_padding, padding = _padding(data, cells, stored) if is_exact else (None, "")  # lossy: padding has many values
+    is_padding, padding = _padding(data, cells, stored)
+    if header.syntax in LOSSY or str(data.get("LossyImageCompression") or "00") == "01":
+        is_padding = None  # padding has many values after a lossy compression
     frames = [_rescaled(stored[k], *rescale_of(data, k)) for k in range(header.count)]
     return Pixels(np.stack(frames).T, None if is_padding is None else is_padding.T, padding)
 

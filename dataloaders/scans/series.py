@@ -349,6 +349,9 @@ def _fill_padding(where: Path, array: np.ndarray, pictures: Sequence[tuple[Pixel
     """Give padding voxels (PixelPaddingValue) the least value of the others, in place, and log it."""
     padded = [(k, pixels, number) for k, (pixels, number) in enumerate(pictures) if pixels.is_padding is not None]
     if not padded:
+        lossy = next((pixels.padding for pixels, _ in pictures if pixels.padding), "")
+        if lossy:
+            LOGGER.info("NOTE: %s: its padding (%s) is left as stored, since its compression is lossy", where, lossy)
         return
     is_padding = np.zeros(array.shape, bool)
     for k, pixels, number in padded:
