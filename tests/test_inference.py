@@ -96,3 +96,38 @@ def test_a_gaussian_window_has_its_width_and_its_middle(patch):
     assert width.item() == pytest.approx(patch / 8, rel=0.02)  # its standard deviation, an eighth of the window
     assert profile.min() == pytest.approx(1e-3)  # so that no voxel has the weight 0
     assert window_profile(patch, "constant").tolist() == [1.0] * patch
+
+
+class Recording(nn.Module):
+    """A network of two parts that keeps the modes in which it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.dropout, self.modes = nn.Conv3d(1, 2, 1), nn.Dropout(), []
+
+    def forward(self, x):
+        self.modes.append((self.training, self.dropout.training))
+        x = self.dropout(x)
+        return self.layer(x) if x.ndim == 5 else self.layer(x[:, :, None])[:, :, 0]
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_networks_are_in_eval_mode_meanwhile_and_get_their_own_modes_back(weights):
+    """Each module its own: a dropout that the caller has switched off stays off."""
+    networks = [Recording().train(), Recording().train(weights)]
+    networks[0].dropout.eval()
+    volume = np.zeros((4, 4, 4), np.float32)
+    sliding_window(networks, volume, (4, 4, 4), (2, 2, 2), 2, tta=weights)
+    slice_wise(networks, volume, (4, 4), 2)
+    assert all(mode == (False, False) for network in networks for mode in network.modes) and networks[0].modes
+    assert [(n.training, n.dropout.training, n.layer.training) for n in networks] == [
+        (True, False, True), (weights, weights, weights),
+    ]  # fmt: skip
+
+    def fail(*_):
+        raise RuntimeError
+
+    networks[0].layer.forward = fail
+    with pytest.raises(RuntimeError):
+        slice_wise(networks, volume, (4, 4), 2)
+    assert networks[0].training and not networks[0].dropout.training

@@ -8,15 +8,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from sdcl.scoring import charts, viewer
 from sdcl.scoring.charts import binned, bland_altman, inked
-from sdcl.scoring.comparison import Entry, make_rows, scores_of
+from sdcl.scoring.comparison import VOLUMES, Entry, make_rows, scores_of
 from sdcl.scoring.evaluation import Case, Task
+from sdcl.scoring.figures import save_figure
 from sdcl.scoring.matrix_page import Compared, ranked
 from sdcl.scoring.page import Page, embedded, sections_of, svg_of, write_page
-from sdcl.scoring.viewer import Shown
+from sdcl.scoring.viewer import Shown, read_viewer
 
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "a\"'&<b>$x$", "plain"]
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
@@ -252,6 +254,72 @@ def test_too_many_points_are_the_structures_means(monkeypatch):
     monkeypatch.setattr("sdcl.scoring.page.MOST_POINTS", 20)
     _, points, *_ = sections_of(page)
     assert points.title == "Each case (the mean of its structures)" and list(points.charts[0][1].points) == ["dice-0-0"]
+
+
+def many(number):
+    """A page of so many cases with one row."""
+    names = [f"case{k:02d}" for k in range(number)]
+    shown = [Shown(name, *case_of(name)) for name in names]
+    rows = [
+        {"structure": s, "case": name, "empty": False, "dice": 0.5 + 0.01 * k, "jaccard": 0.4, "voxels": 100 + k,
+         "hd95": 3.0, "asd": 1.0, "hd95_mm": 3.0, "asd_mm": 1.0, "reference_voxels": 100, "ml": 1.0,
+         "reference_ml": 1.0}
+        for k, name in enumerate(names) for s in ("one", "two")
+    ]  # fmt: skip
+    scores, empty = scores_of(rows)
+    entries = [Entry("sdcl", 7, "mean", {1: scores}, {1: empty}, (1,))]
+    cells = make_rows(entries, str, "sdcl/mean")
+    return Page("t", [], entries, cells, viewer.viewer(shown, task(), []), order=names)
+
+
+def test_a_page_of_many_cases_keeps_to_its_size_and_says_what_it_leaves_out(tmp_path, monkeypatch):
+    page = many(30)
+    monkeypatch.setattr("sdcl.scoring.page.MOST_POINTS", 60)
+    monkeypatch.setattr("sdcl.scoring.page.MOST_CELLS", 120)
+    volumes, points, *_ = sections_of(page)
+    assert points.title == "Each case (the mean of its structures; 10 of 30 cases are drawn)"
+    assert volumes.title == "Volume, predicted against reference"
+    names = points.charts[0][1].points["dice-0-0"]
+    assert len(names) == 10 and [name.split(",")[0] for name in names][:3] == ["case00", "case01", "case02"]
+    (mean,) = {line.get_segments()[0][0][1] for line in points.charts[0][1].figure.axes[0].collections[1:]}
+    assert mean == pytest.approx(0.5 + 0.01 * 14.5)  # of all cases, drawn or not
+    assert (
+        points.tables[0].title.endswith("mean; the first 20 of 30, cases.csv has all")
+        and len(points.tables[0].lines) == 21
+    )
+    monkeypatch.setattr("sdcl.scoring.page.MOST_POINTS", 20)
+    assert sections_of(page)[0].title == "Volume, predicted against reference; 10 of 30 cases are drawn"
+
+    write_page(tmp_path, page)
+    whole = (tmp_path / "report.html").read_text(encoding="utf-8")
+    bound = len(whole) - 8_000
+    monkeypatch.setattr("sdcl.scoring.page.MOST_BYTES", bound)
+    write_page(tmp_path, page)
+    smaller = (tmp_path / "report.html").read_text(encoding="utf-8")
+    kept = len(read_viewer(tmp_path / "report.html")["cases"])
+    assert len(smaller.encode()) <= bound and 3 <= kept < 30
+    assert f"{30 - kept} more cases are left out, so that this page stays small." in smaller
+    monkeypatch.setattr("sdcl.scoring.page.MOST_BYTES", 10_000)
+    write_page(tmp_path, page)
+    assert "more than the 0.01 MB it should have." in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(read_viewer(tmp_path / "report.html")["cases"]) == 3
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_the_font_lacks_give_no_warning(tmp_path):
+    name = "患者\u0e01"
+    shown = [Shown(name, *case_of(name))]
+    numbers = ("dice", "jaccard", "hd95", "asd", "hd95_mm", "asd_mm", *VOLUMES)
+    scores, empty = scores_of([{"structure": "心", "case": name, "empty": False} | dict.fromkeys(numbers, 0.5)])
+    entries = [Entry(name, 7, "mean", {1: scores}, {1: empty}, (1,))]
+    cells = make_rows(entries, str, f"{name}/mean")
+    write_page(
+        tmp_path, Page(name, [], entries, cells, viewer.viewer(shown, task(), []), curves=curves(), order=[name])
+    )
+    figure = Figure()
+    figure.suptitle(name)
+    save_figure(figure, tmp_path / "a.png")
+    assert name in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 # --- what it does ---

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import method
+from helpers import ROOT, method
 
 from dataloaders.cache import Decoding
 from dataloaders.files import read_list
@@ -21,10 +22,12 @@ from sdcl import checkpoints
 from sdcl.methods.sdcl import self_train_step
 from sdcl.networks import build_network
 from sdcl.runs.atomic import claimed, replacing, write_text
-from sdcl.runs.config import run_script
+from sdcl.runs.config import processes, run_script
+from sdcl.runs.distribution import places
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import Reads, open_run, read_config, trained_among
 from sdcl.runs.records import StageRecord
+from sdcl.runs.slurm import nodes_of_job
 from sdcl.runs.written_files import RECORD
 from sdcl.steps import add_teacher, make_learners
 from sdcl.training import pretrain
@@ -75,6 +78,29 @@ def test_a_run_goes_on_with_the_same_cases_alone(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["lists"]
     with pytest.raises(UserError, match="holds a run on data that were preprocessed in another way .*choose another"):
         open_run(tmp_path, CONFIG, Reads(lists, {"preprocessing": {"normalise": "ct"}}), CPU)
+
+
+def test_going_on_with_another_machine_is_told(tmp_path, said):
+    reads = Reads({"labelled": ["a"]}, {})
+    open_run(tmp_path, CONFIG, reads, CPU)
+    said()
+    open_run(tmp_path, CONFIG, reads, CPU)
+    assert "goes on with" not in said()
+    kept = json.loads((tmp_path / "config.json").read_text())
+    now = kept["resumed"][-1]
+    torch_now, threads, device = now["packages"]["torch"], now["threads"], now["device"]
+    for change, told in (
+        ({"threads": 64}, f"threads {threads} instead of 64"),
+        ({"packages": {"torch": "1.0"}}, f"PyTorch {torch_now} instead of 1.0"),
+        ({"device": "Other GPU"}, f"device {device} instead of Other GPU"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(kept | {"resumed": [now | change]}))
+        open_run(tmp_path, CONFIG, reads, CPU)
+        assert f"NOTE: this run goes on with {told}: its numbers may differ in last digits." in said()
+    for old in ({}, {"packages": None, "threads": None}):  # of an earlier version, which kept less
+        (tmp_path / "config.json").write_text(json.dumps(kept | {"environment": old, "resumed": []}))
+        open_run(tmp_path, CONFIG, reads, CPU)
+        assert "goes on with" not in said()
 
 
 def test_a_run_knows_what_it_was_trained_on(tmp_path):
@@ -250,6 +276,40 @@ def test_what_devices_and_other_processes_say_ends_in_a_sentence(said, told, mon
     monkeypatch.setattr("os._exit", ended.append)  # at once, since the others are not waited for
     run_script(main, object)
     assert ended == [1] and capsys.readouterr().err == str(error.value).replace("error", "error in process 2", 1) + "\n"
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_variable_of_the_environment_is_none(value, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_NUM_NODES", "SLURM_PROCID"):
+        monkeypatch.setenv(name, value)
+    assert processes() == nodes_of_job() == 1 and places() == (0, 1, 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # RANK is empty: nobody started two processes
+    assert places() == (0, 1, 0)
+
+
+def test_a_variable_that_is_no_number_is_named(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(SystemExit) as error:
+        run_script(lambda config: None, object)
+    assert str(error.value) == "error: the environment variable WORLD_SIZE is 'two', not a whole number: unset it."
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(UserError, match="the environment variable RANK is 'x'"):
+        places()
+
+
+def test_ctrl_c_while_a_script_imports_ends_without_a_traceback(tmp_path):
+    """The slow import is made to send the signal itself."""
+    slow = tmp_path / "tyro"
+    slow.mkdir()
+    (slow / "__init__.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n")
+    script = ROOT / "code" / "LA_train.py"
+    code = "import sys, runpy; sys.path.insert(0, sys.argv[1]); runpy.run_path(sys.argv[2], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(tmp_path), str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode in (-signal.SIGINT, 130) and "Traceback" not in done.stderr + done.stdout
+    assert not done.stderr
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

@@ -1,5 +1,6 @@
 """From a volume to each network's class probabilities: slice by slice, or window by window."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -46,8 +47,20 @@ def nearest_zoom(array: np.ndarray, size: Sequence[int], fill: float | np.ndarra
     return zoomed
 
 
+@contextlib.contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[nn.Module]:
+    """Put a network into eval mode while the block runs; each of its modules gets its own mode back."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield network
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
+
+
 def predict(networks: Sequence[nn.Module], images: Tensor, precision: str = "fp32") -> list[Tensor]:
-    """Run networks in eval mode without gradient.
+    """Run networks in eval mode without gradient; afterwards they are in the mode that they were in.
 
     Args:
         networks: each maps (N, channels, *S) to logits (N, C, *S).
@@ -58,7 +71,11 @@ def predict(networks: Sequence[nn.Module], images: Tensor, precision: str = "fp3
         Each network's probabilities, float32 (N, C, *S), on the device.
     """
     with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return [torch.softmax(network.eval()(images).float(), dim=1) for network in networks]
+        found = []
+        for network in networks:
+            with in_eval_mode(network):
+                found.append(torch.softmax(network(images).float(), dim=1))
+        return found
 
 
 def mean_of(outputs: Sequence[np.ndarray]) -> np.ndarray:

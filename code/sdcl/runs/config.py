@@ -16,9 +16,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import tyro
+from sdcl.runs.interrupt import end_quietly  # first, since the next import takes a while
 
-from sdcl.runs.errors import UserError
+end_quietly()
+
+import tyro  # noqa: E402
+
+from sdcl.runs.errors import UserError  # noqa: E402
 
 Config = TypeVar("Config")
 POSITIVE_FIELDS = (
@@ -79,8 +83,25 @@ def ramp_length(rampup: int | None, iterations: int) -> int:
 
 def processes() -> int:
     """Return how many processes torchrun, or else an srun, has started for this run, by the environment."""
-    given = os.environ
-    return int(given["WORLD_SIZE"] if {"RANK", "WORLD_SIZE"} <= set(given) else given.get("SLURM_STEP_NUM_TASKS", 1))
+    named = "WORLD_SIZE" if env_text("RANK") and env_text("WORLD_SIZE") else "SLURM_STEP_NUM_TASKS"
+    return env_number(named, 1)
+
+
+def env_text(name: str) -> str:
+    """Return an environment variable; an empty one counts as not set."""
+    return os.environ.get(name, "").strip()
+
+
+def env_number(name: str, otherwise: int) -> int:
+    """Return an environment variable's whole number, or another one where it is not set.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    text = env_text(name)
+    if text and not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}, not a whole number: unset it.")
+    return int(text) if text else otherwise
 
 
 def run_script(main: Callable[[Any], None], config_class: type) -> None:
@@ -92,6 +113,7 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
     """
     make_output_safe()
     try:
+        processes()  # for its refusal
         main(parse(config_class, sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -99,15 +121,16 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         end_if_output_is_closed()
         raise
     except Exception as error:
-        end_if_output_is_closed()
+        if isinstance(error, BrokenPipeError):
+            end_if_output_is_closed()
         told = _told(error)
-        if processes() == 1:
+        if _are_alone():
             if told is None:
                 raise
             sys.exit(f"error: {told}")
         if told is None:
             traceback.print_exc()
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        rank = env_text("RANK") or env_text("SLURM_PROCID") or "0"
         who = "error" if rank == "0" else f"error in process {rank}"
         print(f"{who}: {told or error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -124,6 +147,13 @@ def end_if_output_is_closed() -> None:
     if is_closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end
         sys.exit(141)  # as a shell reports the signal that would have ended it
+
+
+def _are_alone() -> bool:
+    try:
+        return processes() == 1
+    except UserError:
+        return True
 
 
 def _told(error: Exception) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sdcl import ranks
+from sdcl.runs.config import env_text
 from sdcl.runs.distribution import places
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -56,7 +57,7 @@ def select_device(device: str, gpu: int) -> torch.device:
             LOGGER.info("NOTE: --device auto finds no GPU that PyTorch can use%s: the CPU computes.", reason)
         return torch.device("cpu")
     number = gpu + places()[2]
-    if "RANK" not in os.environ and torch.cuda.device_count() == 1:
+    if not env_text("RANK") and torch.cuda.device_count() == 1:
         number = gpu  # srun has given each task a GPU of its own
     if number >= torch.cuda.device_count():
         what = f"--gpu is {gpu}" if number == gpu else f"process {number - gpu} of this machine asks for GPU {number}"

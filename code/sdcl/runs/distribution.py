@@ -1,6 +1,5 @@
 """One run in several processes, as torchrun starts them: who this one is, and what they decide together."""
 
-import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -11,7 +10,7 @@ from torch import distributed as dist
 from torch import nn
 
 from sdcl import ranks
-from sdcl.runs.config import processes
+from sdcl.runs.config import env_number, env_text, processes
 from sdcl.runs.errors import UserError
 
 T = TypeVar("T")
@@ -29,17 +28,17 @@ def places() -> tuple[int, int, int]:
     Raises:
         UserError: srun started several tasks that do not know of each other.
     """
-    given, count = os.environ, processes()
+    count = processes()
     if count == 1:
         return 0, 1, 0
-    if "RANK" in given:
-        return int(given["RANK"]), count, int(given.get("LOCAL_RANK", 0))
-    if not {"MASTER_ADDR", "MASTER_PORT"} <= set(given):
+    if env_text("RANK"):
+        return env_number("RANK", 0), count, env_number("LOCAL_RANK", 0)
+    if not (env_text("MASTER_ADDR") and env_text("MASTER_PORT")):
         raise UserError(
             f"srun starts {count} tasks, each of which would train this whole run: set MASTER_ADDR and MASTER_PORT "
             "(docs/scaling.md), or for runs that are not one RANK=0 and WORLD_SIZE=1."
         )
-    return int(given["SLURM_PROCID"]), count, int(given["SLURM_LOCALID"])
+    return env_number("SLURM_PROCID", 0), count, env_number("SLURM_LOCALID", 0)
 
 
 def join(device_type: str) -> None:

@@ -200,6 +200,20 @@ class Reads:
     pretrained: dict[str, Any] | None = None
 
 
+def _differing_environments(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say which of the things that change a run's last digits differ between two starts, as far as both tell."""
+
+    def told(environment_: Mapping[str, Any]) -> dict[str, Any]:
+        packages = environment_.get("packages")
+        version = packages.get("torch") if isinstance(packages, dict) else None
+        values = {"PyTorch": version, "device": environment_.get("device"), "threads": environment_.get("threads")}
+        return values | {"processes": environment_.get("processes")}
+
+    one, other = told(earlier), told(now)
+    names = [name for name in one if None not in (one[name], other[name]) and one[name] != other[name]]
+    return ", ".join(f"{name} {other[name]} instead of {one[name]}" for name in names)
+
+
 def checksum_of(cases: Sequence[str]) -> str:
     """Return the checksum of a list of cases that config.json keeps."""
     return hashlib.sha256("\n".join(cases).encode()).hexdigest()
@@ -253,6 +267,9 @@ def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.
             )  # fmt: skip
             content["config"] |= {"self_iterations": asked, "rampup": config.get("rampup")}  # as it was, made explicit
             content.setdefault("lengthened", []).append({"from": done, "to": asked})
+        earlier = [content.get("environment"), *content["resumed"]][-1]
+        if isinstance(earlier, dict) and (changed_machine := _differing_environments(earlier, now)):
+            LOGGER.info("NOTE: this run goes on with %s: its numbers may differ in last digits.", changed_machine)
         content["resumed"].append(now)
     check_replaceable(path, *(file for kind in STAGE_FILES for file in folder.glob(kind)))
     write_text(path, json.dumps(content, indent=2) + "\n", any_content=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcl.runs.atomic import write_text
+from sdcl.runs.config import env_number
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 from sdcl.runs.matrix import words_of
@@ -87,7 +88,7 @@ def flags_of(config: Any) -> list[str]:
 
 def nodes_of_job() -> int:
     """Return how many nodes this process's SLURM job has; 1 outside of one."""
-    return int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+    return env_number("SLURM_JOB_NUM_NODES", 1)
 
 
 def check_processes(processes: int, slots: int) -> None:

@@ -3,7 +3,7 @@
 import csv
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +80,15 @@ def structures_of(entries: Sequence[Entry]) -> list[str]:
     return [structure for structure in found if structure != MEAN]
 
 
-def bland_altman(entry: Entry) -> Chart | None:
+def bland_altman(entry: Entry, drawn: Collection[str] | None = None) -> Chart | None:
     """Draw predicted minus reference volume against their mean, a panel a structure (Bland and Altman 1986).
 
     Each seed's prediction of a case is a point of its own. In ml where the spacing of every case is known, else in
     voxels; None where no volumes are known, as of tests of earlier versions.
+
+    Args:
+        entry: the row of the table.
+        drawn: cases whose points are drawn; None: all. The lines are of all cases.
     """
     structures = structures_of([entry])
     of_structure = {
@@ -105,13 +109,16 @@ def bland_altman(entry: Entry) -> Chart | None:
     for k, (plot, structure) in enumerate(zip(plots, structures, strict=False)):
         pairs = of_structure[unit][structure]
         difference = np.array([ours - theirs for ours, theirs in pairs.values()])
-        middle = [(ours + theirs) / 2 for ours, theirs in pairs.values()]
+        shown = {(c, seed): both for (c, seed), both in pairs.items() if drawn is None or c in drawn}
+        middle = [(ours + theirs) / 2 for ours, theirs in shown.values()]
+        heights = [ours - theirs for ours, theirs in shown.values()]
         points[f"volumes-{k}"] = [
-            f"{name}: {ours:.4g} {unit} predicted, {theirs:.4g} in the reference"
-            for name, (ours, theirs) in pairs.items()
+            f"{case if len(entry.scores) == 1 else f'{case}, seed {seed}'}: {ours:.4g} {unit} predicted, "
+            f"{theirs:.4g} in the reference"
+            for (case, seed), (ours, theirs) in shown.items()
         ]
         plot.scatter(
-            middle, difference, s=26, color=colours[k], edgecolor=INK, linewidths=0.4, gid=f"volumes-{k}", zorder=3
+            middle, heights, s=26, color=colours[k], edgecolor=INK, linewidths=0.4, gid=f"volumes-{k}", zorder=3
         )
         said = "no volumes"
         if len(difference):
@@ -134,19 +141,25 @@ def bland_altman(entry: Entry) -> Chart | None:
     return Chart(figure, points, caption)
 
 
-def _volumes(entry: Entry, unit: str, structure: str) -> dict[str, tuple[float, float]]:
-    """Return each case's (and of several seeds each seed's) predicted and reference volume, where both are known."""
+def _volumes(entry: Entry, unit: str, structure: str) -> dict[tuple[str, int], tuple[float, float]]:
+    """Return each case's and seed's predicted and reference volume, where both are known."""
     found = {}
     for seed, scores in entry.scores.items():
         theirs = scores.get((f"reference_{unit}", structure), {})
         for case, ours in scores.get((unit, structure), {}).items():
             if not math.isnan(ours) and not math.isnan(theirs.get(case, math.nan)):
-                found[case if len(entry.scores) == 1 else f"{case}, seed {seed}"] = ours, theirs[case]
+                found[case, seed] = ours, theirs[case]
     return found
 
 
-def case_points(entries: Sequence[Entry], metric: str) -> Chart:
-    """Draw each case as a point, a column a row of the table and a panel a structure; lines join a case's points."""
+def case_points(entries: Sequence[Entry], metric: str, drawn: Collection[str] | None = None) -> Chart:
+    """Draw each case as a point, a column a row of the table and a panel a structure; lines join a case's points.
+
+    Args:
+        entries: the rows of the table.
+        metric: of tables.METRICS.
+        drawn: cases whose points are drawn; None: all. The means are over all cases.
+    """
     structures = structures_of(entries)
     structures = [MEAN, *structures] if len(structures) != 1 else structures
     columns = min(len(structures), 2)
@@ -158,12 +171,13 @@ def case_points(entries: Sequence[Entry], metric: str) -> Chart:
         plot.remove()
     for k, (plot, structure) in enumerate(zip(plots, structures, strict=False)):
         values = [by_case(entry, metric, structure) for entry in entries]
-        for case in dict.fromkeys(case for each in values for case in each):
+        for case in dict.fromkeys(case for each in values for case in each if drawn is None or case in drawn):
             plot.plot([each.get(case, math.nan) for each in values], color=INK, linewidth=0.5, alpha=0.25, zorder=1)
         for i, (entry, each) in enumerate(zip(entries, values, strict=True)):
             gid, (colour, _) = f"{metric}-{k}-{i}", row_style(i)
-            plot.scatter([i] * len(each), list(each.values()), s=20, color=colour, linewidths=0, gid=gid, zorder=2)
-            points[gid] = [f"{case}, {_name(entry)}, {structure}: {value:.4g}" for case, value in each.items()]
+            shown = {case: value for case, value in each.items() if drawn is None or case in drawn}
+            plot.scatter([i] * len(shown), list(shown.values()), s=20, color=colour, linewidths=0, gid=gid, zorder=2)
+            points[gid] = [f"{case}, {_name(entry)}, {structure}: {value:.4g}" for case, value in shown.items()]
             if each:
                 plot.hlines(statistics.fmean(each.values()), i - 0.3, i + 0.3, color=INK, linewidth=1.6, zorder=3)
         plot.set_xticks(range(len(entries)), [_name(e) for e in entries], rotation=35, ha="right", fontsize=7)

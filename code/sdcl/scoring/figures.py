@@ -1,7 +1,9 @@
 """The pictures: cases with their label maps, the doctor's contours, a scan's prediction, metrics as points."""
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -236,5 +238,14 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, whole or not at all; texts are no formulas."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # two $ in a case's name are no formula
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, without_glyph_warnings():
         figure.savefig(temporary)
+
+
+@contextlib.contextmanager
+def without_glyph_warnings() -> Iterator[None]:
+    """Keep matplotlib's warnings of letters that its font lacks, which it draws as boxes, from the terminal."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph ")
+        warnings.filterwarnings("ignore", message="Matplotlib currently does not support")  # some scripts
+        yield

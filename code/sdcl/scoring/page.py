@@ -4,7 +4,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from sdcl.scoring.charts import (
     training,
 )
 from sdcl.scoring.comparison import Entry, Row, lines_of
-from sdcl.scoring.figures import save_figure
+from sdcl.scoring.figures import save_figure, without_glyph_warnings
 from sdcl.scoring.tables import MEAN, METRICS, digits_of
 
 PAGE, CURVES = "report.html", "training.png"
@@ -37,7 +37,10 @@ ASSETS = Path(__file__).with_name("assets")
 SVG = "http://www.w3.org/2000/svg"
 LINK = "{http://www.w3.org/1999/xlink}href"
 CURVE = re.compile(r"curve-(?P<row>\d+)-")
-MOST_POINTS = 4_000  # of all charts of cases; beyond it they show the mean of the structures alone
+MOST_POINTS = 4_000  # of all charts of cases; beyond it they show only the mean of the structures, then fewer cases
+MOST_CELLS = 30_000  # of all tables of cases
+MOST_BYTES = 5_000_000  # of the page
+LEAST_CASES = 3  # in the viewer: worst, median, best
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,40 @@ def write_page(folder: Path, page: Page) -> list[str]:
         "js": Markup((ASSETS / "report.js").read_text("utf-8")),  # noqa: S704 - ours
     }  # fmt: skip
     template = environment.get_template("report.html")
+
+    def render() -> str:
+        if page.viewer:
+            content["viewer"] = embedded(page.viewer)
+        return template.render(content | {"page": page})
+
     if page.viewer:
-        scored = [one | {"scores": _scores(page, one["name"])} for one in page.viewer["cases"]]
-        content["viewer"] = embedded(page.viewer | {"cases": scored})
-    write_text(folder / PAGE, template.render(content))
+        scores = _scores(page)
+        cases = [one | {"scores": scores(one["name"])} for one in page.viewer["cases"]]
+        page = replace(page, viewer={**page.viewer, "cases": cases})
+    text = render()
+    if page.viewer and len(text) > MOST_BYTES:  # ASCII but for names, so that letters are bytes
+        page = replace(page, viewer=_smaller(page.viewer, len(text) - MOST_BYTES))
+        text = render()
+    if len(text.encode()) > MOST_BYTES:
+        size = f"This page has {len(text.encode()) / 1e6:.1f} MB, more than the {MOST_BYTES / 1e6:g} MB it should have."
+        page = replace(page, head=[*page.head, size])
+        text = render()
+    write_text(folder / PAGE, text)
     chart = training(page.curves)
     if chart is None:
         return [PAGE]
     save_figure(chart.figure, folder / CURVES)
     return [PAGE, CURVES]
+
+
+def _smaller(viewer: dict[str, Any], excess: int) -> dict[str, Any]:
+    """Leave out the viewer's last cases until so many bytes are saved, but not the first three."""
+    kept = list(viewer["cases"])
+    while excess > -200 and len(kept) > LEAST_CASES:  # the sentence below takes some
+        excess -= len(embedded(kept.pop()))
+    left_out = len(viewer["cases"]) - len(kept)
+    said = f"{viewer['said']} {left_out} more cases are left out, so that this page stays small."
+    return {**viewer, "cases": kept, "said": said}
 
 
 @dataclass(frozen=True)
@@ -161,11 +189,19 @@ def sections_of(page: Page) -> list[Section]:
 
     whole = [entry for entry in page.entries if entry.scores]
     reference = next((row.reference for row in page.rows if row.reference), "")
-    volumes = [(named(e, f"{e.method}/{e.predictor}"), chart) for e in whole if (chart := bland_altman(e)) is not None]
+    per_case = sum(len(structures_of([e])) * len(e.scores) for e in whole)
+    some, few = _cases_to_draw(page, whole, per_case)
+    charts = [(named(e, f"{e.method}/{e.predictor}"), bland_altman(e, some)) for e in whole]
+    volumes = [(name, chart) for name, chart in charts if chart is not None]
     groups = [[entry for entry in whole if entry.labelnum == count] for count in counts]
     groups = [group for group in groups if group]
     drawn, of_cases = _bounded(groups, len(metrics))
-    points = [(named(group[0], METRICS[m]), case_points(group, m)) for m in metrics for group in drawn]
+    if drawn is not groups:  # the means alone
+        some, fewer = _cases_to_draw(page, whole, len(whole) * len(metrics))
+        of_cases = of_cases.replace(")", f"{fewer})")
+        points = [(named(group[0], METRICS[m]), case_points(group, m, some)) for m in metrics for group in drawn]
+    else:
+        points = [(named(group[0], METRICS[m]), case_points(group, m)) for m in metrics for group in drawn]
     shown = MEAN if any(row.structure == MEAN for row in page.rows) else next((r.structure for r in page.rows), MEAN)
     intervals, tables = [], []
     for metric in metrics:
@@ -175,8 +211,8 @@ def sections_of(page: Page) -> list[Section]:
             intervals.append((title, forest(mine, metric, shown)))
             tables.append(Table(title, lines_of(mine, metric, group[0].labelnum), metric == "dice"))
     sections = [
-        *[Section("volumes", "Volume, predicted against reference", _first(volumes, reference))] * bool(volumes),
-        Section("points", of_cases, points, tables=[_case_table(page, metric) for metric in metrics]),
+        *[Section("volumes", f"Volume, predicted against reference{few}", _first(volumes, reference))] * bool(volumes),
+        Section("points", of_cases, points, tables=[_case_table(page, metric, len(metrics)) for metric in metrics]),
         Section("table", "The table", intervals, tables=tables),
     ]
     chart = training(page.curves)
@@ -218,8 +254,32 @@ def _bounded(groups: Sequence[Sequence[Entry]], metrics: int) -> tuple[Sequence[
     return [[of_mean(entry) for entry in group] for group in groups], "Each case (the mean of its structures)"
 
 
-def _case_table(page: Page, metric: str) -> Table:
-    """Return each case's score under each row."""
+def _cases_to_draw(page: Page, entries: Sequence[Entry], per_case: int) -> tuple[Collection[str] | None, str]:
+    """Choose the cases whose points are drawn where all would be too many: the first three, and of the rest every k-th.
+
+    Args:
+        page: its order of the cases is from the worst to the best, but for the first three.
+        entries: the rows of the table.
+        per_case: number of points of a case.
+
+    Returns:
+        The cases, None for all, and what is to be said of it.
+    """
+    known = dict.fromkeys(
+        case for e in entries for by in e.scores.values() for values in by.values() for case in values
+    )
+    names = [*(name for name in page.order if name in known), *(name for name in known if name not in set(page.order))]
+    most = max(MOST_POINTS // max(per_case, 1), LEAST_CASES)
+    if len(names) <= most:
+        return None, ""
+    rest = names[LEAST_CASES:]
+    step = len(rest) / max(most - LEAST_CASES, 1)
+    chosen = {*names[:LEAST_CASES], *(rest[int(k * step)] for k in range(most - LEAST_CASES))}
+    return chosen, f"; {len(chosen)} of {len(names)} cases are drawn"
+
+
+def _case_table(page: Page, metric: str, metrics: int) -> Table:
+    """Return each case's score under each row, of so many metrics' tables."""
     whole = [entry for entry in page.entries if entry.scores]
     structures = {structure for e in whole for scores in e.scores.values() for _, structure in scores}
     shown = MEAN if MEAN in structures else next(iter(structures), MEAN)
@@ -227,18 +287,22 @@ def _case_table(page: Page, metric: str) -> Table:
     several = len({entry.labelnum for entry in whole}) > 1
     head = [f"{e.method}/{e.predictor}" + (f", {e.labelnum} labelled" if several else "") for e in whole]
     cases = [*page.order, *sorted({case for each in values for case in each} - set(page.order))]
-    lines = [[case, *(_number(each.get(case), metric) for each in values)] for case in cases]
-    return Table(f"{METRICS[metric]} of each case, {shown}", [["case", *head], *lines])
+    most = max(MOST_CELLS // (max(len(whole), 1) * metrics), LEAST_CASES)
+    lines = [[case, *(_number(each.get(case), metric) for each in values)] for case in cases[:most]]
+    less = f"; the first {most} of {len(cases)}, cases.csv has all" if most < len(cases) else ""
+    return Table(f"{METRICS[metric]} of each case, {shown}{less}", [["case", *head], *lines])
 
 
-def _scores(page: Page, case: str) -> list[list[str]]:
-    """Return what stands beside a case's pictures: each row's Dice by structure."""
+def _scores(page: Page) -> Callable[[str], list[list[str]]]:
+    """Return what makes the table beside a case's pictures: each row's Dice by structure."""
     structures = list(dict.fromkeys(row.structure for row in page.rows))
-    lines = [["Dice", *structures]]
-    for entry in page.entries:
-        found = [by_case(entry, "dice", structure).get(case) for structure in structures]
-        lines.append([f"{entry.method}/{entry.predictor}", *(_number(value, "dice") for value in found)])
-    return lines
+    found = [(e, [by_case(e, "dice", structure) for structure in structures]) for e in page.entries]
+
+    def scores(case: str) -> list[list[str]]:
+        lines = [[f"{e.method}/{e.predictor}", *(_number(by.get(case), "dice") for by in each)] for e, each in found]
+        return [["Dice", *structures], *lines]
+
+    return scores
 
 
 def _number(value: float | None, metric: str) -> str:
@@ -266,7 +330,7 @@ def svg_of(chart: Chart, key: str) -> Markup:
     for text in chart.figure.findobj(Text):
         text.set_parse_math(False)  # two $ in a case's name are no formula
     file = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "none"}), without_glyph_warnings():
         chart.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
