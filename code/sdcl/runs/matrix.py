@@ -285,8 +285,8 @@ def state_of(run: Run, results: str, settings: Mapping[str, Any] | None = None) 
     summary = run.folder / "test" / results / "summary.json"
     if run.spec is not None and summary.exists() and summary.stat().st_mtime_ns >= last.stat().st_mtime_ns:
         try:
-            tested = settings_of_test(json.loads(summary.read_text(encoding="utf-8"))["config"])
-        except (OSError, ValueError, KeyError, AttributeError):
+            tested = settings_of_test(json.loads(summary.read_text(encoding="utf-8")).get("config") or {})
+        except (OSError, ValueError, AttributeError):
             return State("trained", f"trained; {summary} cannot be read", {})
         if differing := differing_settings(tested, settings or {}):
             return State("trained", f"trained; {OTHER_TEST} ({differing})", {})
