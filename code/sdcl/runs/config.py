@@ -117,8 +117,9 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         main(parse(config_class, sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
-    except SystemExit:  # the help was asked for
-        end_if_output_is_closed()
+    except SystemExit as end:
+        if not end.code:  # the help was asked for
+            end_if_output_is_closed()
         raise
     except Exception as error:
         if isinstance(error, BrokenPipeError):
