@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sdcl.runs.config import run_script  # first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
@@ -30,7 +33,6 @@ from dataloaders.findings import (
 )
 from dataloaders.own import read_data_set
 from dataloaders.scans.hounsfield import TRUSTED_HU, prepared_fault
-from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, start_logging
 from sdcl.runs.written_files import check_replaceable

@@ -9,10 +9,12 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sdcl.runs.config import run_script  # first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 from dataloaders.scans.importing import import_cases
 from dataloaders.scans.nnunet import DESCRIPTION, find_cases, read_description
 from dataloaders.scans.preprocessing import Axis, Normalisation
-from sdcl.runs.config import run_script
 from sdcl.runs.folder import start_logging
 
 

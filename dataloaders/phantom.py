@@ -15,6 +15,9 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sdcl.runs.config import run_script  # first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import nibabel
 import numpy as np
 from PIL import Image
@@ -22,7 +25,6 @@ from PIL import Image
 from dataloaders.phantoms.anatomy import draw_atrium, draw_heart, draw_pancreas
 from dataloaders.scans.convert import write_case
 from sdcl.runs.atomic import replacing, write_text
-from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.written_files import PHANTOM_MARKER, PHANTOM_TEXT
 

@@ -8,11 +8,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sdcl.runs.config import run_script  # first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 from dataloaders.acdc import DATA_SET
 from dataloaders.scans.convert import Job, Origin, convert, few, provenance, write_slices
 from dataloaders.scans.preprocessing import prepare, prepare_label
 from dataloaders.scans.reading import aligned_label, label_by_index, read_label, read_scan
-from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, start_logging
 

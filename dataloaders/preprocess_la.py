@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sdcl.runs.config import run_script  # first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import numpy as np
 
 from dataloaders.checks import name_fault
@@ -17,7 +20,6 @@ from dataloaders.la import DATA_SET, FOLDER
 from dataloaders.scans.convert import Job, Origin, convert, few, provenance, write_case
 from dataloaders.scans.preprocessing import at_least, label_box, prepare, prepare_label, with_margins
 from dataloaders.scans.reading import SUFFIXES, Scan, aligned_label, label_by_index, read_label, read_scan
-from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, start_logging
 

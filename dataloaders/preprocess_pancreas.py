@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))  # this checkout's code, whichever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sdcl.runs.config import run_script  # first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import numpy as np
 
 from dataloaders.pancreas import DATA_SET, LEFT_OUT
@@ -27,7 +30,6 @@ from dataloaders.scans.preprocessing import (
     with_margins,
 )
 from dataloaders.scans.reading import Scan, aligned_label, find_scans, label_by_index, read_label, read_scan
-from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, start_logging, write_csv
 from sdcl.runs.written_files import check_replaceable
