@@ -15,9 +15,9 @@ from test_scans import picture, write_nifti
 from dataloaders.phantom import write_nifti as write_own
 from dataloaders.phantom import write_pictures
 from dataloaders.scans.results import add_volumes, read_volumes
-from sdcl.runs.atomic import TEMPORARY, replacing, write_text
+from sdcl.runs.atomic import replacing, write_text
 from sdcl.runs.errors import UserError
-from sdcl.runs.written_files import RECORD, check_replaceable, remove_written_folder
+from sdcl.runs.written_files import RECORD, TEMPORARY, check_replaceable, remove_written_folder
 from sdcl.scoring import report
 
 PRECIOUS = b"hours of somebody's work"
@@ -245,5 +245,6 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_then_recorded(material, tmp_
     folder = shutil.copytree(material[0] / "models", tmp_path / "models") / "acdc_SDCL_2_labeled"
     for path in folder.rglob(RECORD):
         path.unlink()
+    (folder / "self_train" / f"{TEMPORARY}last.pth").write_bytes(b"what a kill has left")
     run("ACDC_train.py", *material[1]["train"], "--models_path", tmp_path / "models")
     assert (folder / RECORD).exists() and (folder / "self_train" / RECORD).exists()

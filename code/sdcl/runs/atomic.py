@@ -8,13 +8,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sdcl.runs.errors import UserError
-from sdcl.runs.written_files import check_replaceable, note_written, record
+from sdcl.runs.written_files import TEMPORARY, check_replaceable, note_written, record
 
 LOCK_SECONDS = 60.0  # to wait for a table that another process writes
 LOCK = ".lock"  # in the folder; the system releases it when the process ends, however it ends
-
-
-TEMPORARY = "~sdcl_"  # begins the names of files that are not complete yet
 
 
 @contextlib.contextmanager

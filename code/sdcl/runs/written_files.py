@@ -14,6 +14,7 @@ from pathlib import Path
 from sdcl.runs.errors import UserError
 
 RECORD = ".sdcl_written"
+TEMPORARY = "~sdcl_"  # begins the names of files that are not complete yet, or that a kill has left so
 ANY_CONTENT = "*"  # recorded instead of a hash for files that are ours whatever they hold now
 PHANTOM_MARKER = "PHANTOM.txt"
 PHANTOM_TEXT = "Synthetic data, written by dataloaders/phantom.py"
@@ -31,7 +32,7 @@ def check_replaceable(*paths: Path) -> None:
         UserError: one of them exists and this project did not write it, or it has been changed since.
     """
     for path in paths:
-        if not os.path.lexists(path) or _is_written_by_this_process(path):
+        if not os.path.lexists(path) or path.name.startswith(TEMPORARY) or _is_written_by_this_process(path):
             continue
         known = _recorded(path)
         if known is None:
