@@ -9,6 +9,8 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdcl.runs.errors import UserError
@@ -19,6 +21,18 @@ ANY_CONTENT = "*"  # recorded instead of a hash for files that are ours whatever
 PHANTOM_MARKER = "PHANTOM.txt"
 PHANTOM_TEXT = "Synthetic data, written by dataloaders/phantom.py"
 MAX_LEVELS = 4  # how far above a file the folder lies that an earlier version wrote
+
+
+@dataclass
+class _ReadRecord:
+    """A folder's record as it was last read: its lines, and the hashes by file name."""
+
+    content: bytes = b""
+    entries: dict[str, set[str]] = field(default_factory=dict)
+
+
+_records_read: dict[str, _ReadRecord] = {}
+_lock = threading.Lock()
 _written_here: dict[str, tuple[int, int]] = {}  # size and time of change of each file that this process wrote
 
 
@@ -124,17 +138,23 @@ def _recorded(path: Path) -> set[str] | None:
 
 
 def _entries(folder: Path) -> dict[str, set[str]]:
-    """Read a folder's record: the hashes by file name. Torn lines are skipped."""
+    """Read a folder's record: the hashes by file name. Torn lines are skipped; lines that were parsed stay known."""
+    path = folder / RECORD
     try:
-        lines = (folder / RECORD).read_text(encoding="utf-8", errors="replace").splitlines()
+        content = path.read_bytes()
     except OSError:
         return {}
-    entries: dict[str, set[str]] = {}
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            name, content = json.loads(line)
-            entries.setdefault(str(name), set()).add(str(content))
-    return entries
+    complete = content[: content.rfind(b"\n") + 1]
+    with _lock:
+        known = _records_read.setdefault(os.path.abspath(path), _ReadRecord())
+        if not complete.startswith(known.content):  # another record of the same place
+            known = _records_read[os.path.abspath(path)] = _ReadRecord()
+        for line in complete[len(known.content) :].splitlines():
+            with contextlib.suppress(ValueError):  # UnicodeDecodeError is one
+                name, digest = json.loads(line)
+                known.entries.setdefault(str(name), set()).add(str(digest))
+        known.content = complete
+        return known.entries
 
 
 def _sha256(path: Path) -> str:
