@@ -288,6 +288,20 @@ def edit_summary(folder, change):
     (folder / "summary.json").write_text(json.dumps(content))
 
 
+def test_a_table_takes_no_foreign_files_place(copied, acdc_phantom):
+    shutil.rmtree(copied / "m", ignore_errors=True)
+    here("table", copied, acdc_phantom)
+    names = sorted(path.name for path in (copied / "m").iterdir() if path.is_file() and not path.name.startswith("."))
+    assert {"table.csv", "table.json", "table.md", "table.tex", "cases.csv"} <= set(names)
+    for name in names:
+        shutil.rmtree(copied / "m")
+        (copied / "m").mkdir()
+        (copied / "m" / name).write_bytes(b"somebody's own")
+        with pytest.raises(UserError, match=f"{name} exists and was not written by this project"):
+            here("table", copied, acdc_phantom)
+        assert (copied / "m" / name).read_bytes() == b"somebody's own"
+
+
 def test_a_table_of_unlike_tests_is_refused_by_name(copied, acdc_phantom, capsys):
     """Another label or image, a case that is missing in a seed, a longer list; each is named with its run."""
     folder, newest = of_run(copied, "sdcl", 1), of_run(copied, "supervised", 2)
