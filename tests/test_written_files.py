@@ -245,6 +245,10 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_then_recorded(material, tmp_
     folder = shutil.copytree(material[0] / "models", tmp_path / "models") / "acdc_SDCL_2_labeled"
     for path in folder.rglob(RECORD):
         path.unlink()
+    (folder / "notes").mkdir()
+    (folder / "notes" / "case.png").write_bytes(PRECIOUS)
     (folder / "self_train" / f"{TEMPORARY}last.pth").write_bytes(b"what a kill has left")
     run("ACDC_train.py", *material[1]["train"], "--models_path", tmp_path / "models")
     assert (folder / RECORD).exists() and (folder / "self_train" / RECORD).exists()
+    with pytest.raises(UserError, match="not written by this project"):
+        check_replaceable(folder / "notes" / "case.png")

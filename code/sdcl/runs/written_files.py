@@ -20,6 +20,15 @@ TEMPORARY = "~sdcl_"  # begins the names of files that are not complete yet, or 
 ANY_CONTENT = "*"  # recorded instead of a hash for files that are ours whatever they hold now
 PHANTOM_MARKER = "PHANTOM.txt"
 PHANTOM_TEXT = "Synthetic data, written by dataloaders/phantom.py"
+LOCATOR = "locator.json"
+# What a version without records wrote into the folders that are its own.
+OUTPUTS = {
+    "config.json", "checked.json", "pre_train", "self_train", "test",  # a run
+    "dataset.json", "data", "data_split", "by_index.png", PHANTOM_MARKER, "images", "labels",  # a data set
+    LOCATOR, "weights.pth", "held_out.csv",  # a locator
+    "table.csv", "table.json", "table.md", "table.tex", "cases.csv", "report.html", "training.png", "logs", "slurm",
+}  # fmt: skip
+MAX_JSON_BYTES = 2**24
 MAX_LEVELS = 4  # how far above a file the folder lies that an earlier version wrote
 
 
@@ -175,24 +184,27 @@ def _folder_of_an_earlier_version(path: Path) -> Path | None:
 
 def _is_ours(folder: Path) -> bool:
     """Tell whether a folder is a run, an imported or synthetic data set, a locator, or an experiment's comparison."""
+    run = _read_json(folder / "config.json").get("config")
+    if isinstance(run, dict) and {"student_a", "patch_size", "labelnum"} <= set(run):
+        return True
+    if is_our_description(_read_json(folder / "dataset.json")) or "weights_sha256" in _read_json(folder / LOCATOR):
+        return True
     with contextlib.suppress(OSError, ValueError):
         if (folder / PHANTOM_MARKER).read_text(encoding="utf-8").startswith(PHANTOM_TEXT):
             return True
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("config")
-        if isinstance(settings, dict) and {"student_a", "patch_size", "labelnum"} <= set(settings):
-            return True
-    with contextlib.suppress(OSError, ValueError):
-        if "weights_sha256" in json.loads((folder / "locator.json").read_text(encoding="utf-8")):
-            return True
-    with contextlib.suppress(OSError, ValueError):
-        description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        if is_our_description(description):
-            return True
     with contextlib.suppress(OSError, ValueError):
         with open(folder / "table.csv", encoding="utf-8") as file:
-            return {"method", "labelnum", "predictor", "metric"} <= set(file.readline().strip().split(","))
+            return {"method", "labelnum", "predictor", "metric"} <= set(file.readline(1000).strip().split(","))
     return False
+
+
+def _read_json(path: Path) -> dict:
+    """Read a small JSON file that holds an object; anything else counts as an empty one."""
+    with contextlib.suppress(OSError, ValueError):
+        if path.stat().st_size <= MAX_JSON_BYTES:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return content if isinstance(content, dict) else {}
+    return {}
 
 
 def is_our_description(content: object) -> bool:
@@ -202,10 +214,11 @@ def is_our_description(content: object) -> bool:
 
 
 def _record_all(root: Path) -> None:
-    """Record every file in a folder that a version without records wrote."""
+    """Record the files that a version without records wrote into a run's, data set's or other folder of its own."""
     for parent, _, names in os.walk(root, topdown=False):  # the root last: its record says that all are there
         for name in names:
-            if name != RECORD:
+            top = Path(parent, name).relative_to(root).parts[0]
+            if top in OUTPUTS and name != RECORD:
                 record(Path(parent, name))
 
 
