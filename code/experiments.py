@@ -19,7 +19,6 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, duration, results_name, settings_of_test, start_logging
 from sdcl.runs.matrix import (
     CODE,
-    OTHER_TEST,
     SCRIPTS,
     Run,
     check_once,
@@ -187,7 +186,7 @@ def compare(config: Config, runs: list[Run]) -> None:
 
     results, split, settings = results_of(config, runs)
     states = [(run, state_of(run, results, settings)) for run in runs if run.spec]
-    if others := [f"{run.title}: {state.text}" for run, state in states if OTHER_TEST in state.text]:
+    if others := [f"{run.title}: {state.text}" for run, state in states if state.other_test]:
         raise UserError(
             f"{others[0]}{f' (and {len(others) - 1} more runs)' if len(others) > 1 else ''}: give the --test_flags of "
             "these tests, or run, which tests them again."

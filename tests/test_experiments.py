@@ -297,7 +297,7 @@ def test_a_table_takes_no_foreign_files_place(copied, acdc_phantom):
         shutil.rmtree(copied / "m")
         (copied / "m").mkdir()
         (copied / "m" / name).write_bytes(b"somebody's own")
-        with pytest.raises(UserError, match=f"{name} exists and was not written by this project"):
+        with pytest.raises(UserError, match=f"{name} exists, and no record says that this project wrote it"):
             here("table", copied, acdc_phantom)
         assert (copied / "m" / name).read_bytes() == b"somebody's own"
 

@@ -28,7 +28,7 @@ def test_our_own_file_is_replaced_and_a_foreign_one_is_not(tmp_path):
     write_text(tmp_path / "ours.txt", "1")
     write_text(tmp_path / "ours.txt", "2")
     (tmp_path / "theirs.txt").write_bytes(PRECIOUS)
-    with pytest.raises(UserError, match="theirs.txt exists and was not written by this project"):
+    with pytest.raises(UserError, match="theirs.txt exists, and no record says that this project wrote it"):
         write_text(tmp_path / "theirs.txt", "3")
     assert (tmp_path / "ours.txt").read_text() == "2" and (tmp_path / "theirs.txt").read_bytes() == PRECIOUS
     assert not list(tmp_path.glob(f"{TEMPORARY}*"))
@@ -61,7 +61,7 @@ def test_a_copied_folder_is_still_ours(tmp_path):
 def test_a_link_of_the_users_is_not_replaced(tmp_path, target):
     (tmp_path / "there.txt").write_bytes(PRECIOUS)
     (tmp_path / "a.txt").symlink_to(tmp_path / target)
-    with pytest.raises(UserError, match="not written by this project"):
+    with pytest.raises(UserError, match="no record says that this project wrote it"):
         write_text(tmp_path / "a.txt", "1")
     assert (tmp_path / "a.txt").is_symlink() and (tmp_path / "there.txt").read_bytes() == PRECIOUS
 
@@ -215,7 +215,7 @@ def test_a_prediction_beside_its_scan_changes_no_file(material, tmp_path, flags,
     given = ("--run", material[0] / "run", "--input", scan if kind == "scan" else label, "--output", tmp_path)
     said = run("predict.py", *given, "--device", "cpu", *flags, fails=bool(flags))
     assert all(path.read_bytes() == content for path, content in kept.items())
-    assert ("was not written by this project" in said) == bool(flags) and ("volume" in said or flags)
+    assert ("no record says that this project wrote it" in said) == bool(flags) and ("volume" in said or flags)
 
 
 def test_two_scans_of_one_output_name_are_refused_at_once(material, tmp_path):
@@ -250,5 +250,5 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_then_recorded(material, tmp_
     (folder / "self_train" / f"{TEMPORARY}last.pth").write_bytes(b"what a kill has left")
     run("ACDC_train.py", *material[1]["train"], "--models_path", tmp_path / "models")
     assert (folder / RECORD).exists() and (folder / "self_train" / RECORD).exists()
-    with pytest.raises(UserError, match="not written by this project"):
+    with pytest.raises(UserError, match="no record says that this project wrote it"):
         check_replaceable(folder / "notes" / "case.png")

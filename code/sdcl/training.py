@@ -220,7 +220,7 @@ class _Loop:
             return
         first(lambda: checkpoints.check_best(self.folder, self.learners.best))
         record = StageRecord(self.folder, self._columns(), start + 1) if is_first() else NoRecord()
-        self.place = first(lambda: _place_of(self.folder))
+        self.record = record
         if note:
             LOGGER.warning("%s: %s", self.stage, note)
         LOGGER.info("%s: iterations %d to %d in %s", self.stage, start + 1, iterations, self.folder)
@@ -383,7 +383,7 @@ class _Loop:
 
     def _check_folder(self) -> None:
         """Stop the run where its folder is no longer the one that its records go to."""
-        if _place_of(self.folder) != self.place:
+        if not self.record.is_in(self.folder):
             raise UserError(
                 f"{self.folder} was moved, removed or replaced during training; nothing more is saved: move it back "
                 "and give the same command again, which goes on from the last save."
@@ -481,15 +481,6 @@ class _Loop:
             "%s: %.3f s an iteration (median of %d, validation apart), peak memory %.2f GiB",
             self.stage, float(np.median(self.seconds)), len(self.seconds), peak,
         )  # fmt: skip
-
-
-def _place_of(folder: Path) -> tuple[int, int] | None:
-    """Return what tells a folder from another one of the same name; None where there is none."""
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def peak_memory_gib() -> float:

@@ -1,6 +1,7 @@
 """The patient of each imported case, so that all cases of a patient are on one side of the split."""
 
 import re
+import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dataloaders.scans.convert import few
-from dataloaders.scans.dicom import read_header
+from dataloaders.scans.dicom import is_dicom, read_header
 from dataloaders.scans.joining import Cases
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
@@ -18,7 +19,8 @@ REGULAR_EXPRESSION = re.compile(r"[\\()\[\]+^$|{}]|\.\*")  # what a pattern of s
 # p1_s3, p1-slice-3, p1_ses-2, p1_2; and 01L, 01R of pairs
 NUMBERED_PART = re.compile(r"(.+)[_-](?:[A-Za-z]{0,7}-?\d+|left|right|[LR])", re.IGNORECASE)
 SIDE = re.compile(r"(.*\d)[LR]")
-FOLDERS_OF_PATIENTS = 4  # fewer folders with several cases each are taken for sites or batches, not for patients
+# Folders are taken for patients' where there are several of them and most hold few cases; others are sites or batches.
+FOLDERS_OF_PATIENTS, CASES_OF_A_PATIENT = 4, 5
 
 
 def with_patients(cases: Cases, config: Any) -> Cases:
@@ -112,11 +114,11 @@ def _subjects(cases: Cases, images: Path | None) -> dict[str, str]:
 
 
 def _dicom_patients(cases: Cases) -> dict[str, str]:
-    """Return who a DICOM series is of, as the name of the patient's first case: dataset.json then names nobody."""
+    """Return each case's patient, named after the patient's first case so that no PatientID is stored."""
     first_case: dict[str, str] = {}
     found = {}
     for name, (paths, _) in cases.files.items():
-        files = getattr(paths[0], "files", ())
+        files = getattr(paths[0], "files", ()) or ((paths[0],) if paths[0].is_file() and is_dicom(paths[0]) else ())
         header = read_header(files[0]) if files else None
         if header is not None and header.patient:
             found[name] = first_case.setdefault(header.patient, name)
@@ -131,12 +133,13 @@ def _folders(cases: Cases, images: Path | None) -> dict[str, str]:
         if len(parts) > 1:
             found[name] = parts[0]
     counts = Counter(found.values())
-    if len(counts) > 1 and max(counts.values()) > 1 and len(counts) < FOLDERS_OF_PATIENTS:
+    are_patients = len(counts) >= FOLDERS_OF_PATIENTS and statistics.median(counts.values()) <= CASES_OF_A_PATIENT
+    if len(counts) > 1 and max(counts.values()) > 1 and not are_patients:
         LOGGER.warning(
             "NOTE: the cases lie in the folders %s. If these are patients, name them by --patient_pattern.",
             few(sorted(counts)),
         )
-    return found if len(counts) >= FOLDERS_OF_PATIENTS else {}
+    return found if are_patients else {}
 
 
 def _parts(path: Path, images: Path | None) -> tuple[str, ...]:

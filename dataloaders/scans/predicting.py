@@ -180,7 +180,9 @@ class Batch:
             stay = f"; {self._kept} rows of other scans stay in {self._table.name}" * bool(self._kept)
             LOGGER.info("written to %s%s", self._config.output, stay)
         if self._left_out:
-            LOGGER.info("left out: %d files that look like label maps", len(self._left_out))
+            LOGGER.info(
+                "left out: %d files that look like label maps (--image_pattern takes them)", len(self._left_out)
+            )
             if not self._rows and not self._failures:
                 raise UserError(f"{self._config.input} holds label maps only, no scan: give the folder of the scans.")
         if self._failures:

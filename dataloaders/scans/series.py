@@ -17,6 +17,7 @@ GAP_TOLERANCE = 0.1  # of the usual gap between two slices of a series
 LINE_TOLERANCE = 0.25  # of a voxel: how far a slice may lie from where the series' steps lead
 ALIKE = 1e-3  # largest difference of directions, and relative of pixel sides, within a series: rounding
 FEW = 3  # images; a series of fewer beside another one is a scout
+MOST_SPREAD = 0.2  # of the gap between places: pictures of one place lie within it
 SAME_PLACE = 0.05  # of the usual gap between places: pictures nearer than this lie at one
 WIDER = 1.5  # times the gap between all slices: the least gap between those of one of two interleaved acquisitions
 OVERLAP = 1.2  # times the gap between all slices: slices beyond this thickness overlap
@@ -396,6 +397,12 @@ def ordered(where: Path, frames: Sequence[Frame]) -> tuple[list[Frame], np.ndarr
     return frames, axes
 
 
+def _widest_group(places: np.ndarray, wide: float) -> float:
+    """Return the largest extent, in mm, of neighbouring places without a wide gap between them."""
+    ends = [0, *(np.flatnonzero(np.diff(places) > SAME_PLACE * wide) + 1), len(places)]
+    return max(float(places[end - 1] - places[first]) for first, end in zip(ends, ends[1:], strict=False))
+
+
 def _check_gaps(where: Path, frames: Sequence[Frame], normal: np.ndarray) -> None:
     """Refuse a series that is no evenly spaced stack, and say what it is instead.
 
@@ -414,7 +421,10 @@ def _check_gaps(where: Path, frames: Sequence[Frame], normal: np.ndarray) -> Non
     if usual > 0 and np.abs(gaps - usual).max() <= GAP_TOLERANCE * usual:
         return
     wide = float(np.median(gaps[gaps > SAME_PLACE * gaps.max()])) if gaps.max() > 0 else 0.0
-    if wide < 1e-3:  # mm
+    apart = gaps[gaps > 1e-3]  # mm
+    if len(apart) and _widest_group(places, wide) > MOST_SPREAD * wide:  # one large gap, not pictures of one place
+        wide = float(np.median(apart))
+    if wide < 1e-3:
         raise UserError(
             f"{where}: {_name(frames[0])} and {_name(frames[1])} lie 0 mm apart, and so do all {len(frames)} "
             f"pictures: they are a cine or time series of one place{_difference([frames])}, no volume. Export the "

@@ -13,7 +13,7 @@ from typing import IO
 from sdcl.runs.folder import LOGGER, STOP_SIGNALS
 from sdcl.runs.matrix import Run, State, is_claimed, is_finished
 from sdcl.runs.slurm import in_processes, nodes_of_job
-from sdcl.runs.written_files import check_replaceable, record
+from sdcl.runs.written_files import is_recorded, record
 
 POLL_SECONDS = 0.2
 ELSEWHERE_SECONDS = 10.0  # between looks at a run that another process has
@@ -160,7 +160,9 @@ class Launcher:
             environment["CUDA_VISIBLE_DEVICES"] = self.machine.gpus_of(slot)
         self.logs.mkdir(parents=True, exist_ok=True)
         path = self.logs / f"{run.folder.name}.log"
-        check_replaceable(path)
+        if path.exists() and not is_recorded(path) and not path.read_bytes().startswith(b"$ "):
+            self._fail(run, f"{path} is no log of an experiment: move it away")
+            return
         record(path)
         log = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in _collect()
         log.write(f"$ {' '.join(command)}\n")

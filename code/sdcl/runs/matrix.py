@@ -33,7 +33,6 @@ OWN = ("method", "exp", "labelnum", "seed", "root_path", "models_path", "pretrai
 SWITCH = {"yes": True, "true": True, "no": False, "false": False}
 DEFAULT_FLAGS = {"select": "last"}  # of every training, where --flags does not say otherwise
 PACE = re.compile(r" (?P<stage>pre_train|self_train)(?: \d+)?: .*?(?P<seconds>[\d.]+) s an iteration")
-OTHER_TEST = "tested with other settings"
 LAST = "last.pth"  # checkpoints.LAST, which would import PyTorch
 Kind = Literal["absent", "running", "begun", "broken", "trained", "tested"]
 
@@ -100,11 +99,13 @@ class State:
         kind: "absent"; "running": another process holds it; "begun"; "broken"; "trained"; "tested".
         text: the same for a list.
         left: iterations that are left, by stage.
+        other_test: its test has other settings than those asked for.
     """
 
     kind: Kind
     text: str
     left: dict[str, int]
+    other_test: bool = False
 
 
 def read_spec(text: str) -> Spec:
@@ -289,7 +290,7 @@ def state_of(run: Run, results: str, settings: Mapping[str, Any] | None = None) 
         except (OSError, ValueError, AttributeError):
             return State("trained", f"trained; {summary} cannot be read", {})
         if differing := differing_settings(tested, settings or {}):
-            return State("trained", f"trained; {OTHER_TEST} ({differing})", {})
+            return State("trained", f"trained; tested with other settings ({differing})", {}, other_test=True)
         return State("tested", "tested", {})
     return State("trained", "trained", {})
 

@@ -75,6 +75,13 @@ class StageRecord:
             os.fsync(self._csv.fileno())
             self._board.flush()
 
+    def is_in(self, folder: Path) -> bool:
+        """Tell whether the records still lie in a folder, which may have been moved, removed or replaced."""
+        try:
+            return os.path.samestat(os.fstat(self._csv.fileno()), os.stat(folder / "metrics.csv"))
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Flush and close the files."""
         LOGGER.removeHandler(self._log)
@@ -104,6 +111,10 @@ class NoRecord:
 
     def flush(self) -> None:
         """Do nothing."""
+
+    def is_in(self, folder: Path) -> bool:
+        """Return True: the first process looks."""
+        return True
 
     def close(self) -> None:
         """Do nothing."""

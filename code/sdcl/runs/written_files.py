@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ LOCATOR = "locator.json"
 # What a version without records wrote into the folders that are its own.
 OUTPUTS = {
     "config.json", "checked.json", "pre_train", "self_train", "test",  # a run
-    "dataset.json", "data", "data_split", "by_index.png", PHANTOM_MARKER, "images", "labels",  # a data set
+    "dataset.json", "data", "data_split", "by_index.png",  # a data set
     LOCATOR, "weights.pth", "held_out.csv",  # a locator
     "table.csv", "table.json", "table.md", "table.tex", "cases.csv", "report.html", "training.png", "logs", "slurm",
 }  # fmt: skip
@@ -60,12 +61,14 @@ def check_replaceable(*paths: Path) -> None:
         known = _recorded(path)
         if known is None:
             raise UserError(
-                f"{path} exists and was not written by this project: move it away, or choose another output."
+                f"{path} exists, and no record says that this project wrote it: move it away, or choose another output."
             )
         if ANY_CONTENT not in known and (path.is_dir() or _sha256(path) not in known):
             raise UserError(
                 f"{path} has been changed since this project wrote it: move it away, or choose another output."
             )
+        if not path.is_dir():
+            note_written(path)
 
 
 def is_recorded(path: Path) -> bool:
@@ -80,13 +83,21 @@ def record(path: Path, content: Path | None = None) -> None:
         path: the file's final place.
         content: a complete file of the same content; None records the name for any content.
     """
-    line = json.dumps([path.name, ANY_CONTENT if content is None else _sha256(content)]) + "\n"
     if content is None and ANY_CONTENT in (_entries(path.parent).get(path.name) or ()):
         return
-    # One write to a file opened for appending: processes that write side by side do not mix their lines.
-    descriptor = os.open(path.parent / RECORD, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    _append(path.parent, [path.name], ANY_CONTENT if content is None else _sha256(content))
+
+
+def _append(folder: Path, names: Sequence[str], content: str = ANY_CONTENT) -> None:
+    """Append lines to a folder's record in one write, so that processes on one machine do not mix their lines."""
+    lines = "".join(json.dumps([name, content]) + "\n" for name in names)
+    descriptor = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(descriptor, line.encode())
+        size = os.fstat(descriptor).st_size
+        if size:
+            os.lseek(descriptor, size - 1, os.SEEK_SET)
+            lines = lines if os.read(descriptor, 1) == b"\n" else f"\n{lines}"  # behind a line that a kill has torn
+        os.write(descriptor, lines.encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -119,7 +130,7 @@ def remove_written_folder(folder: Path) -> None:
     ours = (RECORD, ".lock")
     files = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
     check_replaceable(*(path for path in files if path.name not in ours))
-    for path in files:
+    for path in sorted(files, key=lambda path: path.name == RECORD):  # after a kill, the records know what is left
         path.unlink(missing_ok=True)
     for parent, folders, _ in os.walk(folder, topdown=False):
         for name in folders:
@@ -143,7 +154,7 @@ def _recorded(path: Path) -> set[str] | None:
     if root is not None:
         _record_all(root)
         return _entries(path.parent).get(path.name)
-    return {ANY_CONTENT} if _is_converted_case(path) else None
+    return {ANY_CONTENT} if _is_converted_case(path) or _is_table_of_names(path) else None
 
 
 def _entries(folder: Path) -> dict[str, set[str]]:
@@ -215,16 +226,29 @@ def is_our_description(content: object) -> bool:
 
 def _record_all(root: Path) -> None:
     """Record the files that a version without records wrote into a run's, data set's or other folder of its own."""
+    is_phantom = (root / PHANTOM_MARKER).exists()  # a folder of synthetic data only
+    names_of: dict[Path, list[str]] = {}
     for parent, _, names in os.walk(root, topdown=False):  # the root last: its record says that all are there
         for name in names:
             top = Path(parent, name).relative_to(root).parts[0]
-            if top in OUTPUTS and name != RECORD:
-                record(Path(parent, name))
+            if (top in OUTPUTS or is_phantom) and name != RECORD:
+                names_of.setdefault(Path(parent), []).append(name)
+    for folder, names in names_of.items():
+        _append(folder, names)
+
+
+def _is_table_of_names(path: Path) -> bool:
+    """Tell whether a file is the cases.csv that preprocess_pancreas.py wrote before there were records."""
+    if path.name != "cases.csv":
+        return False
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        return file.readline(100).strip() == "case,image,label"
+    return False
 
 
 def _is_converted_case(path: Path) -> bool:
     """Tell whether a file is a case that a preprocessing script converted before there were records."""
-    if path.suffix != ".h5" or (path.parent / RECORD).exists():
+    if path.suffix != ".h5":
         return False
     import h5py  # most writers need not wait for it
 

@@ -23,9 +23,12 @@ def fingerprint_of(cases: Sequence[Case], facts: Mapping[str, Any]) -> dict[str,
         cases: the volumes that are scored.
         facts: the content of summary.json; see sdcl.runs.experiment.test().
     """
+    images, references = {}, {}
+    for case in cases:  # once: reading a case may decode its file
+        images[case.name], references[case.name] = _checksum(case.image), _checksum(case.label, case.spacing)
     return {
-        "images": {case.name: _checksum(case.image) for case in cases},
-        "references": {case.name: _checksum(case.label, case.spacing) for case in cases},
+        "images": images,
+        "references": references,
         "settings": settings_of_test(facts.get("config", {})) | {"split": facts.get("split")},
     }
 

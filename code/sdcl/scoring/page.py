@@ -151,6 +151,8 @@ def _smaller(viewer: dict[str, Any], excess: int) -> dict[str, Any]:
     while excess > -200 and len(kept) > LEAST_CASES:  # the sentence below takes some
         excess -= len(embedded(kept.pop()))
     left_out = len(viewer["cases"]) - len(kept)
+    if not left_out:
+        return viewer
     said = f"{viewer['said']} {left_out} more cases are left out, so that this page stays small."
     return {**viewer, "cases": kept, "said": said}
 
@@ -268,7 +270,8 @@ def _cases_to_draw(page: Page, entries: Sequence[Entry], per_case: int) -> tuple
     known = dict.fromkeys(
         case for e in entries for by in e.scores.values() for values in by.values() for case in values
     )
-    names = [*(name for name in page.order if name in known), *(name for name in known if name not in set(page.order))]
+    ordered = set(page.order)
+    names = [*(name for name in page.order if name in known), *(name for name in known if name not in ordered)]
     most = max(MOST_POINTS // max(per_case, 1), LEAST_CASES)
     if len(names) <= most:
         return None, ""
