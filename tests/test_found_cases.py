@@ -17,9 +17,9 @@ from dataloaders.import_nifti import main as import_nifti
 from dataloaders.import_nnunet import Config as NnunetConfig
 from dataloaders.import_nnunet import main as import_nnunet
 from dataloaders.own import read_data_set
-from dataloaders.scans.joining import by_class, by_pattern, read_table
+from dataloaders.scans.joining import Cases, by_class, by_pattern, read_table
 from dataloaders.scans.patients import with_patients
-from dataloaders.scans.reading import few_whole_numbers, read_label
+from dataloaders.scans.reading import few_whole_numbers, find_scans, read_label
 from dataloaders.voxel_sides import SideRange, seen_sides
 from sdcl.runs.errors import UserError
 
@@ -109,9 +109,6 @@ def test_series_of_one_patient_id_belong_together(tmp_path, ids, count, said):
             header = pydicom.dcmread(path)
             header.PatientID = patient
             header.save_as(path)
-    from dataloaders.scans.joining import Cases
-    from dataloaders.scans.reading import find_scans
-
     cases = Cases({name: ((path,), None) for name, path in find_scans(tmp_path / "images").items()})
     said()
     found = with_patients(cases, Config(tmp_path / "mine", ("zscore",), images=tmp_path / "images"))
@@ -119,6 +116,28 @@ def test_series_of_one_patient_id_belong_together(tmp_path, ids, count, said):
     text = said()
     assert "anonymous" not in text and ("all 4 cases are of one" in text) == (len(set(ids)) == 1)
     assert set(found.patients.values()) <= set(cases.files)  # no PatientID goes into dataset.json
+
+
+@pytest.mark.parametrize(("cases", "patients"), [(2, 4), (8, 32)])
+def test_folders_of_few_cases_are_patients_and_others_sites(tmp_path, said, cases, patients):
+    files = {f"{k}_{n}": ((tmp_path / f"f{k}" / f"{n}.nii.gz",), None) for k in range(4) for n in range(cases)}
+    said()
+    found = with_patients(Cases(files), Config(tmp_path / "mine", ("zscore",), images=tmp_path))
+    assert len({found.patients.get(name, name) for name in files}) == patients
+    assert ("If these are patients" in said()) == (patients == 32)
+
+
+def test_views_of_one_patient_belong_together(tmp_path):
+    names = {}
+    for k, patient in enumerate(("A", "A", "B")):
+        write_dicom(tmp_path / f"s{k}", picture((12, 11, 1), seed=k), uid=f"1.2.{k + 1}")
+        (path,) = (tmp_path / f"s{k}").iterdir()
+        header = pydicom.dcmread(path)
+        header.PatientID = patient
+        header.save_as(path)
+        names[f"v{k}"] = ((path,), None)
+    found = with_patients(Cases(names), Config(tmp_path / "mine", ("zscore",), images=tmp_path))
+    assert found.patients == {"v0": "v0", "v1": "v0", "v2": "v2"}
 
 
 def test_an_earlier_division_with_a_patient_on_both_sides_is_told(tmp_path, said):

@@ -117,7 +117,8 @@ def test_published_weights_can_be_tested(trained, acdc_phantom, tmp_path):
 def test_a_reader_that_leaves_is_no_error(script):
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], stdout=writer, stderr=subprocess.PIPE)
+    command = [sys.executable, str(ROOT / script), "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
     os.close(writer)
     assert done.stderr == b"" and done.returncode == 141
 

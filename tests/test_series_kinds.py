@@ -114,6 +114,8 @@ def spaced(folder, places):
         ([0, 1, 2.3, 3.1, 4.4, 5.1], "variable slice spacing"),
         ([0, 2, 4, 8, 10, 12], "002.dcm and 003.dcm lie 4 mm apart, other slices 2 mm: 1 slice is missing"),
         ([0, 2, 4, 10, 12, 14], "2 slices are missing"),
+        ([*range(12), *range(40, 52)], "lie 29 mm apart, other slices 1 mm: 28 slices are missing"),
+        ([*range(20), 80], "lie 61 mm apart, other slices 1 mm: 60 slices are missing"),
         ([0, 2, 4, 4, 6, 8], "lie 0 mm apart, other slices 2 mm: a slice is doubled"),
     ],
 )  # fmt: skip
