@@ -53,7 +53,7 @@ class Config:
     methods: tuple[str, ...] = ("supervised", "bcp", "sdcl")  # with changes: sdcl:kl_weight=0,mse_weight=0
     labelnums: tuple[int, ...] = (7,)  # labelled cases or patients
     seeds: tuple[int, ...] = (1337, 1, 2)  # those of one seed and labelled count share one stage 1
-    flags: str = ""  # further flags of every training, beside --select last: --flags="--patch_size 64 64"
+    flags: str = ""  # more flags for every training; --select last is added unless given: --flags="--patch_size 64 64"
     test_flags: str = ""  # further flags of every test: --test_flags="--split val"
 
     # --- the table ---
@@ -146,7 +146,7 @@ def run(config: Config, runs: list[Run]) -> None:
     results, _, settings = results_of(config, runs)
     gpus = torch.cuda.device_count()
     for one in runs:
-        if one.spec is not None:  # what stage 1 alone reads is told by the runs
+        if one.spec is not None:  # the runs print settings that only stage 1 reads
             check_settings(dataclasses.replace(one.header, pretrained=None))
     asked = "CUDA_VISIBLE_DEVICES" in os.environ  # then it is somebody's choice
     slots = config.slots or (1 if nodes_of_job() > 1 else max(gpus // config.processes, 1))
@@ -200,7 +200,7 @@ def compare(config: Config, runs: list[Run]) -> None:
         raise UserError(
             f"no run of {config.name} is tested: python code/experiments.py run, with the same flags, first."
         )
-    fingerprint, untold = check_alike({run.title: run.folder / "test" / results for run in tested})
+    fingerprint, without_checksums = check_alike({run.title: run.folder / "test" / results for run in tested})
     of_patient = patient_of(config)
     entries = entries_of(tested, results, config)
     reference = reference_of(entries, config.reference)
@@ -212,9 +212,10 @@ def compare(config: Config, runs: list[Run]) -> None:
     head.append(
         f"{number}; test flags {' '.join(config.test_flags.split()) or 'none'}; cases and references {fingerprint}."
     )
-    if untold:
+    if without_checksums:
         head.append(
-            f"{len(untold)} of {len(tested)} tests, of an earlier version, have no checksums of their references."
+            f"{len(without_checksums)} of {len(tested)} tests, of an earlier version, have no checksums of their "
+            "references."
         )
     if broken:
         head.append(f"WARNING: {len(broken)} of {len(states)} runs are left out; {broken[0]}.")

@@ -135,7 +135,7 @@ def not_in_hu(findings: Sequence[Finding]) -> list[Problem]:
     for name, mine in cases.items():
         if all(finding.hu_fault and not finding.is_hu_trusted for finding in mine):
             text = (
-                f"{name} was no CT in HU before its import ({mine[0].hu_fault}): import the CT itself, or, if it was "
+                f"{name} was not in HU when it was imported ({mine[0].hu_fault}): import the CT itself, or, if it was "
                 "in HU after all, import it with --trust_hu --overwrite"
             )
             problems.append(Problem(name, "no HU", text))

@@ -77,7 +77,7 @@ def range_of_files(paths: Iterable[Path], patch_size: Sequence[int]) -> SideRang
 
 
 def unlike_cases(files: Mapping[str, Path], is_3d: bool) -> str:
-    """Return a warning where the networks would see the cases of a data set unlike each other, or "".
+    """Return a warning if the cases of a data set differ in size as the networks see them, or "".
 
     Args:
         files: the converted case of each name; those that give no spacing do not count.

@@ -57,7 +57,7 @@ def test_sessions_of_a_bids_subject_are_on_one_side(sessions, said):
     said()
     import_nifti(Config(sessions / "mine", ("zscore",), images=sessions, labels=sessions, **given))
     text = said()
-    assert "8 cases of 4 patients, by sub- in their names" in text and "sub-00_ses-1_space-orig is of" in text
+    assert "8 cases of 4 patients, by sub- in their names" in text and "sub-00_ses-1_space-orig belongs to" in text
     train, test = sides_of(sessions / "mine")
     assert len(test) == 2 and not {name[:6] for name in train} & {name[:6] for name in test}
     assert read_data_set(sessions / "mine").patient_of("sub-02_ses-1") == "sub-02"

@@ -121,7 +121,7 @@ def test_the_doctor_names_data_that_were_no_hu(tmp_path):
         with h5py.File(path, "a") as file:
             del file.attrs["hu"]
     text = run(*check, fails=True)
-    assert "WRONG, 3 times: c" in text and "was no CT in HU before its import" in text and "--trust_hu" in text
+    assert "WRONG, 3 times: c" in text and "was not in HU when it was imported" in text and "--trust_hu" in text
 
 
 @pytest.mark.parametrize("name", HU)

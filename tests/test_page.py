@@ -301,7 +301,7 @@ def test_a_page_of_many_cases_keeps_to_its_size_and_says_what_it_leaves_out(tmp_
     assert f"{30 - kept} more cases are left out, so that this page stays small." in smaller
     monkeypatch.setattr("sdcl.scoring.page.MOST_BYTES", 10_000)
     write_page(tmp_path, page)
-    assert "more than the 0.01 MB it should have." in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "above the limit of 0.01 MB." in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert len(read_viewer(tmp_path / "report.html")["cases"]) == 3
 
 

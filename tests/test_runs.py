@@ -96,7 +96,7 @@ def test_going_on_with_another_machine_is_told(tmp_path, said):
     ):
         (tmp_path / "config.json").write_text(json.dumps(kept | {"resumed": [now | change]}))
         open_run(tmp_path, CONFIG, reads, CPU)
-        assert f"NOTE: this run goes on with {told}: its numbers may differ in last digits." in said()
+        assert f"NOTE: this run resumes with {told}: results may differ in the last digits." in said()
     for old in ({}, {"packages": None, "threads": None}):  # of an earlier version, which kept less
         (tmp_path / "config.json").write_text(json.dumps(kept | {"environment": old, "resumed": []}))
         open_run(tmp_path, CONFIG, reads, CPU)

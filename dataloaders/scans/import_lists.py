@@ -123,7 +123,7 @@ def tell_healthy_splits(lists: Lists, healthy: Collection[str]) -> None:
     for what, names in (("validation", lists.val), ("test", lists.test)):
         if names and set(names) <= set(healthy):
             LOGGER.warning(
-                "NOTE: none of the %d %s cases has foreground, so their Dice says nothing: give another --seed with "
+                "NOTE: none of the %d %s cases has foreground, so their Dice is meaningless: give another --seed with "
                 "--resplit, or hold out more cases.", len(names), what,
             )  # fmt: skip
 

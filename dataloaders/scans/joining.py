@@ -143,7 +143,7 @@ def _paired(
 
 
 def _without_entities(masks: Mapping[str, Path], scans: Mapping[str, Any]) -> dict[str, Path]:
-    """Call labels as their scans where BIDS adds entities to a label's name, such as sub-01_space-orig of sub-01."""
+    """Rename labels to their scans' names where BIDS adds entities, such as sub-01_space-orig to sub-01."""
     named, told = {}, []
     for name, path in masks.items():
         match = None if name in scans else ENTITIES.fullmatch(name)
@@ -153,7 +153,7 @@ def _without_entities(masks: Mapping[str, Path], scans: Mapping[str, Any]) -> di
         if scan in named or (match and scan in masks):
             raise UserError(f"{named.get(scan) or masks[scan]} and {path} are both labels of {scan}: keep one of them.")
         if match:
-            told.append(f"{name} is of {scan}")
+            told.append(f"{name} belongs to {scan}")
         named[scan] = path
     if told:
         LOGGER.info("labels with further BIDS entities in their names: %s%s", told[0], ", ..." * (len(told) > 1))
@@ -266,7 +266,9 @@ def by_class(folder: Path, pattern: str, class_names: Sequence[str]) -> dict[str
             masks.setdefault(case, []).append((number, path))
     for number, name in enumerate(class_names, start=1):
         if missing := [case for case, there in masks.items() if number not in dict(there)]:
-            LOGGER.info("NOTE: no file of the class %s, which is taken for absent: %s", name, ", ".join(missing))
+            LOGGER.info(
+                "NOTE: no file of the class %s; the class counts as absent in these cases: %s", name, ", ".join(missing)
+            )
     return {case: ClassMasks.of(there) for case, there in sorted(masks.items())}
 
 

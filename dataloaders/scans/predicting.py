@@ -107,7 +107,7 @@ def tell_limits(config: Any, run: Run) -> None:
     if run.trained_on_crops and config.roi is None:
         LOGGER.info("NOTE: this run was trained on crops around the structure; without --roi expect false findings.")
     if run.voxel_sides is None and run.is_3d:
-        LOGGER.info("NOTE: this run does not say the voxel sides of its training cases, so scans are not compared.")
+        LOGGER.info("NOTE: the run has no voxel sides of its training cases, so scans are not checked against them.")
     if how.orientation is None:
         LOGGER.info(
             "NOTE: this run's files kept the axes that they were stored in: a scan of other axes is not turned."

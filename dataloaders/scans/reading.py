@@ -374,7 +374,7 @@ def _loaded_nifti(path: Path, tell: bool = True) -> nibabel.Nifti1Pair:
         return nibabel.load(path)
     what = "is not compressed, though its name ends with .gz" if is_named_gz else "is compressed, though named .nii"
     if tell:
-        LOGGER.info("NOTE: %s %s; it is read all the same", path, what)
+        LOGGER.info("NOTE: %s %s; it is read anyway", path, what)
     content = open(path, "rb") if is_named_gz else gzip.open(path)  # noqa: SIM115 - its voxels are read from it later
     size = content.read(4)
     content.seek(0)

@@ -168,7 +168,7 @@ def _acquisitions(headers: Sequence[Header]) -> list[list[Header]]:
     if len(parts) < 2 or any(owners[frame.path] != k for k, part in enumerate(parts) for frame in part):
         return [list(headers)]
     LOGGER.info(
-        "NOTE: %s: its slices are of %d acquisitions (by %s), each between the slices of the others; they are read "
+        "NOTE: %s: its slices are of %d acquisitions (by %s), with interleaved slices; they are read "
         "as %d scans", headers[0].path.parent, len(parts), mark, len(parts),
     )  # fmt: skip
     return [[header for header in headers if owners[header.path] == k] for k in range(len(parts))]
@@ -412,7 +412,7 @@ def _check_gaps(where: Path, frames: Sequence[Frame], normal: np.ndarray) -> Non
     mark, parts = interleaved(frames)
     if parts:
         raise UserError(
-            f"{where} holds {len(parts)} acquisitions (by {mark}), each between the slices of the others: export each "
+            f"{where} holds {len(parts)} acquisitions (by {mark}), with interleaved slices: export each "
             "as a series of its own."
         )
     places = np.array([frame.position @ normal for frame in frames])

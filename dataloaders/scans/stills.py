@@ -64,7 +64,7 @@ def has_samples(path: Path) -> bool:
 def read_still(path: Path) -> tuple[np.ndarray, bool]:
     """Read a DICOM picture.
 
-    A grey one that is stored with low values white (MONOCHROME1) is turned round, so that all show bone bright.
+    A grey one that is stored with low values white (MONOCHROME1) is inverted so that bone is bright in all images.
 
     Returns:
         (rows, columns) of a grey picture, stored value × slope + intercept; (rows, columns, 3) of one with colours,

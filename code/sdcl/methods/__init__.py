@@ -100,7 +100,7 @@ IDLE = (
 def check_settings(config: Any, filled: Collection[str] = ()) -> None:
     """Refuse a header in which a field was changed that its method does not read, and tell of what stage 1 alone reads.
 
-    A value that was edited in the header counts as changed, like a flag's.
+    An edited header default counts as changed, as a flag does.
 
     Args:
         config: the header; a field counts as changed if its value is neither the published nor a recipe's.

@@ -24,7 +24,7 @@ def replacing(path: Path, any_content: bool = False, is_known: bool = False) -> 
 
     Args:
         path: the file; its folder is made where it is missing.
-        any_content: the file may be replaced later whatever it holds then, such as a log that grows.
+        any_content: the file may be replaced later whatever its content, as for a growing log.
         is_known: the caller has read the file that is there and keeps its content, so it need not be ours.
 
     Yields:

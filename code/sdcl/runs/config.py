@@ -125,7 +125,7 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         if isinstance(error, BrokenPipeError):
             end_if_output_is_closed()
         told = _told(error)
-        if _are_alone():
+        if _is_single_process():
             if told is None:
                 raise
             sys.exit(f"error: {told}")
@@ -139,7 +139,7 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
 
 
 def end_if_output_is_closed() -> None:
-    """Exit without a word if nobody reads the standard output any longer, as in `--help | head -1`."""
+    """Exit silently if the reader of standard output has gone, as in `--help | head -1`."""
     is_closed = False
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no poll on Windows, no number of a captured output
         output = select.poll()
@@ -150,7 +150,7 @@ def end_if_output_is_closed() -> None:
         sys.exit(141)  # as a shell reports the signal that would have ended it
 
 
-def _are_alone() -> bool:
+def _is_single_process() -> bool:
     try:
         return processes() == 1
     except UserError:

@@ -58,7 +58,7 @@ def said_of(config: Any, tested: Sequence[Run], results: str, split: str) -> lis
     started_here = [
         run
         for run, one in zip(tested, summaries, strict=True)
-        if one.get("start_selected_here", starts[run] == split)  # earlier versions' tests did not tell
+        if one.get("start_selected_here", starts[run] == split)  # absent in tests of earlier versions
     ]
     if config.checkpoint == "last":
         on = sorted({text for text in starts.values() if text})

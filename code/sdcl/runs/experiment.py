@@ -50,7 +50,7 @@ from sdcl.runs.folder import (
 from sdcl.runs.weights import check_prepared, find_weights
 from sdcl.scoring.evaluation import STUDENTS, names_of
 from sdcl.scoring.report import test_report, validator
-from sdcl.scoring.tables import selection_said
+from sdcl.scoring.tables import selection_warning
 from sdcl.training import make_learners, pretrain, self_train, validation_iterations
 
 OF_A_MACHINE = ("root_path", "models_path", "device", "gpu", "workers", "cache_gb", "pretrained")  # may differ in each
@@ -366,6 +366,6 @@ def test(config: Any, data: Data) -> None:
         LOGGER.warning("NOTE: the run was TRAINED on %d of these cases (%s), which flatters it.", len(seen), _few(seen))
     elif not weights.runs:
         LOGGER.info("NOTE: these files do not tell which cases they were trained on.")
-    if sentence := selection_said(said):
+    if sentence := selection_warning(said):
         LOGGER.info("NOTE: %s", sentence)
     part()

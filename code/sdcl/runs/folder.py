@@ -269,7 +269,7 @@ def open_run(folder: Path, config: dict[str, Any], reads: Reads, device: "torch.
             content.setdefault("lengthened", []).append({"from": done, "to": asked})
         earlier = [content.get("environment"), *content["resumed"]][-1]
         if isinstance(earlier, dict) and (changed_machine := _differing_environments(earlier, now)):
-            LOGGER.info("NOTE: this run goes on with %s: its numbers may differ in last digits.", changed_machine)
+            LOGGER.info("NOTE: this run resumes with %s: results may differ in the last digits.", changed_machine)
         content["resumed"].append(now)
     check_replaceable(path, *(file for kind in STAGE_FILES for file in folder.glob(kind)))
     write_text(path, json.dumps(content, indent=2) + "\n", any_content=True)

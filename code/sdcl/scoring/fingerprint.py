@@ -1,4 +1,4 @@
-"""What a test's scores depend on beside the weights: its cases, their references and its settings."""
+"""Checksums of a test's cases and references, and its settings: its cases, their references and its settings."""
 
 import csv
 import hashlib

@@ -130,11 +130,11 @@ def write_page(folder: Path, page: Page) -> list[str]:
         cases = [one | {"scores": scores(one["name"])} for one in page.viewer["cases"]]
         page = replace(page, viewer={**page.viewer, "cases": cases})
     text = render()
-    if page.viewer and len(text) > MOST_BYTES:  # ASCII but for names, so that letters are bytes
+    if page.viewer and len(text) > MOST_BYTES:  # nearly all ASCII, so characters approximate bytes
         page = replace(page, viewer=_smaller(page.viewer, len(text) - MOST_BYTES))
         text = render()
     if len(text.encode()) > MOST_BYTES:
-        size = f"This page has {len(text.encode()) / 1e6:.1f} MB, more than the {MOST_BYTES / 1e6:g} MB it should have."
+        size = f"This page has {len(text.encode()) / 1e6:.1f} MB, above the limit of {MOST_BYTES / 1e6:g} MB."
         page = replace(page, head=[*page.head, size])
         text = render()
     write_text(folder / PAGE, text)

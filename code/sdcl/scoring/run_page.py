@@ -9,7 +9,7 @@ from sdcl.scoring.charts import run_curves
 from sdcl.scoring.comparison import Entry, make_rows, scores_of
 from sdcl.scoring.evaluation import CaseRow, Predictors, Task
 from sdcl.scoring.page import Page, Section, facts_table, write_page
-from sdcl.scoring.tables import apply_protocol, selection_said
+from sdcl.scoring.tables import apply_protocol, selection_warning
 from sdcl.scoring.viewer import Shown, viewer
 
 
@@ -69,7 +69,7 @@ def _head(facts: dict[str, Any], task: Task, answer: str, reference: str) -> lis
             f"{trained.get('labelnum', '?')} labelled cases, seed {trained.get('seed', '?')}; the answer is {answer}."
         )
     selected = facts.get("selected_on")
-    if sentence := selection_said({"selected_on": None} | facts):
+    if sentence := selection_warning({"selected_on": None} | facts):
         lines.append(f"WARNING: {sentence}")
     elif selected:
         lines.append(f"The best checkpoints were selected on {selected}.")

@@ -123,7 +123,7 @@ def shown_metrics(rows: Sequence[CaseRow]) -> list[str]:
     return [metric for metric in METRICS if in_mm or not metric.endswith("_mm")]
 
 
-def selection_said(facts: Mapping[str, Any]) -> str:
+def selection_warning(facts: Mapping[str, Any]) -> str:
     """Say which of a test's checkpoints were selected on the volumes that it scores; "" if none was.
 
     Args:
