@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from sdcl.runs.config import run_script
 from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER, commits_of, known_runs, read_config, read_task, sizes_of, start_logging
-from sdcl.runs.written_files import check_replaceable
+from sdcl.runs.written_files import check_replaceable, is_own_file
 
 
 @dataclass
@@ -35,6 +35,8 @@ def main(config: Config) -> None:
     if not (config.run / "config.json").is_file():
         raise UserError(f"--run {config.run} is no run's folder ({known_runs(config.run.parent)}): give one of these.")
     check_replaceable(config.output)
+    if config.output.exists() and is_own_file(config.output):
+        raise UserError(f"--output {config.output} is a file of a run, no export: choose another file.")
     settings, task = read_config(config.run), read_task(config.run)
     import torch  # takes a second, which a wrong flag need not wait for
 

@@ -515,7 +515,8 @@ def test_more_empty_predictions_are_never_bold(tmp_path):
         row = next(r for r in rows if (r.method, r.structure) == ("near", "x"))
         assert row.p_holm < 0.01 and row.is_bold == is_bold
         write_table(tmp_path, rows, [], [])
-        line = next(x for x in (tmp_path / "table.md").read_text().splitlines() if x.startswith("| near"))
+        lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+        line = next(x for x in lines if x.startswith("| near"))
         assert ("**" in line) == is_bold
 
 

@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -87,7 +88,17 @@ def test_names_that_suggest_patients_are_warned_of(tmp_path, said):
     where = slices_of_patients(tmp_path)
     said()
     import_nifti(Config(tmp_path / "mine", ("zscore",), **where))
-    assert "p0_s1 and p0_s2 may be of one patient" in (text := said()) and '--patient_pattern, such as "*_s*"' in text
+    assert "p0_s1 and p0_s2 may be of one patient" in (text := said()) and '--patient_pattern, such as "*_*"' in text
+
+
+@pytest.mark.parametrize(
+    "ends", [("_pre", "_post"), ("-baseline", "-followup"), (".1", ".2"), (" (1)", " (2)"), ("L", "R")]
+)
+def test_many_ways_to_name_a_patients_cases_are_warned_of(ends, said):
+    said()
+    files = {f"p{k}{end}": ((Path(f"p{k}{end}.nii.gz"),), None) for k in range(3) for end in ends}
+    with_patients(Cases(files), Config(Path("mine"), ("zscore",)))
+    assert "may be of one patient" in said()
 
 
 @pytest.mark.parametrize("names", [("case_01", "case_02", "case_03"), ("a", "b", "c"), ("c0", "c1", "c2")])
@@ -352,10 +363,22 @@ def test_only_label_maps_are_no_scans(trained, study, tmp_path):
         (np.tile([0.0, 0.5], 1000), []),
         (np.tile([-1, 0], 1000), []),
         (np.arange(2000) % 200, []),
+        (np.repeat(np.arange(120), 500), list(range(120))),  # one label per organ
+        (np.random.default_rng(0).integers(0, 31, 5000), []),  # a picture of few greys
     ],
 )
 def test_label_maps_are_known_by_few_whole_numbers(array, values):
     assert few_whole_numbers(array.astype(np.float32)) == values
+
+
+def test_a_table_that_somebody_corrected_stays(trained, study, tmp_path):
+    scan = study / "case_0" / "imaging.nii.gz"
+    predicted(trained, scan, tmp_path / "out")
+    table = tmp_path / "out" / "volumes.csv"
+    table.write_text(table.read_text().replace("heart", "Herz"))
+    kept = table.read_bytes()
+    text = predicted(trained, scan, tmp_path / "out", fails=True)
+    assert "volumes.csv has been changed since this project wrote it" in text and table.read_bytes() == kept
 
 
 def test_frames_of_a_4d_file_are_predicted_one_by_one(trained, tmp_path):

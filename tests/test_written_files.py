@@ -284,3 +284,11 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_then_recorded(material, tmp_
     assert (folder / RECORD).exists() and (folder / "self_train" / RECORD).exists()
     with pytest.raises(UserError, match="no record says that this project wrote it"):
         check_replaceable(folder / "notes" / "case.png")
+
+
+def test_an_export_takes_no_checkpoints_place(material):
+    run_folder = material[0] / "models" / "acdc_SDCL_2_labeled"
+    last = run_folder / "self_train" / "last.pth"
+    before = last.read_bytes()
+    said = run("export.py", "--run", run_folder, "--output", last, "--format", "torchscript", fails=True)
+    assert "is a file of a run, no export" in said and last.read_bytes() == before

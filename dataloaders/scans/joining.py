@@ -327,7 +327,9 @@ def read_table(path: Path, channels: tuple[str, ...] = (), series: str | None = 
         raise UserError(f"--table {path} cannot be read ({error}): write it as UTF-8 text, a line a case.") from None
     head = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=head.count)  # Excel writes semicolons in many languages
-    rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
+    lines = [line for line in text.splitlines() if line.strip(f" {delimiter}")]  # Excel writes empty rows
+    lines[:1] = [delimiter.join(name.strip() for name in line.split(delimiter)) for line in lines[:1]]
+    rows = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     images = channels or ("image",)
     needed = ("case", *images)
     unknown = [name for name in rows.fieldnames or () if name not in (*needed, *FURTHER)]

@@ -16,9 +16,8 @@ from sdcl.runs.folder import LOGGER
 
 SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")  # BIDS
 REGULAR_EXPRESSION = re.compile(r"[\\()\[\]+^$|{}]|\.\*")  # what a pattern of stars does not contain
-# p1_s3, p1-slice-3, p1_ses-2, p1_2; and 01L, 01R of pairs
-NUMBERED_PART = re.compile(r"(.+)[_-](?:[A-Za-z]{0,7}-?\d+|left|right|[LR])", re.IGNORECASE)
-SIDE = re.compile(r"(.*\d)[LR]")
+LAST_PART = re.compile(r"(.*[^ _.(-])[ _.(-]+[^ _.(-]+")  # p1_s3, p1-pre, p1.1, p1 (1)
+SIDE = re.compile(r"(.*\d)[LR]")  # 01L, 01R
 # Folders are taken for patients' where there are several of them and most hold few cases; others are sites or batches.
 FOLDERS_OF_PATIENTS, CASES_OF_A_PATIENT = 4, 5
 
@@ -147,23 +146,18 @@ def _parts(path: Path, images: Path | None) -> tuple[str, ...]:
 
 
 def _warn_of_names(cases: Cases) -> None:
-    """Warn where several cases' names differ only in a number at their ends, for several beginnings."""
+    """Warn where several cases' names differ only in their last part, for several beginnings."""
     groups: dict[str, list[str]] = {}
     for name in cases.files:
-        match = NUMBERED_PART.fullmatch(name) or SIDE.fullmatch(name)
+        match = LAST_PART.fullmatch(name) or SIDE.fullmatch(name)
         if match:
             groups.setdefault(match[1], []).append(name)
     several = [names for names in groups.values() if len(names) > 1]
-    if several and len(groups) > 1:
+    if several and len(groups) > 1 and 2 * sum(map(len, several)) >= len(cases.files):
         first, second = several[0][:2]
+        prefix = next(prefix for prefix, names in groups.items() if names is several[0])
         LOGGER.warning(
             "WARNING: names such as %s and %s may be of one patient, who can then be on both sides of the split: name "
             "the patients by --patient_pattern, such as \"%s*\", or in a table.", first, second,
-            f"*{_separator(first, several[0])}",
+            f"*{first[len(prefix)]}",
         )  # fmt: skip
-
-
-def _separator(name: str, names: list[str]) -> str:
-    """Return the letters that follow the common beginning of two names, such as "_s" of p1_s1 and p1_s2."""
-    match = re.search(r"([_-][A-Za-z]*-?|)[A-Za-z0-9]*$", name)
-    return match[1] if match else "_"

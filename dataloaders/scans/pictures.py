@@ -192,6 +192,8 @@ def _black_and_white(path: Path, picture: Image.Image) -> np.ndarray:
 
 def _numbers(path: Path, picture: Image.Image) -> np.ndarray:
     """Return a mask's numbers (rows, columns)."""
+    if picture.mode in ("LA", "RGBA") and len(set(picture.getchannel("A").getextrema())) > 1:
+        raise UserError(f"{path} has transparent pixels, which may be the mask: save the mask as grey numbers.")
     if picture.mode not in ("P", *GREY):
         grey = _as_grey(np.asarray(picture.convert("RGB")), False)
         if grey is None:

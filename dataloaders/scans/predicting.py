@@ -18,7 +18,7 @@ from dataloaders.scans.pictures import is_picture
 from dataloaders.scans.prediction import Run, inference_of, segmented
 from dataloaders.scans.preprocessing import Prepared
 from dataloaders.scans.reading import count_volumes, find_scans, name_of
-from dataloaders.scans.results import VOLUMES, add_volumes, read_volumes
+from dataloaders.scans.results import VOLUMES, add_volumes, check_volumes
 from dataloaders.scans.segmenting import (
     FindRoi,
     LeftOutError,
@@ -131,6 +131,8 @@ def predict_scans(config: Any, device: torch.device, load: Load) -> None:
     Raises:
         UserError: a setting is impossible, or some scans were refused; the others are there.
     """
+    if config.output.exists() and not config.output.is_dir():
+        raise UserError(f"--output {config.output} is a file: give a folder.")
     if config.pixel_spacing_mm and not all(0 < side < np.inf for side in config.pixel_spacing_mm):
         raise UserError(f"--pixel_spacing_mm {config.pixel_spacing_mm} must be two numbers above 0.")
     run = Run.read(config.run, config.largest_component)
@@ -162,7 +164,7 @@ class Batch:
     def __init__(self, config: Any, run: Run, loaded: Loaded, find_roi: FindRoi):
         self._config, self._run, self._loaded, self._find_roi = config, run, loaded, find_roi
         self._table = config.output / VOLUMES
-        read_volumes(self._table)  # refused before anything is computed
+        check_volumes(self._table)  # before anything is computed
         self._rows, self._failures, self._left_out, self._kept = [], [], [], 0
         self._turn = InTurn()
 

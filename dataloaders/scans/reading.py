@@ -28,7 +28,8 @@ SIDES_MM = (0.01, 50.0)  # plausible voxel sides; beyond them the header's unit 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 GEOMETRY_TOLERANCE = 0.1  # of a voxel's smallest side, at the grid's corners
 UNITS_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}  # that a NIfTI header may name
-MOST_LABELS = 32  # different whole numbers; an image has more
+FEW_LABELS, MOST_LABELS = 8, 256  # different whole numbers of a label map
+SHARED = 0.9  # of neighbouring foreground voxels that have one label
 SAMPLE = 50_000  # voxels
 LENGTHS_MM = {  # that an NRRD or MetaImage header may name
     **dict.fromkeys(("", "?", "mm", "millimeter", "millimetre", "millimeters", "millimetres"), 1.0),
@@ -118,13 +119,20 @@ def read_scan(path: Path, *, pixel_spacing_mm: tuple[float, float] | None = None
 
 
 def few_whole_numbers(array: np.ndarray) -> list[int]:
-    """Return the values of an array that holds few whole numbers from 0 on, as a label map does; else nothing."""
-    flat = array.reshape(-1)
-    for values in (flat[:: max(len(flat) // SAMPLE, 1)], flat):  # of an image some voxels suffice
+    """Return the values of an array that looks like a label map; else nothing.
+
+    A label map holds few whole numbers from 0 on: up to 8, or more (one per structure) that neighbouring voxels share.
+    """
+    for values in (array.reshape(-1)[:: max(array.size // SAMPLE, 1)], array):  # of an image some voxels suffice
         found = np.unique(values)
         if len(found) > MOST_LABELS or found[0] < 0 or not (found == np.rint(found)).all():
             return []
-    return [int(value) for value in found] if len(flat) > len(found) ** 2 else []
+    if len(found) > FEW_LABELS:
+        one, other = array[:-1], array[1:]
+        both = (one > 0) & (other > 0)
+        if (one == other)[both].mean() < SHARED:
+            return []
+    return [int(value) for value in found] if array.size > len(found) ** 2 else []
 
 
 def count_volumes(path: Path) -> int:
@@ -475,6 +483,7 @@ def _units_mm(path: Path, sides: int) -> np.ndarray:
         text = file.read(MAX_TEXT_HEADER)
     if suffix_of(path, (".nrrd", ".nhdr")):
         text = re.split(rb"\r?\n\r?\n", text, maxsplit=1)[0]
+        has_sides = re.search(rb"^(space directions|spacings):", text, re.MULTILINE)
         found = re.search(rb"^space units:\s*(.*?)\s*$", text, re.MULTILINE)
         if found is None and not re.search(rb"^space directions:", text, re.MULTILINE):
             found = re.search(rb"^units:\s*(.*?)\s*$", text, re.MULTILINE)
@@ -482,10 +491,13 @@ def _units_mm(path: Path, sides: int) -> np.ndarray:
         units = [(quoted or bare).decode("utf-8", "replace") for quoted, bare in named]
     else:
         text = re.split(rb"ElementDataFile", text, maxsplit=1)[0]
+        has_sides = re.search(rb"^\s*Element(Spacing|Size)\s*=", text, re.MULTILINE)
         found = re.search(rb"^\s*DistanceUnits\s*=\s*(.*?)\s*$", text, re.MULTILINE)
         units = [found[1].decode("utf-8", "replace")] * sides if found else []
     units = [unit.strip() for unit in units[:sides]]
     units += [""] * (sides - len(units))
+    if not has_sides:
+        LOGGER.warning("WARNING: %s: its header gives no voxel sides; 1 mm is taken along each axis", path)
     strange = next((unit for unit in units if unit.lower() not in LENGTHS_MM), None)
     if strange is not None:
         raise UserError(f"{path}: its header gives lengths in {strange!r}: convert the file to mm.")

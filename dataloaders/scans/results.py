@@ -13,6 +13,7 @@ from scipy import ndimage
 from dataloaders.scans.reading import GEOMETRY_TOLERANCE, Scan, corner_offset_mm
 from sdcl.runs.atomic import locked, replacing, write_text
 from sdcl.runs.errors import UserError
+from sdcl.runs.written_files import check_replaceable, is_recorded
 
 VOLUMES = "volumes.csv"
 COLUMNS = ("scan", "structure", "volume_ml", "voxels", "weights")
@@ -71,7 +72,9 @@ def nifti_like(scan: Scan, array: np.ndarray) -> nibabel.Nifti1Image:
         header.set_data_dtype(array.dtype)
         header["cal_min"] = header["cal_max"] = 0  # the scan's display range
         header.set_slope_inter(1, 0)
-        header["descrip"] = header["db_name"] = header["aux_file"] = b""  # where converters write a patient's name
+        header["descrip"] = header["db_name"] = header["aux_file"] = header["intent_name"] = (
+            b""  # where converters write a patient's name
+        )
         header.extensions.clear()  # and where others keep DICOM headers
     image = type_of(header)(array, scan.affine, header)
     affine, straight = scan.affine, straightened(scan.affine)
@@ -127,7 +130,19 @@ def add_volumes(path: Path, rows: Sequence[dict[str, Any]]) -> int:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock")):
+        check_volumes(path)
         return write_volumes(path, read_volumes(path), rows)
+
+
+def check_volumes(path: Path) -> None:
+    """Check that a table of volumes is none, or ours and unchanged; one of an earlier version has no record.
+
+    Raises:
+        UserError: the table is the user's, or somebody has changed it.
+    """
+    read_volumes(path)
+    if is_recorded(path):
+        check_replaceable(path)
 
 
 def _cell(value: Any) -> Any:

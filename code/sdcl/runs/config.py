@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from sdcl.runs.interrupt import end_quietly  # first, since the next import takes a while
+from sdcl.runs.interrupt import allow_interrupts, end_on_interrupt  # first, since the next import takes a while
 
-end_quietly()
+end_on_interrupt()
 
 import tyro  # noqa: E402
 
@@ -113,7 +113,8 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
     """
     make_output_safe()
     try:
-        processes()  # for its refusal
+        allow_interrupts()
+        processes()  # raises a UserError for a malformed variable
         main(parse(config_class, sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)

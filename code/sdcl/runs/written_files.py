@@ -76,6 +76,11 @@ def is_recorded(path: Path) -> bool:
     return path.name in _entries(path.parent)
 
 
+def is_own_file(path: Path) -> bool:
+    """Tell whether a file is one that a run or an import goes on with, such as a checkpoint or a list."""
+    return ANY_CONTENT in (_recorded(path) or ())
+
+
 def record(path: Path, content: Path | None = None) -> None:
     """Note that a file is about to appear, so that a later run may replace it.
 
