@@ -9,6 +9,7 @@ import sys
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from test_predict import make_run
 from test_raw import run
 from test_scans import picture, write_nifti
@@ -292,3 +293,38 @@ def test_an_export_takes_no_checkpoints_place(material):
     before = last.read_bytes()
     said = run("export.py", "--run", run_folder, "--output", last, "--format", "torchscript", fails=True)
     assert "is a file of a run, no export" in said and last.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["locator.json", "weights.pth", "held_out.csv"])
+def test_a_locator_takes_no_foreign_files_place(material, tmp_path, name):
+    (tmp_path / name).write_bytes(PRECIOUS)
+    raw = material[0] / "raw"
+    given = ("--images", raw / "images", "--labels", raw / "labels", "--normalise", "zscore", "--overwrite")
+    said = run("locate_train.py", *given, "--output", tmp_path, fails=True)
+    assert f"{name} exists, and no record says" in said and (tmp_path / name).read_bytes() == PRECIOUS
+
+
+def test_conversions_of_la_and_pancreas_take_no_foreign_files_place(tmp_path):
+    image = np.random.default_rng(0).normal(40, 30, (120, 120, 8)).astype(np.int16)
+    label = np.zeros(image.shape, np.uint8)
+    label[40:60, 50:70, 2:6] = 1
+    for file, array in (("lgemri", image), ("laendo", 255 * label)):
+        (tmp_path / "la_raw" / "CASE1").mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(sitk.GetImageFromArray(array.T), str(tmp_path / "la_raw" / "CASE1" / f"{file}.nrrd"))
+    target = tmp_path / "la" / "data" / "2018LA_Seg_Training Set" / "CASE1" / "mri_norm2.h5"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(PRECIOUS)
+    said = run(
+        "../dataloaders/preprocess_la.py", "--raw", tmp_path / "la_raw", "--root_path", tmp_path / "la", fails=True
+    )
+    assert "mri_norm2.h5 exists, and no record says" in said and target.read_bytes() == PRECIOUS
+    write_nifti(tmp_path / "images" / "PANCREAS_0001", image)
+    write_nifti(tmp_path / "labels" / "label0001", label)
+    where = ("--images", tmp_path / "images", "--labels", tmp_path / "labels", "--root_path", tmp_path / "pancreas")
+    for name in ("cases.csv", "data0001.h5"):
+        target = tmp_path / "pancreas" / "data" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(PRECIOUS)
+        said = run("../dataloaders/preprocess_pancreas.py", *where, "--overwrite", fails=True)
+        assert f"{name} exists, and no record says" in said and target.read_bytes() == PRECIOUS
+        target.unlink()
