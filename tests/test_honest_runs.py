@@ -208,6 +208,7 @@ def test_a_start_that_was_selected_on_the_test_cases_is_told(la, narrow, scratch
     assert validated_among(scratch / "one", names) == names and validated_among(scratch / "one", names[:1]) == []
 
 
+@pytest.mark.slow
 def test_the_same_cases_under_another_name_are_these_very_volumes(la, narrow, tmp_path):
     """A val.txt that is a copy of test.txt."""
     root = shutil.copytree(la, tmp_path / "la")

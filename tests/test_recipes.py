@@ -410,6 +410,7 @@ def test_averages_stand_in_for_students_alone():
     assert averaged(own, 0.9) == {"teacher": ("teacher",), "mean": ("student_a_average", "student_b_average")}
 
 
+@pytest.mark.slow
 def test_averages_are_scored_kept_and_gone_on_with(acdc_phantom, tmp_path):
     where = [
         "--root_path", acdc_phantom, "--models_path", tmp_path, "--labelnum", 2, "--batch_size", 2,

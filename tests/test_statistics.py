@@ -98,8 +98,8 @@ def exact_wilcoxon(ours, theirs):
 def test_ties_are_those_of_exact_arithmetic():
     """Scores of two decimals tie often: 0.81 - 0.79 and 0.42 - 0.40 are the same difference."""
     rng = np.random.default_rng(0)
-    for _ in range(100):
-        n = int(rng.integers(5, 11))
+    for _ in range(60):
+        n = int(rng.integers(5, 10))
         texts = [[f"{k / 100:.2f}" for k in rng.integers(60, 75, n)] for _ in range(2)]
         found = compare(*[[float(text) for text in row] for row in texts])
         assert found.p_wilcoxon == pytest.approx(exact_wilcoxon(*texts), abs=1e-12)
