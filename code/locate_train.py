@@ -32,7 +32,7 @@ class Config:
     label_pattern: str | None = None  # of the labels below --labels: "*/laendo.nrrd"
     table: Path | None = None  # instead of these: CSV with the columns case, image, label, patient, split
     channels: tuple[str, ...] = ()  # of several: what names end with, as import_nifti.py has it; the first is looked at
-    patient_pattern: str | None = None  # of names, for the patient: "(p\d+)_s\d+" or "*_s*"; None: BIDS, DICOM, folders
+    patient_pattern: str | None = None  # gives the patient of a name: "(p\d+)_s\d+", "*_s*"; None: BIDS, DICOM, folders
     series: str | None = None  # each patient's DICOM series of this UID, its beginning or description ("T1*")
     cases: Path | None = None  # names of the cases to learn from, one a line; None: all that have a label
     label_values: tuple[int, ...] = ()  # values in the label files that are the structure; empty: all but 0

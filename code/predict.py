@@ -26,8 +26,8 @@ class Config:
     run: Path  # a run's folder, models/<data set>_<exp>_<labelnum>_labeled
     input: Path  # a scan (.nii .nii.gz .nrrd .mha .mgz), a DICOM folder, or a folder with these at any depth
     output: Path  # folder that receives <name>_prediction.nii.gz, <name>_figure.png and volumes.csv
-    image_pattern: str | None = None  # of a folder only these files: "*/ct.nii.gz"; its star names the scan
-    frames: bool = False  # of a 4D file predict each 3D volume (frame) by itself, as <name>_frame01 ...
+    image_pattern: str | None = None  # only these files of a folder: "*/ct.nii.gz"; its star names the scan
+    frames: bool = False  # predict each 3D volume (frame) of a 4D file by itself, as <name>_frame01 ...
     series: str | None = None  # of a folder only the DICOM series of this UID, its beginning or description ("T1*")
 
     # --- which weights ---

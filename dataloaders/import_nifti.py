@@ -32,7 +32,7 @@ class Config:
     label_pattern: str | None = None  # of the labels below --labels: "**/*_seg.nii.gz"
     channels: tuple[str, ...] = ()  # of several: what names end with (t1 t2), or {channel} in a pattern stands for
     table: Path | None = None  # instead of these: CSV with the columns case, image, label, patient, split
-    patient_pattern: str | None = None  # of names, for the patient: "(p\d+)_s\d+" or "*_s*"; None: BIDS, DICOM, folders
+    patient_pattern: str | None = None  # gives the patient of a name: "(p\d+)_s\d+", "*_s*"; None: BIDS, DICOM, folders
     series: str | None = None  # each patient's DICOM series of this UID, its beginning or description ("T1*")
     layout: Literal["volume", "slices"] = "volume"  # volume: 3D networks; slices: 2D
     slice_axis: Axis | None = None  # x, y or z (patient's) across which slices lie; None: as the scans were sliced

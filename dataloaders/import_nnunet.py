@@ -36,7 +36,7 @@ class Config:
     test_fraction: float = 0.2  # of the labelled cases, set aside for the test, without --splits and labelsTs
     val_fraction: float = 0.0  # of the labelled cases, set aside for validation, without --splits
     seed: int = 1337  # of the choice of cases
-    patient_pattern: str | None = None  # of names, for the patient: "(p\d+)_s\d+" or "*_s*"; None: BIDS, DICOM, folders
+    patient_pattern: str | None = None  # gives the patient of a name: "(p\d+)_s\d+", "*_s*"; None: BIDS, DICOM, folders
 
     # --- preprocessing ---
     normalise: tuple[Normalisation, ...] = ()  # for all channels, or each; empty: ct for "CT", else zscore

@@ -25,7 +25,7 @@ SIGNIFICANT = 0.05  # of Holm's p; what is bold
 
 # Of one seed's test: metric, structure to each case's value.
 Scores = Mapping[tuple[str, str], Mapping[str, float]]
-Key = tuple[int, str, str]  # of a value: seed, case, structure
+Key = tuple[int, str, str]  # key of a value: seed, case, structure
 
 
 @dataclass(frozen=True)

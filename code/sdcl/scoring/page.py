@@ -37,9 +37,9 @@ ASSETS = Path(__file__).with_name("assets")
 SVG = "http://www.w3.org/2000/svg"
 LINK = "{http://www.w3.org/1999/xlink}href"
 CURVE = re.compile(r"curve-(?P<row>\d+)-")
-MOST_POINTS = 4_000  # of all charts of cases; beyond it they show only the mean of the structures, then fewer cases
-MOST_CELLS = 30_000  # of all tables of cases
-MOST_BYTES = 5_000_000  # of the page
+MOST_POINTS = 4_000  # limit for all charts of cases; beyond it they show only the mean of the structures, then fewer cases
+MOST_CELLS = 30_000  # limit for all tables of cases
+MOST_BYTES = 5_000_000  # limit of the page
 LEAST_CASES = 3  # in the viewer: worst, median, best
 
 
