@@ -287,6 +287,12 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_then_recorded(material, tmp_
         check_replaceable(folder / "notes" / "case.png")
 
 
+def test_a_whole_run_can_be_removed_again(material, tmp_path):
+    shutil.copytree(material[0] / "models", tmp_path / "models")
+    remove_written_folder(tmp_path / "models" / "acdc_SDCL_2_labeled")  # as the demo does with its last runs
+    assert not list((tmp_path / "models").iterdir())
+
+
 def test_an_export_takes_no_checkpoints_place(material):
     run_folder = material[0] / "models" / "acdc_SDCL_2_labeled"
     last = run_folder / "self_train" / "last.pth"

@@ -132,9 +132,10 @@ class _Board:
 
     def __init__(self, folder: Path, first_iteration: int):
         self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
-        for path in (folder / "events").glob(f"*.{os.getpid()}"):
-            record(path)
         self._write(Event(step=first_iteration, session_log=SessionLog(status=SessionLog.START)))  # hides later steps
+        self._writer.flush()
+        for path in folder.glob(f"events.out.tfevents.*.{os.getpid()}"):
+            record(path)
 
     def add(self, summary: object, iteration: int) -> None:
         """Append a summary of tensorboardX."""
