@@ -87,7 +87,7 @@ def examine(name: str, split: str, root: Path, data_set: DataSet, labelled: set[
             found.is_hu_trusted = bool(found.hu_fault) and read_text_attributes(path, "hu") == (TRUSTED_HU,)
         if sample.label is not None:
             found.classes = frozenset(np.unique(sample.label).tolist())
-            if found.classes == {0} and ndim == 3 and data_set.files != "own":  # of these every case has the structure
+            if found.classes == {0} and ndim == 3 and data_set.files != "own":  # published sets have none
                 found.problem = f"{path} has an empty label: correct it, or take the case out of the list"
             data_set.check_label(path, sample)
         if keep and sample.label is not None and ndim == 3:

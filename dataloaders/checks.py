@@ -13,7 +13,7 @@ from sdcl.runs.errors import UserError
 MAX_VOXELS = 2**30  # of one array, 1024 x 1024 x 1024; the largest CT here has 2**27
 MAX_RATIO = 1100  # of decoded to stored bytes: deflate cannot exceed 1032, so that more was never stored
 FREE_BYTES = 2**26  # an array up to this size may be stored in nothing at all
-MAX_POINTER_BYTES = 2**10  # of a git-lfs pointer
+MAX_POINTER_BYTES = 2**10  # begins a git-lfs pointer
 REDO = "convert the case again"
 # What some system's paths give a meaning, what ends a line of a list, and half characters, which no list can hold.
 NOT_IN_A_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|\ufffd\u2028\u2029\ud800-\udfff]')

@@ -68,12 +68,15 @@ def seen_sides(shape: Sequence[int], spacing: Sequence[float], patch_size: Seque
 
 def range_of_files(paths: Iterable[Path], patch_size: Sequence[int]) -> SideRange | None:
     """Return the range of the sides of converted cases; those that are missing or give no spacing do not count."""
-    sides = []
-    for path in paths:
-        spacing = read_spacing(path) if path.exists() else None
-        if spacing is not None and len(spacing) == 3:
-            sides.append(seen_sides(read_shape(path), spacing, patch_size))
-    return SideRange.of(sides)
+    return SideRange.of(filter(None, (_sides_of_file(path, patch_size) for path in paths)))
+
+
+def _sides_of_file(path: Path, patch_size: Sequence[int]) -> tuple[float, ...] | None:
+    """Return the sides that the networks see of a converted case; None if it is missing or gives no spacing."""
+    spacing = read_spacing(path) if path.exists() else None
+    if spacing is None or len(spacing) != 3:
+        return None
+    return seen_sides(read_shape(path), spacing, patch_size)
 
 
 def unlike_cases(files: Mapping[str, Path], is_3d: bool) -> str:
@@ -85,9 +88,8 @@ def unlike_cases(files: Mapping[str, Path], is_3d: bool) -> str:
     """
     lengths: dict[str, tuple[float, ...]] = {}
     for name, path in files.items():
-        spacing = read_spacing(path)
-        if spacing is not None and len(spacing) == 3:
-            lengths[name] = seen_sides(read_shape(path), spacing, (1, 1, 1) if is_3d else (1, 1))
+        if sides := _sides_of_file(path, (1, 1, 1) if is_3d else (1, 1)):
+            lengths[name] = sides
     if len(lengths) < 2:
         return ""
     names, table = list(lengths), np.array(list(lengths.values()))

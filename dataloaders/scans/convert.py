@@ -77,7 +77,7 @@ def convert(jobs: Sequence[Job], workers: int, overwrite: bool, there: Iterable[
     for job in waiting:
         for target in job.targets:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary_of(target).unlink(missing_ok=True)  # of a run that was killed
+            temporary_of(target).unlink(missing_ok=True)  # left by a run that was killed
     failures = []
     is_main = threading.current_thread() is threading.main_thread()
     earlier = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if is_main else None
@@ -185,7 +185,7 @@ def write_slices(
     """
     folder = root_path / "data" / "slices"
     volume = root_path / "data" / f"{name}.h5"
-    earlier = sorted(folder.glob(f"{glob.escape(name)}{SLICE}*.h5"))  # of a conversion that gave more slices
+    earlier = sorted(folder.glob(f"{glob.escape(name)}{SLICE}*.h5"))  # left by a conversion that gave more slices
     check_replaceable(volume, *earlier)
     remove_written(volume)  # it says that its slices are complete
     for path in earlier:

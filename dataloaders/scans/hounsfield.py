@@ -2,7 +2,7 @@
 
 import numpy as np
 
-WINDOW_HU = (-125.0, 275.0)  # of the normalisation "ct", mapped to [0, 1]
+WINDOW_HU = (-125.0, 275.0)  # the window that "ct" maps to [0, 1]
 TRUSTED_HU = "trusted"  # the attribute `hu` of a file that was made with --trust_hu
 SAMPLED = 2**21  # voxels that are looked at, at most about
 PADDING_BELOW = -1500.0  # no tissue; scanners fill the corners of a slice with -2000, -3024 and the like

@@ -229,7 +229,7 @@ def write_lists(root: Path, layout: str, lists: Lists) -> None:
     names |= parts | ({"val": lists.val} if lists.val else {})
     for old in (folder / f"{key}{s}" for key in LISTS for s in SUFFIXES.values()):
         if old.suffix != suffix or old.stem not in names:
-            remove_written(old)  # of an import with another layout, or with validation cases
+            remove_written(old)  # left by an import of another layout or with validation
     for key, part in names.items():
         write_text(folder / f"{key}{suffix}", "".join(f"{name}\n" for name in part), any_content=True)
 

@@ -15,7 +15,7 @@ from sdcl.runs.errors import UserError
 from sdcl.runs.folder import LOGGER
 
 SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")  # BIDS
-REGULAR_EXPRESSION = re.compile(r"[\\()\[\]+^$|{}]|\.\*")  # what a pattern of stars does not contain
+REGULAR_EXPRESSION = re.compile(r"[\\()\[\]+^$|{}]|\.\*")  # letters that a pattern of stars does not contain
 LAST_PART = re.compile(r"(.*[^ _.(-])[ _.(-]+[^ _.(-]+")  # p1_s3, p1-pre, p1.1, p1 (1)
 SIDE = re.compile(r"(.*\d)[LR]")  # 01L, 01R
 # Folders are taken for patients' where there are several of them and most hold few cases; others are sites or batches.

@@ -27,7 +27,7 @@ BLACK = 64  # how far the numbers of a JPEG mask may lie from 0 and 255
 NEARLY = 4  # the most that red, green and blue of a grey JPEG differ by
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF's tag and its value for pictures in which 0 is white
 CHANNEL = re.compile(r".+_\d{4}")  # the end of nnU-Net's image names
-SIDECAR = ".json"  # beside a TIFF that holds a volume: its voxel sides
+SIDECAR = ".json"  # the file with the voxel sides of a TIFF volume
 ORIENTATION = 0x0112  # EXIF's: how a viewer turns the picture
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # columns to the left, rows to the back; there are no mm
 
